@@ -1,0 +1,65 @@
+"""One row a dtype: its short name in the IR's text, its size, and its name in each target."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+
+
+@dataclass(frozen=True)
+class DTypeRow:
+    """What the compiler knows of a dtype. `compute` is what arithmetic on it is done in."""
+
+    dtype: torch.dtype
+    name: str
+    itemsize: int
+    c_storage: str
+    triton: str
+    compute: torch.dtype
+    is_float: bool = False
+
+
+_ROWS = (
+    DTypeRow(torch.float64, "f64", 8, "double", "tl.float64", torch.float64, True),
+    DTypeRow(torch.float32, "f32", 4, "float", "tl.float32", torch.float32, True),
+    DTypeRow(torch.bfloat16, "bf16", 2, "uint16_t", "tl.bfloat16", torch.float32, True),
+    DTypeRow(torch.float16, "f16", 2, "_Float16", "tl.float16", torch.float32, True),
+    DTypeRow(torch.int64, "i64", 8, "int64_t", "tl.int64", torch.int64),
+    DTypeRow(torch.int32, "i32", 4, "int32_t", "tl.int32", torch.int32),
+    DTypeRow(torch.int16, "i16", 2, "int16_t", "tl.int16", torch.int16),
+    DTypeRow(torch.int8, "i8", 1, "int8_t", "tl.int8", torch.int8),
+    DTypeRow(torch.uint8, "u8", 1, "uint8_t", "tl.uint8", torch.uint8),
+    DTypeRow(torch.bool, "bool", 1, "uint8_t", "tl.int1", torch.bool),
+)
+TABLE = {row.dtype: row for row in _ROWS}
+BY_NAME = {row.name: row.dtype for row in _ROWS}
+
+
+def row(dtype: torch.dtype) -> DTypeRow:
+    """The row of a dtype. Raises KeyError naming the dtypes that kernels handle."""
+    try:
+        return TABLE[dtype]
+    except KeyError:
+        raise KeyError(f"{dtype} has no kernels; known: {', '.join(BY_NAME)}") from None
+
+
+def supported(dtype: torch.dtype) -> bool:
+    return dtype in TABLE
+
+
+def name(dtype: torch.dtype) -> str:
+    return row(dtype).name
+
+
+def itemsize(dtype: torch.dtype) -> int:
+    """Bytes of one element, for any dtype of torch."""
+    return TABLE[dtype].itemsize if dtype in TABLE else dtype.itemsize
+
+
+def is_float(dtype: torch.dtype) -> bool:
+    return TABLE[dtype].is_float
+
+
+def is_half(dtype: torch.dtype) -> bool:
+    return dtype in (torch.bfloat16, torch.float16)
