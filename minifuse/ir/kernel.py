@@ -229,6 +229,8 @@ class Cast(Value):
     def of(dtype: torch.dtype, arg: Value) -> Value:
         if arg.dtype is dtype:
             return arg
+        if dtypes.is_half(dtype) and isinstance(arg, Cast) and arg.arg.dtype is dtype and arg.dtype is torch.float32:
+            return arg.arg  # widening is exact, so rounding again gives the same number
         if isinstance(arg, Const) and (not dtypes.is_half(dtype)) and _const_casts(arg.value, dtype):
             return Const.of(_round_const(arg.value, arg.dtype), dtype)
         return Cast._make((arg,), dtype, arg.axes)
@@ -313,8 +315,8 @@ class Reduce(Value):
     The tree is part of the meaning, so that no schedule can change a bit. Element k goes to
     partial result `k % lanes` of chunk `k // chunk`; a partial result folds its elements in order
     from the identity; partial results of a chunk join by halves (p with p + lanes/2, and so on);
-    chunks fold in order from the identity. `lanes` is 16 where the reduced dimension was the
-    innermost in memory when lowered ("row"), else 1 ("column").
+    the chunks' results are reduced in turn as a column. `lanes` is 16 where the reduced dimension
+    was the innermost in memory when lowered ("row"), else 1 ("column").
     """
 
     __slots__ = ()
@@ -622,14 +624,14 @@ class Schedule:
 
 
 # -- plans ------------------------------------------------------------------------------------------
-Storage = Literal["input", "output", "arena", "extern"]
+Storage = Literal["input", "constant", "output", "arena", "extern"]
 
 
 @dataclass(frozen=True)
 class Buffer:
     """Memory that steps read and write. Shape in elements, strides in elements.
 
-    `storage`: "input" is the caller's, "output" is handed to the caller, "arena" lives within the
+    `storage`: "input" is the caller's, "constant" the graph's own, "output" is handed to the caller, "arena" lives within the
     call, "extern" is allocated by an ATen operator and adopted.
     """
 
@@ -674,6 +676,15 @@ class TensorRef:
 
 
 @dataclass(frozen=True)
+class Opaque:
+    """What kernels never see: an input that is no tensor and no size (a generator), or a result
+    (`item` of several) of the extern whose origin is `name`."""
+
+    name: str
+    item: int | None = None
+
+
+@dataclass(frozen=True)
 class Launch:
     """A kernel with the buffers that its parameters stand for, in order of `kernel.params`."""
 
@@ -699,7 +710,7 @@ class Launch:
 class Extern:
     """A call of something that minifuse does not generate, with the reason why.
 
-    `args` and `kwargs` hold `TensorRef`, `Expr` (sizes), and plain values, nested as the operator
+    `args` and `kwargs` hold `TensorRef`, `Expr` (sizes), `Opaque`, and plain values, nested as the operator
     takes them. `results` names the buffers of its tensor results, by position; None is dropped.
     A result given in `sizes` is a number that defines that symbol.
     """
@@ -713,6 +724,7 @@ class Extern:
     out: bool = False
     effect: bool = False
     sizes: tuple[tuple[int, str], ...] = ()
+    dims: tuple[tuple[int, int, str], ...] = ()
     origin: str = ""
 
     @property
@@ -747,12 +759,16 @@ class Free:
 
 
 Step = Launch | Extern | Free
-Output = TensorRef | Expr | int | float | bool | str | None
+Output = TensorRef | Expr | Opaque | int | float | bool | str | None
 
 
 @dataclass(frozen=True)
 class Symbol:
-    """What is known of a dynamic size: a value to plan with, and where a call finds it."""
+    """What is known of a dynamic size: a value to plan with, and where a call finds it.
+
+    `source` is `INPUT.size(D)`, `INPUT.stride(D)`, the name of an int input, or empty where the
+    symbol's own name is that of an int input or an extern defines it.
+    """
 
     name: str
     hint: int
@@ -770,6 +786,7 @@ class Plan:
     outputs: tuple[Output, ...]
     symbols: Mapping[str, Symbol] = field(default_factory=dict)
     mutated: frozenset[str] = frozenset()
+    origins: Mapping[str, str] = field(default_factory=dict)
 
     @property
     def launches(self) -> tuple[Launch, ...]:

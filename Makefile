@@ -1,0 +1,42 @@
+# An active environment whose python imports torch is used as it is: pip adds only what is missing, with torch and triton
+# pinned to what is installed. Otherwise .venv is made. TORCH is one exact version: given a range, pip on Linux may settle
+# on a build with gigabytes of CUDA libraries; the extra index offers the CPU build of this version, which pip prefers.
+SHELL := /bin/bash
+TORCH := torch==2.13.0
+CPU_INDEX := https://download.pytorch.org/whl/cpu
+ACTIVE := $(shell python -c "import torch" >/dev/null 2>&1 && echo yes)
+PY := $(if $(ACTIVE),python,.venv/bin/python)
+PROBE := import expecttest, hypothesis, jinja2, minifuse, mypy, networkx, pytest, rich, ruff, scipy, sklearn, transformers, triton, xdist; \
+         from importlib.metadata import entry_points as e; e(group="torch_dynamo_backends")["minifuse"]
+
+.PHONY: env test demo fuzz bench gpu
+
+env:
+	@test -n "$(ACTIVE)" || test -x $(PY) || python3 -m venv .venv
+	@test -n "$(ACTIVE)" || $(PY) -c "import torch" 2>/dev/null || $(PY) -m pip install -q --extra-index-url $(CPU_INDEX) $(TORCH)
+	@cd /tmp && $(if $(ACTIVE),python,$(CURDIR)/.venv/bin/python) -c '$(PROBE)' 2>/dev/null || (cd $(CURDIR) && \
+	  pinned=$$(mktemp) && $(PY) -m pip list --format=freeze | grep -E '^(torch|triton)==' > $$pinned; \
+	  $(PY) -m pip install -q -c $$pinned -e '.[dev,examples]'; status=$$?; rm -f $$pinned; exit $$status)
+
+# One thread a worker: two workers with two spinning threads each are many times slower on two cores.
+test: env
+	$(PY) -m ruff check .
+	$(PY) -m ruff format --check .
+	$(PY) -m mypy
+	OMP_NUM_THREADS=1 $(PY) -m pytest -n 2 -m "not gpu"
+
+demo: env
+	$(PY) -m examples.gpt_on_text
+
+fuzz: env
+	$(PY) -m tests.fuzz
+
+bench: env
+	$(PY) -m benchmarks.cpu
+	$(PY) -m benchmarks.traffic
+	$(PY) -m benchmarks.memory_roof
+
+# For a machine with a GPU that may have no network: installs nothing.
+gpu:
+	$(PY) -m pytest -m gpu
+	$(PY) -m benchmarks.memory_roof --device cuda

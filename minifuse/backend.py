@@ -1,0 +1,255 @@
+"""The backend: what torch.compile calls, and what it gets back.
+
+`minifuse_backend` checks the options and hands the captured graph to AOT autograd, which calls back
+with a joint graph to partition and with forward, backward or inference graphs to compile.
+"""
+
+from __future__ import annotations
+
+import functools
+import itertools
+import threading
+import warnings
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import fx
+
+from . import compat, dump
+from .ir import prims  # noqa: F401 - registers the random operators before anything is captured
+from .ir.kernel import Launch, Plan
+from .options import Options
+from .passes.context import CompileContext
+from .passes.decompose import decompositions
+from .passes.fuse import fuse
+from .passes.lower import lower
+from .passes.lower.pointwise import ROWS
+from .passes.lower.structural import STRUCTURAL
+from .passes.normalise import replace_random
+from .passes.pipeline import make_plan
+from .passes.remat import partition
+from .records import RECORDS, Record
+from .runtime import toolchain
+from .runtime.build import build
+
+Boxed = Callable[[list[Any]], Any]
+_numbers = itertools.count()
+_compiling = threading.RLock()
+
+
+def minifuse_backend(
+    gm: fx.GraphModule, example_inputs: Sequence[Any], *, mode: str | None = None, options: Mapping[str, Any] | None = None
+) -> Callable[..., Any]:
+    """Compile a graph that Dynamo captured; `torch.compile(model, backend="minifuse")` calls this.
+
+    Raises OptionError for an unknown option or mode.
+    """
+    chosen = Options.parse(options, mode)
+    return compile_captured(gm, example_inputs, chosen)
+
+
+def compile_captured(gm: fx.GraphModule, example_inputs: Sequence[Any], options: Options) -> Callable[..., Any]:
+    """AOT autograd around our compilers."""
+    graph = Graph(f"graph{next(_numbers)}_{module_name(gm)}", options, eager_strides(gm))
+    graph.keep("captured", gm)
+    aot = compat.aot_autograd(
+        fw_compiler=graph.forward,
+        bw_compiler=graph.backward,
+        inference_compiler=graph.inference,
+        partition_fn=graph.partition,
+        decompositions=decompositions(options.rng),
+        keep_inference_input_mutations=True,
+    )
+    with _compiling:
+        return aot(gm, example_inputs)  # type: ignore[no-any-return]
+
+
+class Graph:
+    """The compile of one captured graph: the callbacks of AOT autograd, and what they share."""
+
+    def __init__(self, name: str, options: Options, strides: list[tuple[Any, ...] | None]) -> None:
+        self.name = name
+        self.options = options
+        self.strides = strides
+        self.captured: dict[str, Any] = {}
+        self.remat: CompileContext | None = None
+
+    def keep(self, stage: str, gm: fx.GraphModule) -> None:
+        """Remember a graph as text for the dump, where one is written."""
+        if self.options.debug_dir is not None:
+            self.captured[stage] = gm.print_readable(print_output=False)
+
+    def context(self, stage: str) -> CompileContext:
+        ctx = CompileContext(f"{self.name}_{stage}", stage, self.options)
+        if self.remat is not None and stage == "backward":
+            ctx.decisions.extend(self.remat.decisions)
+            ctx.stages["remat"] = self.remat.stages.get("remat")
+        return ctx
+
+    # -- AOT autograd's callbacks ----------------------------------------------------------------
+    def partition(self, joint: fx.GraphModule, inputs: Sequence[Any], **kw: Any) -> tuple[fx.GraphModule, fx.GraphModule]:
+        """Split the joint graph: which values the backward loads, which it recomputes."""
+        ctx = self.remat = CompileContext(f"{self.name}_joint", "joint", self.options)
+        with ctx.phase("normalise"):
+            if self.options.rng == "fast":
+                replace_random(joint.graph)
+                joint.recompile()
+        self.keep("joint", joint)
+        with ctx.phase("remat"):
+            forward, backward, plan = partition(
+                joint,
+                inputs,
+                policy=self.options.remat,
+                budget=self.options.memory_budget,
+                group_of=fused_groups(joint, self.options),
+                is_kernel=is_kernel,
+                record=ctx.decisions.append,
+                **kw,
+            )
+        ctx.stages["remat"] = plan
+        return forward, backward
+
+    def forward(self, gm: fx.GraphModule, inputs: Sequence[Any]) -> Boxed:
+        return self.compile(gm, "forward", self.output_strides(gm))
+
+    def inference(self, gm: fx.GraphModule, inputs: Sequence[Any]) -> Boxed:
+        if self.options.rng == "fast":
+            replace_random(gm.graph)
+            gm.recompile()
+        return self.compile(gm, "inference", self.output_strides(gm))
+
+    def backward(self, gm: fx.GraphModule, inputs: Sequence[Any]) -> Boxed:
+        """Compiled when it is first called: a forward that is never differentiated does not pay."""
+        return Lazy(lambda: self.compile(gm, "backward", {}))
+
+    def output_strides(self, gm: fx.GraphModule) -> dict[int, tuple[Any, ...]]:
+        """Eager's strides of the outputs that the user sees, by position in the graph's outputs."""
+        meta = compat.forward_metadata()
+        if meta is None:
+            return {}
+        first = compat.count_mutated_inputs(meta)
+        outputs = gm.graph.output_node().args[0]
+        found = {}
+        for k, stride in enumerate(self.strides):
+            at = first + k
+            if stride is None or at >= len(outputs):  # type: ignore[arg-type]
+                continue
+            node = outputs[at]  # type: ignore[index]
+            val = node.meta.get("val") if isinstance(node, fx.Node) else None
+            if isinstance(val, torch.Tensor) and val.dim() == len(stride):
+                found[at] = stride
+        return found
+
+    def compile(self, gm: fx.GraphModule, stage: str, strides: dict[int, tuple[Any, ...]]) -> Boxed:
+        with _compiling:
+            ctx = self.context(stage)
+            self.keep(stage, gm)
+            gm.graph.eliminate_dead_code()
+            if target_of(gm, self.options) == "c" and toolchain.find(self.options.precise) is None:
+                warn_no_compiler()
+                return boxed(gm)
+            plan = make_plan(gm.graph, ctx, strides)
+            report_fallbacks(plan, ctx)
+            program = build(plan, ctx)
+            record = Record(ctx.name, stage, ctx.stages, ctx.decisions, ctx.seconds)
+            record.source.update(self.captured)
+            RECORDS.append(record)
+            if self.options.debug_dir is not None:
+                dump.write(record, self.options.debug_dir)
+            return program
+
+
+class Lazy:
+    """A program that is compiled at its first call."""
+
+    _boxed_call = True
+
+    def __init__(self, make: Callable[[], Boxed]) -> None:
+        self.make: Callable[[], Boxed] | None = make
+        self.program: Boxed | None = None
+
+    def __call__(self, args: list[Any]) -> Any:
+        if self.program is None:
+            with _compiling:
+                if self.program is None and self.make is not None:
+                    self.program = self.make()
+                    self.make = None
+        assert self.program is not None
+        return self.program(args)
+
+
+def boxed(gm: fx.GraphModule) -> Boxed:
+    """The graph run by ATen, op by op."""
+
+    def call(args: list[Any]) -> Any:
+        taken = list(args)
+        args.clear()
+        return fx.Interpreter(gm).boxed_run(taken)
+
+    call._boxed_call = True  # type: ignore[attr-defined]
+    return call
+
+
+def is_kernel(node: fx.Node) -> bool:
+    """Whether an operator lowers to generated code."""
+    return node.target in ROWS or node.target in STRUCTURAL
+
+
+def fused_groups(joint: fx.GraphModule, options: Options) -> dict[str, int]:
+    """Which fused kernel each node of the joint graph lands in: the joint graph lowered and fused once."""
+    ctx = CompileContext("joint", "joint", options)
+    groups: dict[str, int] = {}
+    for k, step in enumerate(fuse(lower(joint.graph, ctx, {}), ctx).steps):
+        if isinstance(step, Launch):
+            for node in step.kernel.origins:
+                groups.setdefault(node, k)
+    return groups
+
+
+def target_of(gm: fx.GraphModule, options: Options) -> str:
+    """What a graph's kernels are written in."""
+    if options.target != "auto":
+        return options.target
+    for node in gm.graph.nodes:
+        val = node.meta.get("val")
+        if isinstance(val, torch.Tensor) and val.device.type == "cuda":
+            return "triton"
+    return "c"
+
+
+def report_fallbacks(plan: Plan, ctx: CompileContext) -> None:
+    """Apply the `fallback` option to what goes to ATen without being meant to."""
+    for step in plan.externs:
+        ctx.record("extern", step.origin, taken=True, reason="{target}: {why}", target=str(step.target),
+                   why=step.reason, where=plan.origins.get(step.origin, ""))  # fmt: skip
+
+
+@functools.cache
+def warn_no_compiler() -> None:
+    warnings.warn(
+        "minifuse found no C compiler and runs each operator by ATen; results are right, nothing is fused. "
+        "Install gcc or clang (Debian: apt-get install gcc; Fedora: dnf install gcc; macOS: xcode-select --install).",
+        stacklevel=2,
+    )
+
+
+def eager_strides(gm: fx.GraphModule) -> list[tuple[Any, ...] | None]:
+    """The strides that eager gives each output, from the tensors that Dynamo traced with."""
+    found: list[tuple[Any, ...] | None] = []
+    for arg in gm.graph.output_node().args[0]:  # type: ignore[union-attr]
+        val = arg.meta.get("example_value") if isinstance(arg, fx.Node) else None
+        strided = isinstance(val, torch.Tensor) and val.layout is torch.strided
+        found.append(tuple(val.stride()) if strided else None)  # type: ignore[union-attr]
+    return found
+
+
+def module_name(gm: fx.GraphModule) -> str:
+    """The part of the model that a graph is, as a word for file names."""
+    for node in gm.graph.nodes:
+        stack = node.meta.get("nn_module_stack")
+        if stack:
+            _, kind = next(iter(stack.values()))
+            name = kind if isinstance(kind, str) else kind.__name__
+            return "".join(c if c.isalnum() else "_" for c in name.rsplit(".", 1)[-1])
+    return "function"

@@ -1,0 +1,515 @@
+"""The C dialect: kernels as functions over vectors of 16 lanes.
+
+Text is plain C with the compiler's vector types; what a line calls (`mf_…`) is defined by
+`c_prelude`. A kernel is `void name(lo, hi, P, S, err)`: it runs the points lo..hi of its grid with
+the parameters' addresses P and the dynamic sizes S, and sets err[0] when a check fails.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+import torch
+
+from minifuse.ir import dtypes, ops
+from minifuse.ir.index import ONE, ZERO, Axis, Expr, Sym, cdiv
+from minifuse.ir.kernel import LANES, Cast, Check, Kernel, Load, Op, Param, Random, Reduce, Schedule, Store, Value
+from minifuse.passes.schedule import affine_offset, tile_elements
+
+from .looptree import Fold
+from .printer import CodegenError, Printer, Scope
+
+REGISTER = {torch.bfloat16: torch.float32, torch.float16: torch.float32}
+SCALAR = {
+    "f64": "double", "f32": "float", "i64": "int64_t", "i32": "int32_t", "i16": "int16_t", "i8": "int8_t",
+    "u8": "uint8_t", "bool": "int32_t",
+}  # fmt: skip
+MAX_LOCAL = 262_144
+LAST_INDEX = "INT64_MAX"
+
+
+@dataclass(frozen=True)
+class Local:
+    """A buffer on the stack: one row of `size` elements a result, with `rows` lanes of a tree."""
+
+    names: tuple[str, ...]
+    size: int
+    rows: int
+    dtypes: tuple[torch.dtype, ...]
+
+
+class CDialect:
+    """Text of one kernel in C."""
+
+    def __init__(self) -> None:
+        self.locals: dict[Fold | Value, Local] = {}
+        self.vectors: dict[Fold, tuple[str, ...]] = {}
+        self.messages: list[str] = []
+
+    # -- names -----------------------------------------------------------------------------------
+    @staticmethod
+    def axis(a: Sym | Axis) -> str:
+        return ("x_" if isinstance(a, Axis) else "z_") + a.name
+
+    def expr(self, e: Expr) -> str:
+        return e.render(self.axis, "/", "%")
+
+    def ctype(self, dtype: torch.dtype, lanes: bool) -> str:
+        name = register(dtype)
+        return f"v_{name}" if lanes else SCALAR[name]
+
+    def declare(self, p: Printer, scope: Scope, name: str, dtype: torch.dtype, text: str, lanes: bool) -> None:
+        scope.lines.append(f"const {self.ctype(dtype, lanes)} {name} = {text};")
+
+    def vector(self, p: Printer, v: Value) -> str:
+        """The name of a value as a vector, splatted where it does not vary over the lane."""
+        name = p.name(v)
+        return name if p.lanes(v) else f"mf_splat_{register(v.dtype)}({name})"
+
+    # -- loops -----------------------------------------------------------------------------------
+    def begin(self, p: Printer) -> None:
+        top = p.scopes[0].lines
+        for k, param in enumerate(p.kernel.params):
+            storage = dtypes.row(param.dtype).c_storage
+            const = "" if param.name in p.kernel.writes else "const "
+            top.append(f"{const}{storage}* const {pointer(p, param)} = P[{k}];")
+        for k, s in enumerate(p.symbols):
+            top.append(f"const int64_t {self.axis(s)} = S[{k}];")
+
+    def count(self, k: int, p: Printer) -> Expr:
+        loop = p.loops[k]
+        return cdiv(loop.axis.size, loop.step)
+
+    def var(self, p: Printer, k: int) -> str:
+        """The C variable of a loop: the axis itself in its last loop, its tile's start before."""
+        axis = p.loops[k].axis
+        return self.axis(axis) if p.last_loop(axis) == k else f"{self.axis(axis)}_t{k}"
+
+    def open_loop(self, p: Printer, k: int) -> None:
+        """Grid loops are decoded from the point number where the first of them is closed."""
+        loop = p.loops[k]
+        if loop.kind == "lane" and self.ragged(p):
+            p.line(f"const int64_t n = {self.end(p, k)} - {self.var(p, k)} < {LANES} ? "
+                   f"{self.end(p, k)} - {self.var(p, k)} : {LANES};")  # fmt: skip
+
+    def previous(self, p: Printer, k: int) -> int | None:
+        """The loop that tiles loop k, if one does."""
+        before = [j for j in range(k) if p.loops[j].axis is p.loops[k].axis]
+        return before[-1] if before else None
+
+    def end(self, p: Printer, k: int) -> str:
+        outer = self.previous(p, k)
+        return self.expr(p.loops[k].axis.size) if outer is None else f"e_{self.var(p, outer)}"
+
+    def close_loop(self, p: Printer, k: int, inner: Scope) -> None:
+        loop = p.loops[k]
+        var = self.var(p, k)
+        lines = inner.lines
+        if loop.step > 1:
+            bound = self.end(p, k)
+            stop = f"const int64_t e_{var} = {var} + {loop.step} < {bound} ? {var} + {loop.step} : {bound};"
+            lines = [stop, *lines]
+        if loop.kind == "grid":
+            grid = [j for j, g in enumerate(p.loops) if g.kind == "grid"]
+            at = "g"
+            below = [self.count(j, p) for j in grid if j > k]
+            for c in below:
+                at = f"({at} / ({self.expr(c)}))" if c is not ONE else at
+            if k != grid[0]:
+                at = f"({at} % ({self.expr(self.count(k, p))}))"
+            head = f"const int64_t {var} = {at}" + (f" * {loop.step};" if loop.step > 1 else ";")
+            p.here.lines += [head, *lines]
+            return
+        outer = self.previous(p, k)
+        begin = "0" if outer is None else self.var(p, outer)
+        step = LANES if loop.kind == "lane" else loop.step
+        p.here.lines.append(f"for (int64_t {var} = {begin}; {var} < {self.end(p, k)}; {var} += {step}) {{")
+        p.here.lines += ["  " + text for text in lines]
+        p.here.lines.append("}")
+
+    def ragged(self, p: Printer) -> bool:
+        """Whether the last vector of a row may be partial."""
+        assert p.lane is not None
+        return not (p.lane.size.is_const and p.lane.size.value % LANES == 0)
+
+    def n(self, p: Printer) -> str:
+        return "n" if self.ragged(p) else str(LANES)
+
+    # -- values ----------------------------------------------------------------------------------
+    def const(self, p: Printer, value: object, dtype: torch.dtype) -> str:
+        return literal(value, dtype)
+
+    def index(self, p: Printer, expr: Expr, dtype: torch.dtype, lanes: bool) -> str:
+        text = self.lane_expr(p, expr) if lanes else f"({self.expr(expr)})"
+        if dtype is torch.int64:
+            return text
+        return f"mf_cast_i64_i32({text})" if lanes else f"(int32_t){text}"
+
+    def lane_expr(self, p: Printer, expr: Expr) -> str:
+        """An expression over the lane as a vector of int64."""
+        assert p.lane is not None
+        c = expr.coefficient(p.lane)
+        if c is not None and not any(a is p.lane for a in c.atoms()):
+            base = self.expr(expr)
+            step = "mf_iota_i64()" if c is ONE else f"mf_iota_i64() * ({self.expr(c)})"
+            return f"(mf_splat_i64({base}) + {step})"
+        lane = f"(mf_splat_i64({self.axis(p.lane)}) + mf_iota_i64())"
+        return "(" + expr.render(lambda a: lane if a is p.lane else self.axis(a), "/", "%") + ")"
+
+    def op(self, p: Printer, v: Op, lanes: bool) -> str:
+        row = ops.row(v.name)
+        args = [self.vector(p, a) if lanes else p.name(a) for a in v.args]
+        if row.c.startswith("@"):
+            return f"mf_{row.c[1:]}_{register(v.args[-1].dtype)}{'' if lanes else '_s'}({', '.join(args)})"
+        text = row.c.format(*args)
+        narrow = not lanes and v.dtype in (torch.int8, torch.uint8, torch.int16)
+        return f"({SCALAR[register(v.dtype)]}){text}" if narrow else text
+
+    def cast(self, p: Printer, v: Cast, lanes: bool) -> str:
+        source, target = dtypes.name(v.arg.dtype), dtypes.name(v.dtype)
+        arg = self.vector(p, v.arg) if lanes else p.name(v.arg)
+        return f"mf_cast_{source}_{target}{'' if lanes else '_s'}({arg})"
+
+    def random(self, p: Printer, v: Random, lanes: bool) -> str:
+        seed = p.name(v.seed)
+        if p.lanes(v.seed):
+            raise CodegenError("a seed that differs between lanes")
+        helper = f"mf_{v.kind}" + ("" if lanes else "_s")
+        index = self.lane_expr(p, v.index) if lanes else self.expr(v.index)
+        return f"{helper}({seed}, {v.offset}u, {index})"
+
+    # -- memory ----------------------------------------------------------------------------------
+    def load(self, p: Printer, v: Load, lanes: bool) -> str:
+        param = p.param(v.param)
+        t = dtypes.name(v.dtype)
+        base = f"{pointer(p, param)} + ({self.expr(affine_offset(param, v))})"
+        loaded = [(p.name(i), i, s) for i, s in zip(v.index, param.stride, strict=True) if isinstance(i, Value)]
+        for name, i, s in loaded:
+            if not p.lanes(i):
+                base += f" + {name} * ({self.expr(s)})"
+        lane = p.lane
+        offset = affine_offset(param, v)
+        step = offset.coefficient(lane) if lane is not None else ZERO
+        varying = [(name, s) for name, i, s in loaded if p.lanes(i)]
+        if not lanes:
+            text = f"mf_load_{t}_s({base})"
+            return text if v.mask is None else f"({p.name(v.mask)} ? {text} : {p.name(v.other)})"  # type: ignore[arg-type]
+        if v.mask is not None and p.lanes(v.mask):
+            assert v.other is not None
+            at = self.offsets(p, offset, varying, loaded)
+            if not varying and step is ONE:
+                contiguous = f"{pointer(p, param)} + ({self.expr(offset)})" + self.uniform(p, loaded)
+                whole = f"mf_loadn_{t}({contiguous}, {self.n(p)})" if self.ragged(p) else f"mf_load_{t}({contiguous})"
+                some = f"mf_gatherm_{t}({pointer(p, param)}, {at}, {p.name(v.mask)}, {self.vector(p, v.other)}, {self.n(p)})"
+                return f"mf_all({p.name(v.mask)}) ? {whole} : {some}"
+            return f"mf_gatherm_{t}({pointer(p, param)}, {at}, {p.name(v.mask)}, {self.vector(p, v.other)}, {self.n(p)})"
+        if varying or step is None:
+            text = f"mf_gather_{t}({pointer(p, param)}, {self.offsets(p, offset, varying, loaded)}, {self.n(p)})"
+        elif step is ZERO:
+            text = f"mf_splat_{register(v.dtype)}(mf_load_{t}_s({base}))"
+        elif step is ONE:
+            text = f"mf_loadn_{t}({base}, n)" if self.ragged(p) else f"mf_load_{t}({base})"
+        else:
+            text = f"mf_loads_{t}({base}, {self.expr(step)}, {self.n(p)})"
+        if v.mask is None:
+            return text
+        assert v.other is not None
+        return f"({p.name(v.mask)} ? {text} : {self.vector(p, v.other)})"
+
+    def uniform(self, p: Printer, loaded: list[tuple[str, Value, Expr]]) -> str:
+        return "".join(f" + {name} * ({self.expr(s)})" for name, i, s in loaded if not p.lanes(i))
+
+    def offsets(
+        self, p: Printer, offset: Expr, varying: list[tuple[str, Expr]], loaded: list[tuple[str, Value, Expr]]
+    ) -> str:
+        """Element offsets of a gather, a vector of int64."""
+        assert p.lane is not None
+        over_lane = p.lane in offset.atoms()
+        text = self.lane_expr(p, offset) if over_lane else f"mf_splat_i64({self.expr(offset)})"
+        text += "".join(f" + {name} * ({self.expr(s)})" for name, s in varying)
+        return text + self.uniform(p, loaded)
+
+    def store(self, p: Printer, root: Store) -> None:
+        param = p.param(root.param)
+        t = dtypes.name(param.dtype)
+        offset = param.offset(root.index)
+        at = f"{pointer(p, param)} + ({self.expr(offset)})"
+        if p.lane is None or p.lane not in root.space:
+            p.line(f"mf_store_{t}_s({at}, {p.name(root.value)});")
+            return
+        value = self.vector(p, root.value)
+        step = offset.coefficient(p.lane)
+        if step is ONE:
+            p.line(f"mf_storen_{t}({at}, {value}, n);" if self.ragged(p) else f"mf_store_{t}({at}, {value});")
+        elif step is None:
+            p.line(f"mf_scatter_{t}({pointer(p, param)}, {self.lane_expr(p, offset)}, {value}, {self.n(p)});")
+        else:
+            p.line(f"mf_stores_{t}({at}, {value}, {self.expr(step)}, {self.n(p)});")
+
+    def check(self, p: Printer, root: Check) -> None:
+        if root.message not in self.messages:
+            self.messages.append(root.message)
+        code = self.messages.index(root.message) + 1
+        name = p.name(root.condition)
+        if p.lanes(root.condition):
+            test = f"!mf_all({name} | ~mf_lanes(n))" if self.ragged(p) else f"!mf_all({name})"
+        else:
+            test = f"!{name}"
+        p.line(f"if ({test}) err[0] = {code};")
+
+    # -- reductions ------------------------------------------------------------------------------
+    def deeper(self, p: Printer, fold: Fold) -> tuple[int, ...]:
+        """Loops inside the fold's own, over which its result varies."""
+        return tuple(k for k in p.tree.loops_of(fold.value.axes) if k > fold.loop)
+
+    def size_below(self, p: Printer, loops: tuple[int, ...]) -> tuple[list[Axis], int]:
+        """Axes of a local buffer, and its elements, padded to whole vectors."""
+        axes = list(dict.fromkeys(p.loops[k].axis for k in loops))
+        total = 1
+        for a in axes:
+            size = tile_elements(p.loops, a)
+            if not size.is_const:
+                raise CodegenError(f"a row of {size} elements must be kept, and its length is not fixed")
+            total *= (size.value + LANES - 1) // LANES * LANES if a is p.lane else size.value
+        if total * 8 > MAX_LOCAL:
+            raise CodegenError(f"a row of {total} elements is too long to be kept")
+        return axes, total
+
+    def place(self, p: Printer, axes: list[Axis]) -> str:
+        """The position in a local buffer of the current point."""
+        text = "0"
+        for a in axes:
+            size = tile_elements(p.loops, a).value
+            padded = (size + LANES - 1) // LANES * LANES if a is p.lane else size
+            start = p.start(a)
+            here = self.axis(a) if start is None else f"({self.axis(a)} - {self.var(p, start)})"
+            text = here if text == "0" else f"({text}) * {padded} + {here}"
+        return text
+
+    def fold_begin(self, p: Printer, fold: Fold) -> None:
+        r = fold.value
+        types = tuple(a.dtype for a in r.args)
+        start = identities(r)
+        name = p.fresh("a")
+        names = tuple(f"{name}_{i}" for i in range(len(types)))
+        deeper = self.deeper(p, fold)
+        lane = p.loops[fold.loop].kind == "lane"
+        if lane:
+            for n, t, s in zip(names, types, start, strict=True):
+                p.line(f"v_{register(t)} {n} = mf_splat_{register(t)}({s});")
+            self.vectors[fold] = names
+            return
+        rows = r.lanes if fold.level == 0 else 1
+        if not deeper and rows == 1:
+            for n, t, s in zip(names, types, start, strict=True):
+                p.line(f"{SCALAR[register(t)]} {n} = {s};")
+            self.vectors[fold] = names
+            return
+        _, size = self.size_below(p, deeper)
+        padded = max(size, LANES) if deeper else 1
+        for n, t, s in zip(names, types, start, strict=True):
+            total = padded * rows
+            p.line(f"{SCALAR[register(t)]} {n}[{total}] __attribute__((aligned(64)));")
+            p.line(f"for (int64_t k = 0; k < {total}; ++k) {n}[k] = {s};")
+        self.locals[fold] = Local(names, padded, rows, types)
+
+    def fold_step(self, p: Printer, fold: Fold) -> None:
+        r = fold.value
+        types = [register(a.dtype) for a in r.args]
+        if fold.level > 0:
+            self.join_level(p, fold)
+            return
+        if fold in self.vectors and p.loops[fold.loop].kind == "lane":
+            names = self.vectors[fold]
+            args = [self.vector(p, a) for a in r.args]
+            if self.ragged(p):
+                args = [
+                    f"mf_where_{t}(mf_lanes(n), {a}, mf_splat_{t}({s}))"
+                    for a, t, s in zip(args, types, identities(r), strict=True)
+                ]
+            p.line(combine(r, names, args, ""))
+            return
+        if fold in self.vectors:
+            p.line(combine(r, self.vectors[fold], [p.name(a) for a in r.args], "_s"))
+            return
+        local = self.locals[fold]
+        axes, _ = self.size_below(p, self.deeper(p, fold))
+        at = self.place(p, axes)
+        if local.rows > 1:
+            k = self.axis(r.over)
+            at = f"({k} % {local.rows}) * {local.size} + {at}"
+        lanes = p.lane in axes
+        self.update(p, r, local, at, [self.vector(p, a) if lanes else p.name(a) for a in r.args], lanes)
+
+    def update(self, p: Printer, r: Reduce, local: Local, at: str, args: list[str], lanes: bool) -> None:
+        """Fold values into a place of a local buffer, which holds register types."""
+        place = p.fresh("k")
+        p.line(f"const int64_t {place} = {at};")
+        names = [f"(*(u_{register(t)}*)({n} + {place}))" if lanes else f"{n}[{place}]"
+                 for n, t in zip(local.names, local.dtypes, strict=True)]  # fmt: skip
+        p.line(combine(r, names, args, "" if lanes else "_s"))
+
+    def join_level(self, p: Printer, fold: Fold) -> None:
+        """Fold the finished chunk below into this level."""
+        r = fold.value
+        below = p.tree.folds[r][fold.level - 1]
+        if fold in self.vectors:
+            args = self.scalars[below]
+            p.line(combine(r, self.vectors[fold], list(args), "_s"))
+            return
+        mine, theirs = self.locals[fold], self.locals[below]
+        p.line(f"for (int64_t k = 0; k < {mine.size}; ++k) {{")
+        p.line("  " + combine(r, [f"{n}[k]" for n in mine.names], [f"{n}[k]" for n in theirs.names], "_s"))
+        p.line("}")
+
+    @property
+    def scalars(self) -> dict[Fold, tuple[str, ...]]:
+        if not hasattr(self, "_scalars"):
+            self._scalars: dict[Fold, tuple[str, ...]] = {}
+        return self._scalars
+
+    def fold_end(self, p: Printer, fold: Fold) -> tuple[str, ...]:
+        r = fold.value
+        if fold in self.vectors and p.loops[fold.loop].kind == "lane":
+            names = self.horizontal(p, r, self.vectors[fold])
+        elif fold in self.vectors:
+            names = self.vectors[fold]
+        else:
+            local = self.locals[fold]
+            if local.rows > 1:
+                self.join_rows(p, r, local)
+            if self.deeper(p, fold):
+                return ()
+            names = tuple(f"{n}[0]" for n in local.names)
+        self.scalars[fold] = names
+        return names
+
+    def horizontal(self, p: Printer, r: Reduce, vectors: tuple[str, ...]) -> tuple[str, ...]:
+        name = p.fresh("r")
+        t = register(r.args[0].dtype)
+        if len(r.args) == 1:
+            p.line(f"const {SCALAR[t]} {name} = mf_hreduce_{ops.REDUCTIONS[r.kind].combine}_{t}({vectors[0]});")
+            return (name,)
+        p.line(f"{SCALAR[t]} {name}_0; int64_t {name}_1;")
+        p.line(f"mf_h{r.kind}_{t}({vectors[0]}, {vectors[1]}, &{name}_0, &{name}_1);")
+        return (f"{name}_0", f"{name}_1")
+
+    def join_rows(self, p: Printer, r: Reduce, local: Local) -> None:
+        """Join the lanes of a tree by halves, into the first row."""
+        half = local.rows // 2
+        while half:
+            p.line(f"for (int64_t k = 0; k < {half * local.size}; ++k) {{")
+            theirs = [f"{n}[k + {half * local.size}]" for n in local.names]
+            p.line("  " + combine(r, [f"{n}[k]" for n in local.names], theirs, "_s"))
+            p.line("}")
+            half //= 2
+
+    def fold_read(self, p: Printer, r: Reduce) -> tuple[str, ...] | None:
+        fold = p.tree.folds[r][-1]
+        if fold not in self.locals:
+            return None
+        local = self.locals[fold]
+        axes, _ = self.size_below(p, self.deeper(p, fold))
+        at = self.place(p, axes)
+        lanes = p.lanes(r)
+        scope = p.scope_of(p.tree.loops_of(r.axes))
+        out = []
+        for n, t in zip(local.names, local.dtypes, strict=True):
+            name = p.fresh()
+            text = f"*(const u_{register(t)}*)({n} + {at})" if lanes else f"{n}[{at}]"
+            self.declare(p, scope, name, t, text, lanes)
+            out.append(name)
+        return tuple(out)
+
+    # -- row buffers -----------------------------------------------------------------------------
+    def hold_begin(self, p: Printer, v: Value) -> None:
+        below = tuple(k for k in p.tree.loops_of(v.axes) if p.loops[k].kind != "grid")
+        _, size = self.size_below(p, below)
+        name = p.fresh("h")
+        p.line(f"{SCALAR[register(v.dtype)]} {name}[{max(size, LANES)}] __attribute__((aligned(64)));")
+        self.locals[v] = Local((name,), size, 1, (v.dtype,))
+
+    def held_place(self, p: Printer, v: Value) -> str:
+        below = tuple(k for k in p.tree.loops_of(v.axes) if p.loops[k].kind != "grid")
+        axes, _ = self.size_below(p, below)
+        return f"(*(u_{register(v.dtype)}*)({self.locals[v].names[0]} + {self.place(p, axes)}))"
+
+    def hold(self, p: Printer, v: Value) -> None:
+        name = p.name(v)
+        p.line(f"{self.held_place(p, v)} = {name};")
+        p.filled = p.filled | {v}
+
+    def held(self, p: Printer, v: Value) -> str:
+        return self.held_place(p, v)
+
+    # -- the function ----------------------------------------------------------------------------
+    def finish(self, p: Printer, name: str) -> str:
+        top = p.scopes[0].lines
+        first = next((i for i, text in enumerate(top) if not text.startswith(("const", "float* const"))), len(top))
+        return self.wrap(p, name, top, first)
+
+    def wrap(self, p: Printer, name: str, lines: list[str], first: int) -> str:
+        """The function: parameters, then the grid's points."""
+        grid = any(loop.kind == "grid" for loop in p.loops)
+        head = f"static void {name}(int64_t lo, int64_t hi, void* const* P, const int64_t* S, int64_t* err)"
+        counted = len(p.kernel.params) + len(p.symbols)
+        opening = "for (int64_t g = lo; g < hi; ++g) {" if grid else "if (lo < hi) {"
+        body = [f"  {text}" for text in lines[:counted]]
+        body += [f"  {opening}", *(f"    {text}" for text in lines[counted:]), "  }"]
+        return "\n".join([head, "{", *body, "}"])
+
+
+def register(dtype: torch.dtype) -> str:
+    """The name of the dtype that a value of `dtype` is held in."""
+    return dtypes.name(REGISTER.get(dtype, dtype))
+
+
+def pointer(p: Printer, param: Param) -> str:
+    return f"p{p.kernel.params.index(param)}"
+
+
+def literal(value: object, dtype: torch.dtype) -> str:
+    """A constant in C, exact."""
+    if isinstance(value, bool):
+        return "-1" if value else "0"
+    if isinstance(value, int):
+        if dtype is torch.int64:
+            return "INT64_MIN" if value == -(1 << 63) else f"INT64_C({value})"
+        return f"({SCALAR[register(dtype)]})({value})"
+    assert isinstance(value, float)
+    suffix = "" if dtype is torch.float64 else "f"
+    if math.isnan(value):
+        return f'__builtin_nan{suffix}("")'
+    if math.isinf(value):
+        return f"{'-' if value < 0 else ''}__builtin_inf{suffix}()"
+    if dtype is not torch.float64:
+        value = torch.tensor(value, dtype=dtype).item()
+        if math.isinf(value):
+            return f"{'-' if value < 0 else ''}__builtin_inff()"
+    text = value.hex() + suffix
+    return f"({text})" if text.startswith("-") else text
+
+
+def identities(r: Reduce) -> tuple[str, ...]:
+    """What an empty fold holds: the identity, and for an argument reduction an index that never wins."""
+    first = literal(ops.REDUCTIONS[r.kind].identity(r.args[0].dtype), r.args[0].dtype)
+    return (first,) if len(r.args) == 1 else (first, LAST_INDEX)
+
+
+def combine(r: Reduce, into: tuple[str, ...] | list[str], args: list[str], suffix: str) -> str:
+    """A statement that folds `args` into `into`."""
+    t = register(r.args[0].dtype)
+    if len(r.args) > 1:
+        return f"mf_{r.kind}_{t}{suffix}(&{into[0]}, &{into[1]}, {args[0]}, {args[1]});"
+    row = ops.row(ops.REDUCTIONS[r.kind].combine)
+    if row.c.startswith("@"):
+        return f"{into[0]} = mf_{row.c[1:]}_{t}{suffix}({into[0]}, {args[0]});"
+    return f"{into[0]} = {row.c.format(into[0], args[0])};"
+
+
+def kernel_source(kernel: Kernel, schedule: Schedule, name: str) -> tuple[str, tuple[str, ...]]:
+    """A kernel as a C function, and the messages of its checks by code. Raises CodegenError."""
+    dialect = CDialect()
+    text = Printer(kernel, schedule, dialect).write(name)
+    return text, tuple(dialect.messages)

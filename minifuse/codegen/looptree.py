@@ -1,0 +1,278 @@
+"""The loop tree: a kernel and its schedule as nested loops with what runs in each.
+
+Roots are stores, checks, reductions and values held in a row buffer. A root runs over the loops of
+its axes, in the schedule's order. Roots that need the same loop share it unless one needs another's
+finished reduction; then it gets a loop of its own behind. Everything else is computed where it is
+first needed, at the outermost loop that it varies over.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass, field, replace
+
+from minifuse.ir.index import Axis
+from minifuse.ir.kernel import Check, Kernel, Load, Loop, Reduce, Root, Schedule, Store, Value, topological
+from minifuse.passes.schedule import HOLD_BYTES, HOLD_COST, tile_elements, value_costs
+
+
+@dataclass(frozen=True)
+class Fold:
+    """One level of a reduction: at the innermost level values fold into it, above it partial results."""
+
+    value: Reduce
+    loop: int
+    level: int
+
+
+@dataclass(frozen=True)
+class Hold:
+    """Keep a value in a row buffer for later loops over the same row."""
+
+    value: Value
+
+
+Item = Store | Check | Fold | Hold
+
+
+@dataclass
+class Node:
+    """A loop (None at the top) and what runs in it, in order."""
+
+    loop: int | None
+    items: list[Item | Node] = field(default_factory=list)
+
+
+@dataclass(frozen=True)
+class LoopTree:
+    """`path[item]` is the loops an item runs in; `outer_folds[r]` the fold that finishes a reduction."""
+
+    kernel: Kernel
+    schedule: Schedule
+    root: Node
+    paths: dict[Item, tuple[int, ...]]
+    folds: dict[Reduce, tuple[Fold, ...]]
+
+    @property
+    def loops(self) -> tuple[Loop, ...]:
+        return self.schedule.loops
+
+    def loops_of(self, axes: Iterable[Axis]) -> tuple[int, ...]:
+        """The loops, outermost first, that a value over these axes varies with."""
+        wanted = set(axes)
+        return tuple(k for k, loop in enumerate(self.loops) if loop.axis in wanted)
+
+
+def build(kernel: Kernel, schedule: Schedule) -> LoopTree:
+    """Nest the roots; deterministic. Raises ValueError when a root cannot run under the grid."""
+    loops = schedule.loops
+
+    def loops_of(axes: Iterable[Axis]) -> tuple[int, ...]:
+        wanted = set(axes)
+        return tuple(k for k, loop in enumerate(loops) if loop.axis in wanted)
+
+    order: list[Item] = []
+    paths: dict[Item, tuple[int, ...]] = {}
+    folds: dict[Reduce, tuple[Fold, ...]] = {}
+    maker: dict[Value, Item] = {}
+    held = set(schedule.held)
+    for v in kernel.values():
+        if isinstance(v, Reduce):
+            levels = [k for k, loop in enumerate(loops) if loop.axis is v.over and loop.kind != "grid"]
+            made = []
+            path = loops_of(v.axes | {v.over})
+            for depth, k in enumerate(reversed(levels)):
+                fold = Fold(v, k, depth)
+                paths[fold] = tuple(p for p in path if loops[p].axis is not v.over or p <= k)
+                order.append(fold)
+                made.append(fold)
+            folds[v] = tuple(made)
+            maker[v] = made[-1]
+        if v in held:
+            hold = Hold(v)
+            order.append(hold)
+            paths[hold] = loops_of(v.axes)
+            maker[v] = hold
+    for root in kernel.body:
+        order.append(root)
+        paths[root] = loops_of(root.space)
+    needs = {item: _needs(item, maker, folds) for item in order}
+    written = {s.param for s in kernel.stores}
+    overwritten = {p for p in kernel.reads if p in written}
+    if overwritten:
+        _stores_last(order, needs, overwritten)
+    grid = tuple(k for k, loop in enumerate(loops) if loop.kind == "grid")
+    for item in order:
+        if any(k not in paths[item] for k in grid):
+            raise ValueError(f"{item} does not run over the grid {[str(loops[k]) for k in grid]}")
+    root = Node(None)
+    _nest(root, _sorted(order, needs), 0, paths, needs)
+    return LoopTree(kernel, schedule, root, paths, folds)
+
+
+def _item_values(item: Item) -> tuple[Value, ...]:
+    if isinstance(item, Fold):
+        return item.value.args if item.level == 0 else ()
+    return (item.value,)
+
+
+def _needs(item: Item, maker: dict[Value, Item], folds: dict[Reduce, tuple[Fold, ...]]) -> set[Item]:
+    """Items whose result an item uses directly."""
+    if isinstance(item, Fold) and item.level > 0:
+        return {folds[item.value][item.level - 1]}
+    found: set[Item] = set()
+    stack = list(_item_values(item))
+    if isinstance(item, Hold):
+        stack = list(item.value.args)
+    seen: set[Value] = set()
+    while stack:
+        v = stack.pop()
+        if v in seen:
+            continue
+        seen.add(v)
+        if v in maker:
+            found.add(maker[v])
+        else:
+            stack.extend(v.args)
+    return found
+
+
+def _stores_last(order: list[Item], needs: dict[Item, set[Item]], overwritten: set[str]) -> None:
+    """A store over something that the kernel reads waits for every item that reads it."""
+    for item in order:
+        if isinstance(item, Store) and item.param in overwritten:
+            for other in order:
+                if other is item or (isinstance(other, Store) and other.param in overwritten):
+                    continue
+                values = topological(_item_values(other))
+                if any(isinstance(v, Load) and v.param == item.param for v in values):
+                    needs[item].add(other)
+
+
+def _sorted(order: list[Item], needs: dict[Item, set[Item]]) -> list[Item]:
+    """Items after what they need, otherwise in the order given."""
+    out: dict[Item, None] = {}
+    for first in order:
+        stack = [first]
+        while stack:
+            item = stack[-1]
+            waiting = [n for n in order if n in needs[item] and n not in out] if needs[item] else []
+            if waiting:
+                stack.extend(reversed(waiting))
+                continue
+            out.setdefault(stack.pop())
+    return list(out)
+
+
+def _nest(
+    node: Node, items: list[Item], depth: int, paths: dict[Item, tuple[int, ...]], needs: dict[Item, set[Item]]
+) -> None:
+    """Place items under a node whose enclosing loops are the first `depth` of each item's path."""
+    segments: list[tuple[int | None, list[Item]]] = []
+    place: dict[Item, int] = {}
+    for item in items:
+        path = paths[item]
+        if len(path) == depth:
+            segments.append((None, [item]))
+            place[item] = len(segments) - 1
+            continue
+        loop = path[depth]
+        after = -1
+        for need in needs[item]:
+            if need not in place:
+                continue
+            at = place[need]
+            finished_by_loop = isinstance(need, Fold) and need.loop == loop
+            inside = segments[at][0] == loop and not finished_by_loop and not isinstance(need, Store)
+            after = max(after, at if inside else at + 1)
+        found = next(
+            (k for k in range(max(after, 0), len(segments)) if segments[k][0] == loop),
+            None,
+        )
+        if found is None:
+            segments.append((loop, [item]))
+            found = len(segments) - 1
+        else:
+            segments[found][1].append(item)
+        place[item] = found
+    for loop_or_none, members in segments:
+        if loop_or_none is None:
+            node.items.extend(members)
+            continue
+        child = Node(loop_or_none)
+        node.items.append(child)
+        _nest(child, members, depth + 1, paths, needs)
+
+
+# -- row buffers ------------------------------------------------------------------------------------
+def with_held(kernel: Kernel, schedule: Schedule) -> LoopTree:
+    """The tree, with values that several loops over one row need, and that are dear, kept in a buffer."""
+    tree = build(kernel, schedule)
+    held = _worth_holding(tree)
+    if not held:
+        return tree
+    return build(kernel, replace(schedule, held=held))
+
+
+def _leaves(node: Node, out: list[list[Item]]) -> None:
+    own = [i for i in node.items if not isinstance(i, Node)]
+    if own:
+        out.append(own)
+    for i in node.items:
+        if isinstance(i, Node):
+            _leaves(i, out)
+
+
+def _worth_holding(tree: LoopTree) -> tuple[Value, ...]:
+    leaves: list[list[Item]] = []
+    _leaves(tree.root, leaves)
+    if len(leaves) < 2:
+        return ()
+    used: dict[Value, set[int]] = {}
+    lane = tree.schedule.lane
+    for k, items in enumerate(leaves):
+        stack = [v for item in items for v in _item_values(item)]
+        seen: set[Value] = set()
+        while stack:
+            v = stack.pop()
+            if v in seen or isinstance(v, Reduce):
+                continue
+            seen.add(v)
+            used.setdefault(v, set()).add(k)
+            stack.extend(v.args)
+    costs = value_costs(tree.kernel.values())
+    written = {s.param for s in tree.kernel.stores}
+    room = HOLD_BYTES
+    found: list[Value] = []
+    covered: set[Value] = set()
+    for v in reversed(tree.kernel.values()):
+        again = len(used.get(v, ())) > 1
+        overwritten = isinstance(v, Load) and v.param in written
+        if not again or v in covered or lane not in v.axes or isinstance(v, Reduce):
+            continue
+        if costs[v] < HOLD_COST and not overwritten:
+            continue
+        below = [a for a in v.axes if not _only_grid(tree, a)]
+        sizes = [tile_elements(tree.loops, a) for a in below]
+        if not all(s.is_const for s in sizes):
+            if overwritten:
+                raise ValueError("an overwritten row of unknown length is needed in two loops")
+            continue
+        count = 1
+        for s in sizes:
+            count *= s.value + 15
+        nbytes = count * 8
+        if nbytes > room and not overwritten:
+            continue
+        room -= nbytes
+        found.append(v)
+        covered.update(topological([v]))
+    return tuple(found)
+
+
+def _only_grid(tree: LoopTree, axis: Axis) -> bool:
+    return all(loop.kind == "grid" for loop in tree.loops if loop.axis is axis)
+
+
+def root_values(roots: Iterable[Root]) -> list[Value]:
+    return [r.value for r in roots]

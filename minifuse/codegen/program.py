@@ -1,0 +1,320 @@
+"""The host side of a program: readable Python that runs a plan's steps, written to be read in a dump.
+
+The text defines `call(args)`. It takes its arguments boxed and clears the list, so that saved
+activations die as soon as their last reader has run. What the text mentions is in the namespace
+that `runtime.program` gives it: `run0`… (C functions), `ext0`… (ATen operators), `const0`…
+(objects that have no literal), `enter`, `view`, `new`, `adopt`, `fail`, `threads`, `interpret`.
+"""
+
+from __future__ import annotations
+
+import math
+import re
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+
+from minifuse.ir.index import Axis, Expr, Sym
+from minifuse.ir.kernel import Buffer, Extern, Free, Launch, Opaque, Plan, TensorRef
+from minifuse.passes.memory import out_overload, unknown_at_start
+
+
+@dataclass
+class HostProgram:
+    """The text, the objects that it names, and the views of arena buffers that it takes from a frame."""
+
+    source: str
+    objects: dict[str, Any]
+    views: tuple[TensorRef, ...]
+    key_symbols: tuple[str, ...]
+
+
+@dataclass
+class _Writer:
+    plan: Plan
+    binding: tuple[tuple[str, ...], ...]
+    unit_symbols: tuple[str, ...]
+    run_of: dict[int, int]
+    lines: list[str] = field(default_factory=list)
+    objects: dict[str, Any] = field(default_factory=dict)
+    views: dict[TensorRef, int] = field(default_factory=dict)
+
+    # -- expressions -----------------------------------------------------------------------------
+    def size(self, e: Expr) -> str:
+        def leaf(a: Sym | Axis) -> str:
+            return f"sym_{a.name}"
+
+        return e.render(leaf)
+
+    def tuple(self, sizes: tuple[Expr, ...]) -> str:
+        return "(" + "".join(self.size(s) + ", " for s in sizes).rstrip(" ") + ")"
+
+    def var(self, buffer: str) -> str:
+        return "b_" + re.sub(r"\W", "_", buffer)
+
+    def dtype(self, dtype: torch.dtype) -> str:
+        return str(dtype)
+
+    def ref(self, r: TensorRef) -> str:
+        buffer = self.plan.buffers[r.buffer]
+        if buffer.storage == "arena":
+            at = self.views.setdefault(r, len(self.views))
+            return f"V[{at}]"
+        name = self.var(r.buffer)
+        if r.shape == buffer.shape and r.stride == buffer.stride and r.offset.is_const and r.offset.value == 0:
+            return name
+        return f"view({name}, {self.tuple(r.shape)}, {self.tuple(r.stride)}, {self.size(r.offset)})"
+
+    def constant(self, value: Any, prefix: str = "const") -> str:
+        for name, known in self.objects.items():
+            if known is value and name.startswith(prefix):
+                return name
+        name = f"{prefix}{sum(n.startswith(prefix) for n in self.objects)}"
+        self.objects[name] = value
+        return name
+
+    def tree(self, x: Any) -> str:
+        if isinstance(x, TensorRef):
+            return self.ref(x)
+        if isinstance(x, Expr):
+            return self.size(x)
+        if isinstance(x, Opaque):
+            name = self.var(x.name)
+            return name if x.item is None else f"{name}[{x.item}]"
+        if x is None or isinstance(x, (bool, int)):
+            return repr(x)
+        if isinstance(x, float) and math.isfinite(x):
+            return repr(x)
+        if isinstance(x, torch.dtype):
+            return self.dtype(x)
+        if isinstance(x, list):
+            return "[" + ", ".join(self.tree(i) for i in x) + "]"
+        if type(x) is tuple:
+            return "(" + "".join(self.tree(i) + ", " for i in x) + ")"
+        if isinstance(x, dict):
+            return "{" + ", ".join(f"{self.constant(k)}: {self.tree(v)}" for k, v in x.items()) + "}"
+        if isinstance(x, slice):
+            return f"slice({self.tree(x.start)}, {self.tree(x.stop)}, {self.tree(x.step)})"
+        return self.constant(x)
+
+    # -- the text --------------------------------------------------------------------------------
+    def write(self) -> HostProgram:
+        plan = self.plan
+        late = unknown_at_start(plan)
+        names = [self.var(n) for n in plan.inputs]
+        used = self.used_symbols()
+        out = self.lines
+        if names:
+            out.append(f"({', '.join(names)},) = args")
+        out.append("args.clear()")
+        for name, symbol in plan.symbols.items():
+            if name in used and name not in late:
+                out.append(f"sym_{name} = {self.source(symbol.source, name)}")
+        key = tuple(sorted(n for n in used if n not in late))
+        out.append(f"frame = enter(({''.join(f'sym_{n}, ' for n in key)}))")
+        out.append("try:")
+        mark = len(out)
+        self.steps(late)
+        body = [f"    {line}" for line in out[mark:]]
+        del out[mark:]
+        if any("V[" in line for line in body):
+            body.insert(0, "    V = frame.views")
+        result = ", ".join(self.output(o) for o in plan.outputs)
+        body.append(f"    return ({result}{',' if len(plan.outputs) == 1 else ''})")
+        out += [*body, "finally:", "    leave(frame)"]
+        text = "def call(args):\n" + "\n".join(f"    {line}" for line in out) + "\n"
+        return HostProgram(text, self.objects, tuple(self.views), key)
+
+    def source(self, source: str, name: str) -> str:
+        if source in self.plan.inputs:
+            return self.var(source)
+        found = re.fullmatch(r"(\w+)\.(size|stride)\((\d+)\)", source)
+        if found:
+            return f"{self.var(found[1])}.{found[2]}({found[3]})"
+        if not source:
+            raise ValueError(f"nothing in the inputs of {self.plan.name} gives the size {name}")
+        return re.sub(r"\b([A-Za-z_]\w*)\b", lambda m: f"sym_{m[1]}" if m[1] in self.plan.symbols else m[1], source)
+
+    def used_symbols(self) -> set[str]:
+        exprs: list[Expr] = []
+        for b in self.plan.buffers.values():
+            exprs += [*b.shape, *b.stride]
+        for step in self.plan.steps:
+            if isinstance(step, Launch):
+                exprs += [s.expr for s in step.kernel.symbols()]
+            elif isinstance(step, Extern):
+                exprs += list(_exprs((step.args, tuple(v for _, v in step.kwargs))))
+        exprs += list(_exprs(self.plan.outputs))
+        found = {s.name for e in exprs for s in e.symbols()} | set(self.unit_symbols)
+        grew = True
+        while grew:
+            more = {
+                n
+                for name in found
+                for n in re.findall(r"\w+", self.plan.symbols[name].source if name in self.plan.symbols else "")
+                if n in self.plan.symbols
+            }
+            grew = not more <= found
+            found |= more
+        return found
+
+    def steps(self, late: set[str]) -> None:
+        plan, out = self.plan, self.lines
+        done_runs: set[int] = set()
+        externs = 0
+        made = {n for n in plan.inputs} | {n for n, b in plan.buffers.items() if b.storage == "constant"}
+        filled: set[tuple[int, int]] = set()
+        for i, step in enumerate(plan.steps):
+            if isinstance(step, Free):
+                dead = [self.var(n) for n in step.buffers if plan.buffers[n].storage != "arena" and n in made]
+                if dead:
+                    self.flush_del(dead, i)
+                continue
+            if isinstance(step, Extern):
+                self.extern(step, externs, made)
+                externs += 1
+                continue
+            for name in step.writes:
+                if plan.buffers[name].storage == "output" and name not in made:
+                    out.append(self.allocate(plan.buffers[name]))
+                    made.add(name)
+            run = self.run_of.get(i)
+            if run is None:
+                at = ", ".join(self.whole(b) for b in step.binding)
+                sizes = ", ".join(f"{s.name!r}: sym_{s.name}" for s in sorted(step.kernel.symbols(), key=lambda s: s.name))
+                kernel = self.constant(step.kernel)
+                out.append(f"interpret({kernel}, [{at}], {{{sizes}}})  # {step.name}")
+                continue
+            if run in done_runs:
+                continue
+            done_runs.add(run)
+            # everything that the run writes for the caller is made before it starts
+            for j, other in self.members(run):
+                assert isinstance(other, Launch)
+                for name in other.writes:
+                    if plan.buffers[name].storage == "output" and name not in made:
+                        out.append(self.allocate(plan.buffers[name]))
+                        made.add(name)
+            out.append(f"P = frame.pointers[{run}]")
+            for k, name in enumerate(self.binding[run]):
+                if plan.buffers[name].storage not in ("arena", "constant") and (run, k) not in filled:
+                    out.append(f"P[{k}] = {self.var(name)}.data_ptr()")
+            launches = ", ".join(plan.steps[j].name for j, _ in self.members(run))  # type: ignore[union-attr]
+            for k, symbol in enumerate(self.unit_symbols):
+                if symbol in late:
+                    out.append(f"frame.sizes[{k}] = sym_{symbol}")
+            out.append(f"error = run{run}(P, frame.sizes, threads())  # {launches}")
+            out.append(f"if error: fail({run}, error)")
+
+    def members(self, run: int) -> list[tuple[int, Any]]:
+        return [(j, self.plan.steps[j]) for j, r in self.run_of.items() if r == run]
+
+    def flush_del(self, dead: list[str], at: int) -> None:
+        """Names die behind the run that holds their last reader: a run reads addresses, not names."""
+        self.lines.append(f"del {', '.join(dead)}")
+
+    def whole(self, name: str) -> str:
+        b = self.plan.buffers[name]
+        return self.ref(TensorRef(name, b.shape, b.stride, _zero()))
+
+    def allocate(self, b: Buffer) -> str:
+        where = "" if b.device.type == "cpu" else f", {self.constant(b.device)}"
+        return f"{self.var(b.name)} = new({self.tuple(b.shape)}, {self.tuple(b.stride)}, {self.dtype(b.dtype)}{where})"
+
+    def extern(self, step: Extern, k: int, made: set[str]) -> None:
+        plan, out = self.plan, self.lines
+        target = step.target
+        args = [self.tree(a) for a in step.args] + [f"{n}={self.tree(v)}" for n, v in step.kwargs]
+        comment = f"  # {step.origin}: {step.reason}"
+        if step.out:
+            (name,) = step.writes
+            target = out_overload(target)
+            if plan.buffers[name].storage == "output" and name not in made:
+                out.append(self.allocate(plan.buffers[name]))
+                made.add(name)
+            out.append(f"{self.constant(target, 'ext')}({', '.join([*args, f'out={self.whole(name)}'])}){comment}")
+            return
+        call = f"{self.constant(target, 'ext')}({', '.join(args)})"
+        if not step.writes and not step.sizes:
+            out.append(f"{self.var(step.origin)} = {call}{comment}")
+            return
+        copies = returns_alias(step.target)
+        if step.single:
+            if step.sizes:
+                out.append(f"sym_{step.sizes[0][1]} = {call}{comment}")
+                return
+            (name,) = step.writes
+            out.append(f"{self.var(name)} = {self.adopt(call, plan.buffers[name], copies, step)}{comment}")
+            made.add(name)
+        else:
+            out.append(f"{self.var(step.origin)} = {call}{comment}")
+            for i, result in enumerate(step.results):
+                if result is not None and result in plan.buffers:
+                    item = self.adopt(f"{self.var(step.origin)}[{i}]", plan.buffers[result], copies, step)
+                    out.append(f"{self.var(result)} = {item}")
+                    made.add(result)
+            for i, symbol in step.sizes:
+                out.append(f"sym_{symbol} = {self.var(step.origin)}[{i}]")
+            if not any(isinstance(x, Opaque) and x.name == step.origin for x in _opaques(plan)):
+                out.append(f"del {self.var(step.origin)}")
+        for i, d, symbol in step.dims:
+            out.append(f"sym_{symbol} = {self.var(step.results[i] or '')}.size({d})")
+
+    def adopt(self, call: str, b: Buffer, copies: bool, step: Extern) -> str:
+        how = ", True" if copies else ""
+        late = {name for _, _, name in step.dims}
+        if any(s.name in late for s in b.extent.symbols()):
+            return call
+        return f"adopt({call}, {self.tuple(b.shape)}, {self.tuple(b.stride)}{how})"
+
+    def output(self, o: Any) -> str:
+        return self.ref(o) if isinstance(o, TensorRef) else self.tree(o)
+
+
+def _zero() -> Expr:
+    return Expr.of({})
+
+
+def _exprs(tree: Any) -> list[Expr]:
+    if isinstance(tree, Expr):
+        return [tree]
+    if isinstance(tree, TensorRef):
+        return [*tree.shape, *tree.stride, tree.offset]
+    if isinstance(tree, (tuple, list)):
+        return [e for item in tree for e in _exprs(item)]
+    if isinstance(tree, dict):
+        return [e for item in tree.values() for e in _exprs(item)]
+    if isinstance(tree, slice):
+        return _exprs((tree.start, tree.stop, tree.step))
+    return []
+
+
+def _opaques(plan: Plan) -> list[Any]:
+    found: list[Any] = [o for o in plan.outputs if isinstance(o, Opaque)]
+    for step in plan.externs:
+        stack: list[Any] = [step.args, [v for _, v in step.kwargs]]
+        while stack:
+            x = stack.pop()
+            if isinstance(x, Opaque):
+                found.append(x)
+            elif isinstance(x, (tuple, list)):
+                stack += x
+            elif isinstance(x, dict):
+                stack += x.values()
+    return found
+
+
+def returns_alias(target: Any) -> bool:
+    """Whether an operator's result may share memory with an argument, by its schema."""
+    if not isinstance(target, torch._ops.OpOverload):
+        return False
+    return any(r.alias_info is not None for r in target._schema.returns)
+
+
+def write_program(
+    plan: Plan, binding: tuple[tuple[str, ...], ...], unit_symbols: tuple[str, ...], run_of: dict[int, int]
+) -> HostProgram:
+    """The host program of a placed plan. `run_of` maps a launch's step to the C run that holds it;
+    launches without one are interpreted."""
+    return _Writer(plan, binding, unit_symbols, run_of).write()

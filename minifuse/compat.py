@@ -1,0 +1,227 @@
+"""The only file that touches private names of torch and triton, each with the versions it was seen in.
+
+torch 2.11 to 2.13 and triton 3.6 to 3.9 are supported.
+"""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable, Mapping, MutableMapping, Sequence
+from typing import Any
+
+import sympy
+import torch
+from torch import fx
+from torch._decomp import core_aten_decompositions, decomposition_table  # 2.11-2.13
+from torch._dynamo.backends.common import aot_autograd as _aot_autograd  # 2.11-2.13
+from torch._functorch import partitioners  # 2.11-2.13
+from torch._guards import TracingContext  # 2.11-2.13
+from torch._subclasses import FakeTensor  # 2.11-2.13
+from torch.fx.experimental.proxy_tensor import is_sym_node  # 2.11-2.13
+from torch.fx.experimental.symbolic_shapes import free_unbacked_symbols  # 2.11-2.13
+from torch.utils import _pytree as pytree  # 2.11-2.13
+from torch.utils._sympy.functions import FloorDiv as SympyFloorDiv  # 2.11-2.13
+from torch.utils._sympy.functions import Mod as SympyMod
+from torch.utils._sympy.functions import PythonMod as SympyPythonMod
+from torch.utils._sympy.printers import PythonPrinter  # 2.11-2.13
+
+from minifuse.ir.index import Expr, Sym, as_expr
+from minifuse.ir.kernel import Symbol
+
+try:  # 2.13
+    from torch._functorch._aot_autograd.graph_compile import is_opaque_node as _is_opaque_node
+except ImportError:  # 2.11
+    _is_opaque_node = None  # type: ignore[assignment]
+
+
+# -- sizes ------------------------------------------------------------------------------------------
+def expr_of_symint(s: Any, symbols: MutableMapping[str, Symbol], bind: str | None = None) -> Expr:
+    """A torch.SymInt as our expression; symbols met on the way are entered with hint and range.
+
+    `bind` names the input that carries this size, when the size is a symbol of its own.
+    Parts that are neither sums, products, floor divisions nor remainders become symbols whose
+    `source` is a Python expression of the others.
+    """
+    if isinstance(s, int):
+        return as_expr(s)
+    node = s.node
+    expr = _convert(node.expr, node.shape_env, symbols)
+    atom = expr.atom
+    if bind is not None and isinstance(atom, Sym) and not symbols[atom.name].source:
+        known = symbols[atom.name]
+        symbols[atom.name] = Symbol(known.name, known.hint, bind)
+    return expr
+
+
+def _convert(e: sympy.Expr, env: Any, symbols: MutableMapping[str, Symbol]) -> Expr:
+    if isinstance(e, sympy.Integer):
+        return as_expr(int(e))
+    if isinstance(e, sympy.Symbol):
+        name = str(e)
+        if name not in symbols:
+            symbols[name] = Symbol(name, _hint(e, env))
+        low, high = _range(e, env)
+        return Sym(name, low, high).expr
+    if isinstance(e, sympy.Add):
+        total = as_expr(0)
+        for a in e.args:
+            total = total + _convert(a, env, symbols)
+        return total
+    if isinstance(e, sympy.Mul) and all(a.is_integer for a in e.args):
+        total = as_expr(1)
+        for a in e.args:
+            total = total * _convert(a, env, symbols)
+        return total
+    if isinstance(e, sympy.Pow) and e.exp.is_Integer and int(e.exp) > 0:
+        base = _convert(e.base, env, symbols)
+        total = base
+        for _ in range(int(e.exp) - 1):
+            total = total * base
+        return total
+    if isinstance(e, SympyFloorDiv):
+        return _convert(e.args[0], env, symbols) // _convert(e.args[1], env, symbols)
+    if isinstance(e, (SympyMod, SympyPythonMod)):
+        return _convert(e.args[0], env, symbols) % _convert(e.args[1], env, symbols)
+    for inner in sorted(e.free_symbols, key=str):
+        _convert(inner, env, symbols)
+    text = PythonPrinter().doprint(e)
+    for name, known in symbols.items():
+        if known.source == text:
+            return Sym(name, 0).expr
+    name = f"z{len(symbols)}"
+    symbols[name] = Symbol(name, _hint(e, env), text)
+    return Sym(name, 0).expr
+
+
+def _hint(e: sympy.Expr, env: Any) -> int:
+    """A value to plan with: torch's own hint, else a round size for what is known only at run time."""
+    values = getattr(env, "backed_var_to_val", None) or getattr(env, "var_to_val", {})  # renamed in 2.11
+    found = e.xreplace(dict(values))
+    return int(found) if found.is_Integer else 4096
+
+
+def _range(e: sympy.Symbol, env: Any) -> tuple[int, int | None]:
+    bounds = env.var_to_range.get(e)
+    if bounds is None:
+        return 0, None
+    low = int(bounds.lower) if bounds.lower.is_Integer and int(bounds.lower) > 0 else 0
+    high = int(bounds.upper) if bounds.upper.is_Integer and int(bounds.upper) < 2**40 else None
+    return low, high
+
+
+def symbol_names(s: Any) -> set[str]:
+    """The names of the symbols of a torch.SymInt."""
+    return {str(x) for x in s.node.expr.free_symbols}
+
+
+def is_unbacked(s: Any) -> bool:
+    """Whether a size depends on data and so is known only when the call has got there."""
+    return bool(free_unbacked_symbols(s))
+
+
+def size_hint(s: Any) -> int:
+    """A size as a number to plan with."""
+    return s if isinstance(s, int) else _hint(s.node.expr, s.node.shape_env)
+
+
+def is_subclass_like(t: torch.Tensor) -> bool:
+    """Whether a traced tensor stands for something that is no plain strided tensor."""
+    return t.layout is not torch.strided
+
+
+def result_type(args: Sequence[Any]) -> torch.dtype:
+    """The common dtype of arguments of a graph node, as eager's promotion has it."""
+    vals = [a.meta["val"] if isinstance(a, fx.Node) else a for a in args]
+    vals = [v for v in vals if isinstance(v, (torch.Tensor, bool, int, float, torch.SymInt, torch.SymFloat))]
+    plain = [size_hint(v) if isinstance(v, torch.SymInt) else float(v) if isinstance(v, torch.SymFloat) else v for v in vals]
+    if len(plain) == 1:
+        only = plain[0]
+        return only.dtype if isinstance(only, torch.Tensor) else torch.tensor(only).dtype
+    found = torch.result_type(plain[0], plain[1])
+    for v in plain[2:]:
+        found = torch.result_type(torch.empty((), dtype=found), v) if not isinstance(v, torch.Tensor) else (
+            torch.promote_types(found, v.dtype)
+        )
+    return found
+
+
+# -- capture ----------------------------------------------------------------------------------------
+def core_decompositions() -> dict[Any, Callable[..., Any]]:
+    """torch's own decompositions into core ATen."""
+    return dict(core_aten_decompositions())
+
+
+def all_decompositions() -> Mapping[Any, Callable[..., Any]]:
+    """Every decomposition that torch knows."""
+    return decomposition_table
+
+
+def aot_autograd(**kwargs: Any) -> Callable[..., Any]:
+    """A Dynamo backend that hands joint, forward and backward ATen graphs to these compilers."""
+    return _aot_autograd(**kwargs)
+
+
+def forward_metadata() -> Any:
+    """AOT autograd's metadata of the graph that is being compiled, or None outside of it."""
+    context = TracingContext.try_get()
+    return None if context is None else context.fw_metadata
+
+
+def is_fake(x: Any) -> bool:
+    return isinstance(x, FakeTensor)
+
+
+# -- AOT autograd's joint graph and its partitioner ------------------------------------------------------------------
+_EXTRACT_PARAMETERS = frozenset(inspect.signature(partitioners._extract_fwd_bwd_modules).parameters)
+
+
+def joint_outputs(joint: fx.GraphModule) -> list[Any]:
+    """What a joint graph returns, flat: the forward's outputs, then the gradients."""
+    return pytree.arg_tree_leaves(*joint.graph.output_node().args)
+
+
+def is_tangent(node: fx.Node) -> bool:
+    """Whether a placeholder is a gradient that arrives from outside. AOT names them so: torch 2.11 to 2.13."""
+    return node.op == "placeholder" and "tangents" in str(node.target)
+
+
+def has_effect_token(node: fx.Node) -> bool:
+    """Whether a node is an operator with an ordered effect, threaded by tokens. torch 2.11 to 2.13."""
+    return node.target is torch.ops.higher_order.with_effects
+
+
+def is_rng_wrapper(node: fx.Node) -> bool:
+    """Whether a node draws from, or replays, a generator's state. torch 2.11 to 2.13."""
+    name = getattr(node.target, "__name__", "") if isinstance(node.target, torch._ops.HigherOrderOperator) else ""
+    return name in ("run_and_save_rng_state", "run_with_rng_state", "graphsafe_run_with_rng_state")
+
+
+def is_opaque(node: fx.Node) -> bool:
+    """Whether a node's value is neither a tensor nor a number (a process group, a script object).
+
+    torch 2.13 keeps them apart from tensors; 2.11 has no such notion, and there nothing is opaque.
+    """
+    return _is_opaque_node is not None and bool(_is_opaque_node(node))
+
+
+def extract_forward_backward(
+    joint: fx.GraphModule, saved: Sequence[fx.Node], *, num_fwd_outputs: int
+) -> tuple[fx.GraphModule, fx.GraphModule]:
+    """Cut a joint graph: the forward returns `saved` (tensors and sizes) as well, the backward takes them as inputs.
+
+    What the backward does not read is dropped from `saved`, sizes that its inputs' shapes mention are added.
+    `_extract_fwd_bwd_modules` has taken opaque values apart from tensors since torch 2.13.
+    """
+    sizes = [n for n in saved if is_sym_node(n)]
+    opaque = [n for n in saved if is_opaque(n)] if "saved_opaque_nodes" in _EXTRACT_PARAMETERS else []
+    apart = {*sizes, *opaque}
+    values = [n for n in saved if n not in apart]
+    extra: dict[str, Any] = {"saved_opaque_nodes": opaque} if "saved_opaque_nodes" in _EXTRACT_PARAMETERS else {}
+    return partitioners._extract_fwd_bwd_modules(
+        joint, values, saved_sym_nodes=sizes, num_fwd_outputs=num_fwd_outputs, **extra
+    )
+
+
+def count_mutated_inputs(meta: Any) -> int:
+    """How many outputs of a forward graph are new values of inputs, before the user's own outputs."""
+    return int(meta.num_mutated_inp_runtime_indices)  # 2.11-2.13

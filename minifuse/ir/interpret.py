@@ -1,0 +1,382 @@
+"""What kernels and plans mean, as plain torch operations: slow, short, and what targets are tested against.
+
+A value becomes a tensor with one dimension an axis of its kernel, of size 1 where it does not vary.
+All loads see the memory as it was before the kernel, checks are judged before anything is stored.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any
+
+import torch
+
+from . import ops
+from .index import Axis, Expr, FloorDiv, Mod, Sym
+from .kernel import (
+    Buffer,
+    Cast,
+    Check,
+    Const,
+    Extern,
+    Free,
+    Index,
+    IndexOf,
+    Kernel,
+    Launch,
+    Load,
+    Op,
+    Opaque,
+    Param,
+    Pick,
+    Plan,
+    Random,
+    RandomKind,
+    Reduce,
+    Store,
+    TensorRef,
+    Value,
+    topological,
+)
+
+Number = int | torch.Tensor
+ZERO_DIVISION = "ZeroDivisionError"
+
+_WORD = 0xFFFFFFFF
+_PHILOX_MULTIPLIERS = (0xD2511F53, 0xCD9E8D57)
+_PHILOX_WEYL = (0x9E3779B9, 0xBB67AE85)
+_PHILOX_ROUNDS = 10
+_TWO_PI_F32 = 6.2831854820251465
+
+
+# -- random numbers -----------------------------------------------------------------------------------
+def philox_words(seed: Number, offset: int, index: torch.Tensor) -> tuple[torch.Tensor, ...]:
+    """The four 32-bit words of Philox4x32-10 (Salmon et al., "Parallel random numbers: as easy as
+    1, 2, 3", SC 2011) as int64 tensors in 0..2**32-1.
+
+    The key is (seed low, seed high), the counter (index low, index high, offset low, offset high).
+    """
+
+    def halves(x: Number) -> tuple[torch.Tensor, torch.Tensor]:
+        return tuple(torch.as_tensor(h & _WORD, device=index.device) for h in (x, x >> 32))  # type: ignore[return-value]
+
+    (k0, k1), (c0, c1), (c2, c3) = halves(seed), halves(index), halves(offset)
+    for _ in range(_PHILOX_ROUNDS):
+        # int64 products wrap modulo 2**64, which keeps both 32-bit halves right once masked
+        p0, p1 = c0 * _PHILOX_MULTIPLIERS[0], c2 * _PHILOX_MULTIPLIERS[1]
+        c0, c1, c2, c3 = (
+            ((p1 >> 32) & _WORD) ^ c1 ^ k0,
+            p1 & _WORD,
+            ((p0 >> 32) & _WORD) ^ c3 ^ k1,
+            p0 & _WORD,
+        )
+        k0, k1 = (k0 + _PHILOX_WEYL[0]) & _WORD, (k1 + _PHILOX_WEYL[1]) & _WORD
+    return c0, c1, c2, c3
+
+
+def philox(kind: RandomKind, seed: Number, offset: int, index: torch.Tensor) -> torch.Tensor:
+    """Random numbers at logical linear indices: what `Random` of this kind means.
+
+    `seed` is an int or an int64 tensor that broadcasts with `index` (int64). Gives float32 for
+    "uniform" (24 bits, [0, 1)) and "normal" (Box-Muller, in this order of float32 operations), int64
+    for "bits".
+    """
+    w0, w1, _, _ = philox_words(seed, offset, index)
+    if kind == "bits":
+        return w0 | (w1 << 32)
+    if kind == "uniform":
+        return (w0 >> 8).to(torch.float32) * 2.0**-24
+    u1 = ((w0 >> 8) + 1).to(torch.float32) * 2.0**-24
+    u2 = (w1 >> 8).to(torch.float32) * 2.0**-24
+    return torch.sqrt(-2.0 * torch.log(u1)) * torch.cos(_TWO_PI_F32 * u2)
+
+
+# -- kernels ------------------------------------------------------------------------------------------
+class _Run:
+    """One evaluation of a kernel: its axes as dimensions, and the values found so far."""
+
+    def __init__(self, kernel: Kernel, tensors: Mapping[str, torch.Tensor], sizes: Mapping[str, int]) -> None:
+        self.tensors = tensors
+        self.sizes = sizes
+        self.device = next((tensors[p.name].device for p in kernel.params), torch.device("cpu"))
+        self.rank = max(1, len(kernel.axes))
+        self.dims = {axis: d for d, axis in enumerate(kernel.axes)}
+        self.extents = {axis: axis.size.evaluate(sizes) for axis in kernel.axes}
+        self.aranges = {axis: self._arange(axis) for axis in kernel.axes}
+        self.known: dict[Value, torch.Tensor] = {}
+        self.results: dict[Reduce, tuple[torch.Tensor, ...]] = {}
+        for p in kernel.params:
+            self._check_param(p)
+
+    def _check_param(self, p: Param) -> None:
+        shape = tuple(s.evaluate(self.sizes) for s in p.shape)
+        given = self.tensors[p.name]
+        if tuple(given.shape) != shape or given.dtype is not p.dtype:
+            raise ValueError(
+                f"parameter {p.name}: expected {p.dtype} of {list(shape)}, found {given.dtype} of {list(given.shape)}"
+            )
+
+    def _arange(self, axis: Axis) -> torch.Tensor:
+        shape = [1] * self.rank
+        shape[self.dims[axis]] = self.extents[axis]
+        return torch.arange(self.extents[axis], device=self.device).view(shape)
+
+    def integer(self, e: Expr) -> Number:
+        """An expression at every point: an int where no axis occurs in it."""
+        total: Number = 0
+        for mono, coef in e.terms:
+            term: Number = coef
+            for a in mono:
+                if isinstance(a, FloorDiv):
+                    term = term * (self.integer(a.num) // self.integer(a.den))
+                elif isinstance(a, Mod):
+                    term = term * (self.integer(a.num) % self.integer(a.den))
+                elif isinstance(a, Sym):
+                    term = term * self.sizes[a.name]
+                else:
+                    term = term * self.aranges[a]
+            total = total + term
+        return total
+
+    def _tensor(self, x: Any, dtype: torch.dtype) -> torch.Tensor:
+        if isinstance(x, torch.Tensor):
+            return x.to(dtype)
+        return torch.full([1] * self.rank, x, dtype=dtype, device=self.device)
+
+    def evaluate(self, values: Iterable[Value]) -> None:
+        for v in values:
+            if v not in self.known:
+                self.known[v] = self._compute(v)
+
+    def _compute(self, v: Value) -> torch.Tensor:
+        known = self.known
+        if isinstance(v, Const):
+            return self._tensor(v.value, v.dtype)
+        if isinstance(v, IndexOf):
+            return self._tensor(self.integer(v.expr), v.dtype)
+        if isinstance(v, Load):
+            return self._load(v)
+        if isinstance(v, Op):
+            return _apply(v.name, [known[a] for a in v.args])
+        if isinstance(v, Cast):
+            return known[v.arg].to(v.dtype)
+        if isinstance(v, Random):
+            return philox(v.kind, known[v.seed], v.offset, self._tensor(self.integer(v.index), torch.int64))
+        if isinstance(v, Reduce):
+            self.results[v] = self._reduce(v)
+            return self.results[v][0]
+        if isinstance(v, Pick):
+            return self.results[v.value][v.i]
+        raise TypeError(f"no meaning for {type(v).__name__}")
+
+    def _reduce(self, v: Reduce) -> tuple[torch.Tensor, ...]:
+        row, dim, extent = ops.REDUCTIONS[v.kind], self.dims[v.over], self.extents[v.over]
+        args = list(torch.broadcast_tensors(*(self.known[a] for a in v.args)))
+        shape = list(args[0].shape)
+        shape[dim] = 1 if extent == 0 else extent
+        if extent == 0:
+            # the identity, and index 0 for the second result of an argument reduction
+            fills = [row.identity(v.dtype), 0]
+            return tuple(
+                torch.full(shape, fill, dtype=a.dtype, device=self.device) for a, fill in zip(args, fills, strict=False)
+            )
+        found = row.meaning(*(a.expand(shape) for a in args), dim)
+        return found if isinstance(found, tuple) else (found,)
+
+    def at(
+        self, what: str, index: Sequence[Index], shape: Sequence[int], mask: torch.Tensor | None
+    ) -> list[torch.Tensor]:
+        """Index tensors, 0 where masked off. Raises IndexError where an element lies outside."""
+        out = []
+        for d, (entry, size) in enumerate(zip(index, shape, strict=True)):
+            i = self._tensor(self.integer(entry) if isinstance(entry, Expr) else self.known[entry], torch.int64)
+            if mask is not None:
+                i = torch.where(mask, i, 0)
+            out.append(i)
+            if i.numel() and (int(i.min()) < 0 or int(i.max()) >= size) and self._reaches(index, mask):
+                raise IndexError(f"{what}: dimension {d} is indexed {int(i.min())}..{int(i.max())}, its size is {size}")
+        return out
+
+    def _reaches(self, index: Sequence[Index], mask: torch.Tensor | None) -> bool:
+        """Whether any point of the access exists: another dimension's axis may be empty."""
+        axes = frozenset[Axis]().union(*(i.axes() if isinstance(i, Expr) else i.axes for i in index))
+        return all(self.extents[a] for a in axes) and (mask is None or bool(mask.any()))
+
+    def _load(self, v: Load) -> torch.Tensor:
+        source = self.tensors[v.param]
+        mask = None if v.mask is None else self.known[v.mask]
+        index = self.at(f"load {v.param}", v.index, source.shape, mask)
+        if not index:
+            found = source.clone().reshape([1] * self.rank)
+        elif source.numel() == 0:
+            # only masked-off points can be left, and they may not index an empty dimension
+            found = source.new_zeros(torch.broadcast_shapes(*(i.shape for i in index)))
+        else:
+            found = source[tuple(index)]
+        return found if mask is None or v.other is None else torch.where(mask, found, self.known[v.other])
+
+    def store(self, s: Store) -> None:
+        target, value = self.tensors[s.param], self.known[s.value]
+        index = self.at(f"store {s.param}", s.index, target.shape, None)
+        if not index:
+            target.copy_(value.reshape(()))
+            return
+        shape = torch.broadcast_shapes(*(i.shape for i in index))
+        if 0 not in shape:
+            target.index_put_(tuple(index), value.expand(shape))
+
+
+_DIVISIONS = {"truncdiv", "floordiv", "mod", "rem"}
+
+
+def _apply(name: str, args: list[torch.Tensor]) -> torch.Tensor:
+    if name not in _DIVISIONS:
+        return ops.row(name).meaning(*args)
+    # torch raises on a zero divisor and the processor traps on the lowest integer over -1. Kernels do
+    # neither: x by 0 is 0 (a Check beside it raises), x by -1 is the wrapped negation.
+    a, b = torch.broadcast_tensors(*args)
+    signed = torch.iinfo(b.dtype).min < 0
+    minus_one = b == -1 if signed else torch.zeros_like(b, dtype=torch.bool)
+    zero = torch.zeros_like(a)
+    safe = ops.row(name).meaning(a, torch.where((b == 0) | minus_one, torch.ones_like(b), b))
+    negated = zero if name in ("mod", "rem") else -a
+    return torch.where(b == 0, zero, torch.where(minus_one, negated, safe))
+
+
+@torch.no_grad()
+def run_kernel(kernel: Kernel, tensors: Mapping[str, torch.Tensor], sizes: Mapping[str, int]) -> None:
+    """Run a kernel on tensors by parameter name, of the parameter's shape and any strides.
+
+    `sizes` gives every symbol by name. Stores write into the tensors. Raises IndexError with the
+    message of a failed check (RuntimeError for division by zero, as torch does) before anything is
+    stored, and on an unmasked access outside of a parameter; ValueError for a tensor that does not
+    have its parameter's shape and dtype.
+    """
+    run = _Run(kernel, tensors, sizes)
+    checks = [r for r in kernel.body if isinstance(r, Check)]
+    run.evaluate(topological(c.condition for c in checks))
+    for c in checks:
+        if not bool(run.known[c.condition].all()):
+            if c.message.startswith(ZERO_DIVISION):
+                raise RuntimeError(ZERO_DIVISION)
+            raise IndexError(c.message)
+    run.evaluate(kernel.values())
+    for s in kernel.stores:
+        run.store(s)
+
+
+# -- plans --------------------------------------------------------------------------------------------
+_SOURCE = re.compile(r"(?P<input>.+)\.(?P<what>size|stride)\((?P<dim>\d+)\)")
+
+
+class _Call:
+    """One call of a plan: the tensors that are alive, the sizes known so far, and what is neither."""
+
+    def __init__(self, plan: Plan, inputs: Sequence[Any], constants: Mapping[str, Any]) -> None:
+        if len(inputs) != len(plan.inputs):
+            raise TypeError(f"plan {plan.name} takes {len(plan.inputs)} inputs, found {len(inputs)}")
+        given = {**constants, **dict(zip(plan.inputs, inputs, strict=True))}
+        self.plan = plan
+        self.live: dict[str, torch.Tensor] = {name: x for name, x in given.items() if name in plan.buffers}
+        self.others: dict[tuple[str, int | None], Any] = {
+            (name, None): x for name, x in given.items() if name not in self.live
+        }
+        self.sizes: dict[str, int] = {
+            s.name: self._size_of(s.name, s.source, given) for s in plan.symbols.values() if s.source or s.name in given
+        }
+
+    def _size_of(self, name: str, source: str, given: Mapping[str, Any]) -> int:
+        number = given.get(source or name)
+        if isinstance(number, int):
+            return number
+        found = _SOURCE.fullmatch(source)
+        if found is None or found["input"] not in given:
+            raise ValueError(f"size {name}: expected INPUT, INPUT.size(D) or INPUT.stride(D), found {source!r}")
+        tensor, dim = given[found["input"]], int(found["dim"])
+        return tensor.size(dim) if found["what"] == "size" else tensor.stride(dim)
+
+    def _ints(self, exprs: Iterable[Expr]) -> list[int]:
+        return [e.evaluate(self.sizes) for e in exprs]
+
+    def _empty(self, buffer: Buffer) -> torch.Tensor:
+        shape, stride = self._ints(buffer.shape), self._ints(buffer.stride)
+        return torch.empty_strided(shape, stride, dtype=buffer.dtype, device=buffer.device)
+
+    def _written(self, name: str) -> torch.Tensor:
+        if name not in self.live:
+            self.live[name] = self._empty(self.plan.buffers[name])
+        return self.live[name]
+
+    def resolve(self, tree: Any) -> Any:
+        """An argument or an output with buffers as tensors and sizes as ints."""
+        if isinstance(tree, TensorRef):
+            base = self.live[tree.buffer]
+            offset = base.storage_offset() + tree.offset.evaluate(self.sizes)
+            return base.as_strided(self._ints(tree.shape), self._ints(tree.stride), offset)
+        if isinstance(tree, Expr):
+            return tree.evaluate(self.sizes)
+        if isinstance(tree, Opaque):
+            return self.others[tree.name, tree.item]
+        if isinstance(tree, (tuple, list)):
+            return [self.resolve(item) for item in tree]
+        if isinstance(tree, dict):
+            return {key: self.resolve(item) for key, item in tree.items()}
+        return tree
+
+    def launch(self, step: Launch) -> None:
+        writes = set(step.writes)
+        tensors = {
+            p.name: self._written(b) if b in writes else self.live[b]
+            for p, b in zip(step.kernel.params, step.binding, strict=True)
+        }
+        run_kernel(step.kernel, tensors, self.sizes)
+
+    def extern(self, step: Extern) -> None:
+        args = [self.resolve(a) for a in step.args]
+        found = step.target(*args, **{k: self.resolve(v) for k, v in step.kwargs})
+        results = (found,) if step.single else tuple(found or ())
+        for at, symbol in step.sizes:
+            self.sizes[symbol] = results[at]
+        for at, (name, result) in enumerate(zip(step.results, results, strict=False)):
+            if name is not None:
+                self._adopt(name, result)
+            else:
+                self.others[step.origin, None if step.single else at] = result
+
+    def _adopt(self, name: str, result: torch.Tensor) -> None:
+        """Take a result as the buffer, or copy it where the buffer exists or has another layout."""
+        buffer = self.plan.buffers[name]
+        shape, stride = self._ints(buffer.shape), self._ints(buffer.stride)
+        if list(result.shape) != shape or result.dtype is not buffer.dtype:
+            raise ValueError(
+                f"buffer {name}: expected {buffer.dtype} of {shape}, found {result.dtype} of {list(result.shape)}"
+            )
+        laid_out = all(a == b for a, b, s in zip(result.stride(), stride, shape, strict=True) if s > 1)
+        if name not in self.live and (laid_out or 0 in shape):
+            self.live[name] = result
+        else:
+            self._written(name).copy_(result)
+
+    def run(self) -> list[Any]:
+        for step in self.plan.steps:
+            if isinstance(step, Launch):
+                self.launch(step)
+            elif isinstance(step, Extern):
+                self.extern(step)
+            elif isinstance(step, Free):
+                for name in step.buffers:
+                    del self.live[name]
+        return [self.resolve(o) for o in self.plan.outputs]
+
+
+@torch.no_grad()
+def run_plan(plan: Plan, inputs: Sequence[Any], constants: Mapping[str, Any] | None = None) -> list[Any]:
+    """Run a plan on its inputs (tensors, ints for symbols, opaque objects), in `plan.inputs` order.
+
+    `constants` holds the graph's own tensors by buffer name. Gives the outputs: tensors that view the
+    plan's buffers, ints, and literals as they are. Inputs that the plan mutates are written. Raises
+    what the kernels' checks and the externs raise, ValueError where a tensor is not of its
+    buffer's shape and dtype.
+    """
+    return _Call(plan, inputs, constants or {}).run()

@@ -1,0 +1,309 @@
+"""What constructors cannot see: rules over a whole kernel, a schedule, and a plan.
+
+Passes are verified between one another, always in tests. A rule here refuses only what it can prove
+wrong; sizes that are symbols are taken on trust.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Iterable
+from dataclasses import dataclass
+
+from .index import ONE, Axis, Expr, Sym, product
+from .kernel import (
+    Extern,
+    Free,
+    Index,
+    Kernel,
+    Launch,
+    Load,
+    Param,
+    Plan,
+    Schedule,
+    Store,
+    TensorRef,
+    Value,
+)
+from .text import check_names
+
+
+class VerificationError(Exception):
+    """A rule of the IR is broken; the message names the step, the buffer and the rule."""
+
+
+def _list(items: Iterable[object]) -> str:
+    return "[" + ", ".join(map(str, items)) + "]"
+
+
+# -- kernels ------------------------------------------------------------------------------------------
+def verify_kernel(kernel: Kernel) -> None:
+    """Raise VerificationError unless the kernel's accesses are within bounds, its stores write each
+    element once, and what it loads from a parameter that it stores was there before.
+    """
+    try:
+        check_names(kernel)
+    except ValueError as e:
+        raise VerificationError(str(e)) from None
+    stored: dict[str, list[Store]] = {}
+    for store in kernel.stores:
+        stored.setdefault(store.param, []).append(store)
+    for name, stores in stored.items():
+        _verify_stores(kernel.param(name), stores)
+    for load in kernel.loads:
+        if load.mask is None:
+            _verify_bounds("load", kernel.param(load.param), load.index)
+    for load in kernel.loads:
+        _verify_in_place(load.param, load, stored.get(load.param, []))
+    _verify_load_order(kernel)
+
+
+def _verify_stores(param: Param, stores: list[Store]) -> None:
+    if any(d.is_const and d.value == 0 and s is not ONE for s, d in zip(param.shape, param.stride, strict=True)):
+        raise VerificationError(f"store {param.name}: elements of strides {_list(param.stride)} share memory")
+    for index, n in Counter(s.index for s in stores).items():
+        if n > 1:
+            raise VerificationError(f"store {param.name}: {_list(index)} is written by {n} stores, expected one")
+    for store in stores:
+        _verify_bounds("store", param, store.index)
+    points, numel = _points(stores), product(param.shape)
+    if points is not None and numel.is_const and points > numel.value:
+        raise VerificationError(
+            f"store {param.name}: {points} points write {numel} elements, each is written at most once"
+        )
+
+
+def _points(stores: Iterable[Store]) -> int | None:
+    """How many elements the stores write in all, None where a size is a symbol."""
+    total = 0
+    for store in stores:
+        size = product(a.size for a in store.space)
+        if not size.is_const:
+            return None
+        total += size.value
+    return total
+
+
+def _verify_bounds(what: str, param: Param, index: tuple[Index, ...]) -> None:
+    axes = frozenset[Axis]().union(*(i.axes() if isinstance(i, Expr) else i.axes for i in index))
+    if any(a.size.is_const and a.size.value == 0 for a in axes):
+        return
+    for d, (entry, size) in enumerate(zip(index, param.shape, strict=True)):
+        bounds = _exact_range(entry) if isinstance(entry, Expr) and size.is_const else None
+        if bounds is not None and not 0 <= bounds[0] <= bounds[1] < size.value:
+            raise VerificationError(
+                f"{what} {param.name}: dimension {d} of size {size} is indexed {bounds[0]}..{bounds[1]} by {entry}"
+            )
+
+
+def _exact_range(e: Expr) -> tuple[int, int] | None:
+    """Least and largest value of an integer combination of axes of known size, None of anything else."""
+    low = high = 0
+    for mono, coef in e.terms:
+        if not mono:
+            low, high = low + coef, high + coef
+            continue
+        axis = mono[0]
+        if len(mono) > 1 or not isinstance(axis, Axis) or not axis.size.is_const:
+            return None
+        reach = coef * (axis.size.value - 1)
+        low, high = low + min(0, reach), high + max(0, reach)
+    return low, high
+
+
+def _verify_in_place(what: str, load: Load, stores: Iterable[Store]) -> None:
+    for store in stores:
+        if load.index != store.index:
+            raise VerificationError(
+                f"{what} is loaded at {_list(load.index)} and stored at {_list(store.index)}: "
+                "what a kernel stores it loads at the stored index only"
+            )
+
+
+def _verify_load_order(kernel: Kernel) -> None:
+    """Values are computed root by root: a load first met after the store would see what was stored."""
+    written: set[str] = set()
+    met: set[Value] = set()
+    for root in kernel.body:
+        stack = [root.value]
+        while stack:
+            v = stack.pop()
+            if v in met:
+                continue
+            met.add(v)
+            stack.extend(v.args)
+            if isinstance(v, Load) and v.param in written:
+                raise VerificationError(f"{v.param} is loaded at {_list(v.index)} after it was stored")
+        if isinstance(root, Store):
+            written.add(root.param)
+
+
+# -- schedules ----------------------------------------------------------------------------------------
+def verify_schedule(kernel: Kernel, schedule: Schedule) -> None:
+    """Raise VerificationError unless the loops run every point of every root once, grid loops first
+    and over no reduced axis, one lane loop at most and that the last, and the held values exist.
+    """
+    reduced = {r.over for r in kernel.reductions}
+    needed = reduced.union(*(root.space for root in kernel.body))
+    missing = [a.name for a in kernel.axes if a in needed and a not in {loop.axis for loop in schedule.loops}]
+    if missing:
+        raise VerificationError(f"schedule {schedule}: no loop over {_list(missing)}")
+    kinds = [loop.kind for loop in schedule.loops]
+    if "grid" in kinds[len(schedule.grid) :]:
+        raise VerificationError(f"schedule {schedule}: grid loops come first")
+    if "lane" in kinds[:-1]:
+        raise VerificationError(f"schedule {schedule}: there is one lane loop, and it is the last")
+    for n, loop in enumerate(schedule.loops):
+        if loop.axis not in kernel.axes:
+            raise VerificationError(f"schedule {schedule}: {loop.axis} is not an axis of {_list(kernel.axes)}")
+        if loop.kind == "grid" and loop.axis in reduced:
+            raise VerificationError(f"schedule {schedule}: the grid runs over {loop.axis}, which is reduced")
+        inside = any(later.axis is loop.axis for later in schedule.loops[n + 1 :])
+        if inside and loop.step <= 1:
+            raise VerificationError(f"schedule {schedule}: {loop.axis} has an inner loop, so its outer one has a tile")
+        if loop.step > 1 and not inside and loop.kind != "lane":
+            raise VerificationError(f"schedule {schedule}: the tile of {loop.axis} has no loop inside")
+    values = set(kernel.values())
+    for v in schedule.held:
+        if v not in values:
+            raise VerificationError(f"schedule {schedule}: the held value {v!r} is not one of the kernel's")
+
+
+# -- plans --------------------------------------------------------------------------------------------
+@dataclass
+class _Memory:
+    """What a plan has done so far: buffers alive and freed, who wrote them, and sizes known."""
+
+    plan: Plan
+    where: str
+    live: set[str]
+    freed: set[str]
+    writer: dict[str, str]
+    symbols: set[str]
+
+    def fail(self, problem: str) -> VerificationError:
+        return VerificationError(f"plan {self.plan.name}, {self.where}: {problem}")
+
+    def read(self, name: str) -> None:
+        if name not in self.plan.buffers:
+            raise self.fail(f"no buffer {name}")
+        if name in self.freed:
+            raise self.fail(f"buffer {name} is used after it was freed")
+        if name not in self.live:
+            raise self.fail(f"buffer {name} is used before anything wrote it")
+
+    def write(self, name: str) -> None:
+        if name not in self.plan.buffers:
+            raise self.fail(f"no buffer {name}")
+        if name in self.freed:
+            raise self.fail(f"buffer {name} is written after it was freed")
+        given = self.plan.buffers[name].storage in ("input", "constant")
+        if given and name not in self.plan.mutated:
+            raise self.fail(f"buffer {name} is an input that the plan does not declare as mutated")
+        if not given and name in self.writer:
+            raise self.fail(f"buffer {name} was written by {self.writer[name]} already")
+        self.writer[name] = self.where
+        self.live.add(name)
+
+    def know(self, symbols: Iterable[Sym]) -> None:
+        unknown = sorted({s.name for s in symbols} - self.symbols)
+        if unknown:
+            raise self.fail(f"size {unknown[0]} is used before an input or an extern defined it")
+
+    def view(self, ref: TensorRef) -> None:
+        self.read(ref.buffer)
+        self.know(s for e in (*ref.shape, *ref.stride, ref.offset) for s in e.symbols())
+        buffer = self.plan.buffers[ref.buffer]
+        exprs = [*ref.shape, *ref.stride, ref.offset, *buffer.shape, *buffer.stride]
+        # an input may be a part of a larger storage, whose other parts its views may reach
+        if buffer.storage == "input" or not all(e.is_const for e in exprs) or product(ref.shape).value == 0:
+            return
+        last = ref.offset.value + sum((s.value - 1) * d.value for s, d in zip(ref.shape, ref.stride, strict=True))
+        if ref.offset.value < 0 or last >= buffer.extent.value:
+            raise self.fail(f"a view of buffer {ref.buffer} reaches element {last} of {buffer.extent}")
+
+
+def verify_plan(plan: Plan) -> None:
+    """Raise VerificationError unless buffers are written before they are read and not used after they
+    are freed, each is written by one step (but for mutated inputs), launches bind buffers of their
+    parameters' layout, kernels and schedules hold up, and every output exists at the end.
+    """
+    given = {b.name for b in plan.buffers.values() if b.storage == "constant" or b.name in plan.inputs}
+    known = {s.name for s in plan.symbols.values() if s.source or s.name in plan.inputs}
+    memory = _Memory(plan, "inputs", given, set(), {}, known)
+    for name, buffer in plan.buffers.items():
+        if name != buffer.name:
+            raise memory.fail(f"buffer {buffer.name} is listed as {name}")
+        if buffer.storage == "input" and name not in plan.inputs:
+            raise memory.fail(f"buffer {name} is not among the inputs {_list(plan.inputs)}")
+    verified: set[tuple[int, int]] = set()
+    for n, step in enumerate(plan.steps):
+        if isinstance(step, Launch):
+            memory.where = f"step {n} {step.name}"
+            try:
+                if (key := (id(step.kernel), id(step.schedule))) not in verified:
+                    verify_kernel(step.kernel)
+                    if step.schedule is not None:
+                        verify_schedule(step.kernel, step.schedule)
+                    verified.add(key)
+            except VerificationError as e:
+                raise memory.fail(str(e)) from None
+            _verify_launch(memory, step)
+        elif isinstance(step, Extern):
+            memory.where = f"step {n} {step.target}"
+            _verify_extern(memory, step)
+        elif isinstance(step, Free):
+            memory.where = f"step {n} free"
+            for name in step.buffers:
+                memory.read(name)
+                memory.live.discard(name)
+                memory.freed.add(name)
+    memory.where = "outputs"
+    for output in plan.outputs:
+        if isinstance(output, TensorRef):
+            memory.view(output)
+        elif isinstance(output, Expr):
+            memory.know(output.symbols())
+
+
+def _verify_launch(memory: _Memory, step: Launch) -> None:
+    kernel, buffers = step.kernel, memory.plan.buffers
+    if len(step.binding) != len(kernel.params):
+        raise memory.fail(f"{len(step.binding)} buffers bound to {len(kernel.params)} parameters")
+    bound = dict(zip((p.name for p in kernel.params), step.binding, strict=True))
+    for p in kernel.params:
+        b = buffers.get(bound[p.name])
+        if b is None:
+            raise memory.fail(f"no buffer {bound[p.name]}")
+        if (p.dtype, p.shape, p.stride) != (b.dtype, b.shape, b.stride):
+            raise memory.fail(
+                f"parameter {p.name} is {p.dtype} {_list(p.shape)} strides {_list(p.stride)}, "
+                f"buffer {b.name} is {b.dtype} {_list(b.shape)} strides {_list(b.stride)}"
+            )
+    memory.know(kernel.symbols())
+    for name in dict.fromkeys(step.reads):
+        memory.read(name)
+    stored: dict[str, list[Store]] = {}
+    for store in kernel.stores:
+        stored.setdefault(bound[store.param], []).append(store)
+    for load in kernel.loads:
+        try:
+            _verify_in_place(f"buffer {bound[load.param]}", load, stored.get(bound[load.param], []))
+        except VerificationError as e:
+            raise memory.fail(str(e)) from None
+    for name, stores in stored.items():
+        memory.write(name)
+        points, numel = _points(stores), buffers[name].numel
+        partly = points is not None and numel.is_const and points < numel.value
+        if partly and buffers[name].storage != "input":
+            raise memory.fail(f"buffer {name} has {numel} elements, the kernel writes {points}")
+
+
+def _verify_extern(memory: _Memory, step: Extern) -> None:
+    if step.single and len(step.results) != 1:
+        raise memory.fail(f"one result expected, found {_list(step.results)}")
+    for ref in step.refs:
+        memory.view(ref)
+    for name in step.writes:
+        memory.write(name)
+    memory.symbols.update(symbol for _, symbol in step.sizes)

@@ -1,0 +1,167 @@
+"""The options of a compile: `torch.compile(model, backend="minifuse", options={...}, mode=...)`."""
+
+from __future__ import annotations
+
+import dataclasses
+import difflib
+import os
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from .errors import OptionError
+
+MODES: Mapping[str, str] = {
+    "default": "no change",
+    "reduce-overhead": "CUDA graphs; on CPU no change, where a program already is one call into C between two externs",
+    "max-autotune": "searches schedules by timing them on the device, and CUDA graphs; on CPU no change",
+    "max-autotune-no-cudagraphs": "searches schedules by timing them on the device; on CPU no change",
+}
+
+
+@dataclass(frozen=True)
+class Options:
+    """What a user may choose, checked: an `Options` that exists holds only valid values.
+
+    No option changes the meaning of a program; `remat`, `memory_budget`, `fusion_fuel`, `verify` and the mode leave
+    every bit of a result as it is.
+    """
+
+    target: str = "auto"
+    """What kernels are written in: `auto` (`triton` for CUDA and ROCm tensors, `c` for CPU ones), `c`, `triton`, or
+    `interpret` (each kernel op by op with torch, slowly: the meaning that the others are tested against)."""
+
+    remat: Any = "mincut"
+    """How the backward gets an activation, loaded or recomputed: a policy's name, or an object with
+    `plan(problem) -> RematPlan`."""
+
+    memory_budget: float = 1.0
+    """Bytes saved for the backward, as a share (above 0, to 1) of what `remat` saves unconstrained."""
+
+    debug_dir: str | None = None
+    """Directory into which every graph is written: captured, joint, planned, kernels' source, decisions, report.
+    None: `$MINIFUSE_DEBUG`, else nothing is written."""
+
+    fusion_fuel: int | None = None
+    """Stop after this many fusions of a graph (0 or more), to bisect a wrong one. None: no limit."""
+
+    verify: bool = False
+    """Check the IR between passes; an error then names the pass. Unset: on when `$MINIFUSE_VERIFY` is 1."""
+
+    deterministic: bool = False
+    """Write no kernel whose result depends on the order in which threads arrive (atomic adds of floats); such ops go to
+    PyTorch. Unset: what `torch.are_deterministic_algorithms_enabled()` says."""
+
+    rng: str = "fast"
+    """Random numbers: `fast` draws them inside the fused kernels, from a seed of torch's generator; `eager` calls
+    ATen's generators, numbers bit-equal to eager's."""
+
+    precise: bool = False
+    """Vector maths within 1 ulp in place of 4."""
+
+    widen: bool = False
+    """Keep half-precision intermediates of a fused kernel in float32, as other compilers do. Faster, and results then
+    depend on what was fused."""
+
+    cache_dir: str | None = None
+    """Directory of the disk cache. None: `$MINIFUSE_CACHE_DIR`, else `minifuse` in the user's cache directory."""
+
+    fallback: str = "allow"
+    """What becomes of an op that minifuse cannot compile: `allow` hands it to PyTorch and notes it in the report,
+    `warn` also warns, `error` raises."""
+
+    mode: str = "default"
+    """`torch.compile`'s mode, one of `MODES`; not a key of `options`."""
+
+    def __post_init__(self) -> None:
+        for field in dataclasses.fields(self):
+            expected, accepts = _ACCEPTS[field.name]
+            value = getattr(self, field.name)
+            if not accepts(value):
+                hint = _did_you_mean(value, _CHOICES.get(field.name, ()))
+                raise OptionError(f"minifuse option {field.name!r}: got {value!r}, expected {expected}{hint}")
+
+    @property
+    def cudagraphs(self) -> bool:
+        """Whether the mode asks for CUDA graphs."""
+        return self.mode in ("reduce-overhead", "max-autotune")
+
+    @property
+    def autotune(self) -> bool:
+        """Whether the mode asks for schedules to be searched by timing."""
+        return self.mode in ("max-autotune", "max-autotune-no-cudagraphs")
+
+    @classmethod
+    def parse(cls, options: Mapping[str, Any] | None = None, mode: str | None = None) -> Options:
+        """What `torch.compile` was given, with unset options from the environment.
+
+        Raises:
+            OptionError: an unknown option or mode, or a value of the wrong kind; names it and lists the valid ones.
+        """
+        given = dict(options or {})
+        names = [f.name for f in dataclasses.fields(cls) if f.name != "mode"]
+        for name in given:
+            if name not in names:
+                hint = _did_you_mean(name, names)
+                raise OptionError(f"minifuse has no option {name!r}{hint}; options: {', '.join(names)}")
+        mode = "default" if mode is None else mode
+        if mode not in MODES:
+            raise OptionError(f"minifuse has no mode {mode!r}{_did_you_mean(mode, MODES)}; modes: {', '.join(MODES)}")
+        unset = {
+            "debug_dir": os.environ.get("MINIFUSE_DEBUG") or None,
+            "verify": os.environ.get("MINIFUSE_VERIFY", "").lower() in ("1", "true", "yes", "on"),
+            "cache_dir": os.environ.get("MINIFUSE_CACHE_DIR") or None,
+            "deterministic": torch.are_deterministic_algorithms_enabled(),
+        }
+        return cls(**{**unset, **given}, mode=mode)
+
+
+def _did_you_mean(given: object, valid: Iterable[str]) -> str:
+    close = difflib.get_close_matches(given, list(valid), n=1) if isinstance(given, str) else []
+    return f" (did you mean {close[0]!r}?)" if close else ""
+
+
+_CHOICES: dict[str, tuple[str, ...]] = {
+    "target": ("auto", "c", "triton", "interpret"),
+    "rng": ("fast", "eager"),
+    "fallback": ("allow", "warn", "error"),
+    "mode": tuple(MODES),
+}
+
+_Check = tuple[str, Callable[[Any], bool]]
+
+
+def _one_of(name: str) -> _Check:
+    return "one of " + ", ".join(_CHOICES[name]), lambda value: value in _CHOICES[name]
+
+
+def _is_int(value: Any) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool)
+
+
+_BOOL: _Check = ("True or False", lambda value: isinstance(value, bool))
+_PATH: _Check = ("a directory's path or None", lambda value: value is None or (isinstance(value, str) and value != ""))
+
+_ACCEPTS: dict[str, _Check] = {
+    "target": _one_of("target"),
+    "remat": (
+        "a policy's name or an object with plan(problem)",
+        lambda value: (isinstance(value, str) and value != "") or callable(getattr(value, "plan", None)),
+    ),
+    "memory_budget": (
+        "a number above 0 and at most 1",
+        lambda value: (_is_int(value) or isinstance(value, float)) and 0 < value <= 1,
+    ),
+    "debug_dir": _PATH,
+    "fusion_fuel": ("an integer of 0 or more, or None", lambda value: value is None or (_is_int(value) and value >= 0)),
+    "verify": _BOOL,
+    "deterministic": _BOOL,
+    "rng": _one_of("rng"),
+    "precise": _BOOL,
+    "widen": _BOOL,
+    "cache_dir": _PATH,
+    "fallback": _one_of("fallback"),
+    "mode": _one_of("mode"),
+}

@@ -1,0 +1,38 @@
+"""What a compile carries from pass to pass: options, decisions, timings and names."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import Any
+
+from minifuse.ir.decision import Decision
+from minifuse.options import Options
+
+
+@dataclass
+class CompileContext:
+    """One compile of one graph. Passes read `options` and append to `decisions`; nothing else.
+
+    `stage` is "inference", "forward" or "backward"; `seconds` maps a phase to its duration.
+    """
+
+    name: str
+    stage: str
+    options: Options
+    decisions: list[Decision] = field(default_factory=list)
+    seconds: dict[str, float] = field(default_factory=dict)
+    stages: dict[str, Any] = field(default_factory=dict)
+
+    def record(self, rule: str, *subject: str, taken: bool, reason: str, where: str = "", **facts: Any) -> None:
+        self.decisions.append(Decision(rule, subject, taken, reason, facts, where))
+
+    @contextmanager
+    def phase(self, name: str) -> Iterator[None]:
+        begin = time.perf_counter()
+        try:
+            yield
+        finally:
+            self.seconds[name] = self.seconds.get(name, 0.0) + time.perf_counter() - begin

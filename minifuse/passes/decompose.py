@@ -1,0 +1,107 @@
+"""Decompositions into what lowering knows: torch's own, less what ATen does better, and a few of ours."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from minifuse import compat
+
+aten = torch.ops.aten
+
+# Decomposed by torch into core ATen, but kept whole here: ATen's kernel is better than its parts.
+_KEEP = (
+    "addmm addmv addbmm baddbmm embedding_dense_backward embedding_bag _scaled_dot_product_flash_attention_for_cpu"
+    " _scaled_dot_product_flash_attention_for_cpu_backward _scaled_dot_product_efficient_attention"
+    " _scaled_dot_product_flash_attention max_pool2d_with_indices _cdist_forward upsample_nearest2d upsample_bilinear2d"
+    " grid_sampler_2d linear matmul rand_like randn_like randint_like bernoulli native_dropout"
+).split()
+# Not core ATen's to decompose, but parts fuse: norms, softmax, activations and losses.
+_ALSO = (
+    "native_layer_norm native_layer_norm_backward _softmax _softmax_backward_data _log_softmax _log_softmax_backward_data"
+    " gelu gelu_backward native_group_norm native_group_norm_backward native_batch_norm _native_batch_norm_legit"
+    " _native_batch_norm_legit_functional _native_batch_norm_legit_no_training native_batch_norm_backward"
+    " var std_mean std silu_backward mse_loss smooth_l1_loss"
+).split()
+
+
+def native_dropout(x: Tensor, p: float, train: bool | None) -> tuple[Tensor, Tensor]:
+    """Dropout by a drawn uniform number; the kept elements are scaled by 1/(1-p)."""
+    if train is False or p == 0:
+        return x.clone(), torch.ones_like(x, dtype=torch.bool)
+    if p == 1:
+        return torch.zeros_like(x), torch.zeros_like(x, dtype=torch.bool)
+    keep = torch.rand_like(x, dtype=torch.float32) >= p
+    return torch.where(keep, x * (1.0 / (1.0 - p)), 0.0), keep
+
+
+def nll_loss_backward(
+    grad: Tensor, x: Tensor, target: Tensor, weight: Tensor | None, reduction: int, ignore_index: int, total: Tensor
+) -> Tensor:
+    """The gradient of the negative log likelihood as a comparison with the class index: no scatter."""
+    if x.dim() not in (1, 2):
+        return NotImplemented
+    channel = x.dim() - 1
+    classes = torch.arange(x.shape[channel], device=x.device)
+    wanted = target.unsqueeze(channel)
+    picked = classes.eq(wanted) & wanted.ne(ignore_index)
+    if reduction == 1:
+        grad = grad / total
+    if weight is not None:
+        grad = weight.unsqueeze(0) * grad.unsqueeze(channel) if x.dim() == 2 and grad.dim() == 1 else weight * grad
+    elif x.dim() == 2 and grad.dim() == 1:
+        grad = grad.unsqueeze(channel)
+    return torch.where(picked, -grad, 0.0).to(x.dtype)
+
+
+def slice_backward(grad: Tensor, sizes: Any, dim: int, start: int, end: int, step: int) -> Tensor:
+    """The gradient of a slice is its padding with zeros."""
+    if step != 1 or not isinstance(start, int) or start < 0:
+        return aten.slice_scatter(grad.new_zeros(sizes), grad, dim, start, end, step)
+    pad = [0] * (2 * len(sizes))
+    dim %= len(sizes)
+    position = 2 * (len(sizes) - 1 - dim)
+    pad[position] = start
+    pad[position + 1] = sizes[dim] - start - grad.shape[dim]
+    return aten.constant_pad_nd(grad, pad)
+
+
+def select_backward(grad: Tensor, sizes: Any, dim: int, index: int) -> Tensor:
+    """The gradient of a select is its padding with zeros."""
+    dim %= len(sizes)
+    if index < 0:
+        index = index + sizes[dim]
+    pad = [0] * (2 * len(sizes))
+    position = 2 * (len(sizes) - 1 - dim)
+    pad[position], pad[position + 1] = index, sizes[dim] - index - 1
+    return aten.constant_pad_nd(grad.unsqueeze(dim), pad)
+
+
+_OURS: dict[Any, Callable[..., Any]] = {
+    aten.native_dropout.default: native_dropout,
+    aten.nll_loss_backward.default: nll_loss_backward,
+    aten.slice_backward.default: slice_backward,
+    aten.select_backward.default: select_backward,
+}
+
+
+@functools.cache
+def decompositions(rng: str) -> dict[Any, Callable[..., Any]]:
+    """Overload -> function. With rng="eager" dropout stays ATen's own."""
+    keep = {"aten::" + name for name in _KEEP}
+    table = {op: fn for op, fn in compat.core_decompositions().items() if op.name().split(".")[0] not in keep}
+    everything = compat.all_decompositions()
+    for name in _ALSO:
+        packet = getattr(aten, name)
+        for overload in packet.overloads():
+            op = getattr(packet, overload)
+            if op in everything:
+                table[op] = everything[op]
+    table.update(_OURS)
+    if rng == "eager":
+        table.pop(aten.native_dropout.default, None)
+    return table

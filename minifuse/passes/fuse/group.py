@@ -1,0 +1,282 @@
+"""Groups: kernels in the making. A group's body keeps its loads of what it stores itself until it is built."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Container, Iterable, Mapping
+from dataclasses import dataclass, field
+
+from minifuse.ir import ops
+from minifuse.ir.index import ONE, Axis, Expr
+from minifuse.ir.kernel import (
+    Buffer,
+    Check,
+    Const,
+    Index,
+    Kernel,
+    Launch,
+    Load,
+    Op,
+    Param,
+    Random,
+    Reduce,
+    Root,
+    Store,
+    Value,
+    rewrite,
+    topological,
+)
+
+from .unify import Substitution
+
+
+@dataclass
+class Group:
+    """Operators that will be one kernel. `inlined` stores are read inside the group and never written."""
+
+    id: int
+    name: str
+    body: tuple[Root, ...]
+    nodes: tuple[str, ...]
+    first: int
+    last: int
+    inlined: dict[str, Store] = field(default_factory=dict)
+    preds: set[int] = field(default_factory=set)
+    succs: set[int] = field(default_factory=set)
+    version: int = 0
+    fixed: bool = False
+
+    def __post_init__(self) -> None:
+        self.refresh()
+
+    def refresh(self) -> None:
+        """Derive what legality asks for from the body."""
+        self.writes = {r.param: r.index for r in self.body if isinstance(r, Store)}
+        self.reads: dict[str, dict[tuple[Index, ...], None]] = {}
+        self.reduced: frozenset[Axis] = frozenset()
+        self.spaces: list[frozenset[Axis]] = [r.space for r in self.body]
+        self.cost = 0.0
+        self.pure = True
+        axes: dict[Axis, None] = {}
+        self.size = 0
+        for v in topological([r.value for r in self.body] + [s.value for s in self.inlined.values()]):
+            self.size += 1
+            if isinstance(v, Load):
+                if v.param not in self.inlined:
+                    self.reads.setdefault(v.param, {})[v.index] = None
+            elif isinstance(v, Reduce):
+                self.reduced |= {v.over}
+                self.spaces.append(v.axes | {v.over})
+                self.pure = False
+            elif isinstance(v, Op):
+                self.cost += ops.TABLE[v.name].cost
+            elif isinstance(v, Random):
+                self.cost += 40
+        for space in self.spaces:
+            for a in sorted(space, key=lambda a: (a.name, a.serial)):
+                axes[a] = None
+        self.axes = tuple(axes)
+        self.checks = any(isinstance(r, Check) for r in self.body)
+
+    @property
+    def external(self) -> list[str]:
+        """Buffers that the group reads from memory."""
+        return [b for b in self.reads if b not in self.writes]
+
+    def substitute(self, env: Substitution) -> tuple[tuple[Root, ...], dict[str, Store]]:
+        if not env:
+            return self.body, self.inlined
+        names = list(self.inlined)
+        made = rewrite([*self.body, *(self.inlined[n] for n in names)], env)
+        body, rest = made[: len(self.body)], made[len(self.body) :]
+        return body, {n: s for n, s in zip(names, rest, strict=True) if isinstance(s, Store)}
+
+    def replace_loads(self, stores: Mapping[str, Store]) -> None:
+        """Compute what is stored in these at each place where the group loads it."""
+        names = list(self.inlined)
+
+        def resolve(v: Value) -> Value | None:
+            return read_through(v, stores[v.param]) if isinstance(v, Load) and v.param in stores else None
+
+        made = rewrite([*self.body, *(self.inlined[n] for n in names)], None, resolve)
+        self.body = made[: len(self.body)]
+        rest = made[len(self.body) :]
+        self.inlined = {n: s for n, s in zip(names, rest, strict=True) if isinstance(s, Store)}
+        self.refresh()
+
+
+def grid_axes(spaces: Iterable[frozenset[Axis]], reduced: frozenset[Axis]) -> frozenset[Axis]:
+    """Axes that can be parallel: every root runs over them and none reduces over them."""
+    common: frozenset[Axis] | None = None
+    for space in spaces:
+        common = space if common is None else common & space
+    return (common or frozenset()) - reduced
+
+
+def innermost(group: Group, buffers: Mapping[str, Buffer]) -> Axis | None:
+    """The axis with unit stride in the group's largest access."""
+    for name, index in [*group.writes.items(), *((b, next(iter(i))) for b, i in group.reads.items())]:
+        buffer = buffers[name]
+        for i, stride in zip(index, buffer.stride, strict=True):
+            if isinstance(i, Expr) and stride is ONE:
+                found = next((a for a in i.axes() if i.coefficient(a) is ONE), None)
+                if found is not None:
+                    return found
+    return None
+
+
+def forward(
+    body: tuple[Root, ...], inlined: Mapping[str, Store], overwritten: Container[str] = ()
+) -> tuple[Root, ...]:
+    """Replace each load of something that the group computes by the value itself.
+
+    Loads of an `overwritten` input mean what it held before.
+
+    A load at another index than the store's is the store's value at that index (inlining); its
+    loads are then masked as the load was.
+    """
+    stores = {r.param: r for r in body if isinstance(r, Store) and r.param not in overwritten}
+    stores.update(inlined)
+    done: dict[str, Value] = {}
+
+    def resolve(v: Value) -> Value | None:
+        if not isinstance(v, Load) or v.param not in stores:
+            return None
+        store = stores[v.param]
+        if store.param not in done:
+            done[store.param] = value_of(store)
+        return read_through(v, Store(store.param, store.index, done[store.param]))
+
+    def value_of(store: Store) -> Value:
+        """The store's value with its own loads resolved; producers come first, so depth is bounded by
+        the longest chain of inlined stores that was not resolved yet."""
+        order, seen, stack = [], set(), [store]
+        while stack:
+            s = stack.pop()
+            if s.param in seen or s.param in done:
+                continue
+            seen.add(s.param)
+            order.append(s)
+            stack.extend(
+                stores[v.param]
+                for v in topological([s.value])
+                if isinstance(v, Load) and v.param in stores and v.param != s.param
+            )
+        made: Value = store.value
+        for s in _by_dependency(order, stores):
+            (r,) = rewrite([s], None, resolve)
+            done[s.param] = r.value
+            made = r.value
+        return done.get(store.param, made)
+
+    out: list[Root] = []
+    for root in body:
+        if isinstance(root, Store):
+            if root.param in overwritten:
+                out.extend(rewrite([root], None, resolve))
+                continue
+            if root.param not in done:
+                done[root.param] = value_of(root)
+            out.append(Store(root.param, root.index, done[root.param]))
+        else:
+            (made,) = rewrite([root], None, resolve)
+            out.append(made)
+    return tuple(out)
+
+
+def _by_dependency(some: list[Store], stores: Mapping[str, Store]) -> list[Store]:
+    """Stores of a group ordered so that each comes after those that it reads."""
+    names = {s.param for s in some}
+    needs = {
+        s.param: {
+            v.param
+            for v in topological([s.value])
+            if isinstance(v, Load) and v.param in names and v.param != s.param
+        }
+        for s in some
+    }
+    out: list[Store] = []
+    placed: set[str] = set()
+    by_name = {s.param: s for s in some}
+    stack = [s.param for s in some]
+    while stack:
+        name = stack[-1]
+        if name in placed:
+            stack.pop()
+            continue
+        waiting = [n for n in needs[name] if n not in placed]
+        if waiting:
+            stack.extend(waiting)
+            continue
+        placed.add(name)
+        out.append(by_name[name])
+        stack.pop()
+    return out
+
+
+def read_through(load: Load, store: Store) -> Value:
+    """What a load of a stored value reads: the value at the load's index."""
+    moved = load.index != store.index
+    value = at_index(store.value, store.index, load.index) if moved else store.value
+    if load.mask is not None and load.other is not None:
+        # at the store's own index every point is in range, and only the choice is left
+        value = Op.of("where", load.mask, masked(value, load.mask) if moved else value, load.other)
+    return value
+
+
+def at_index(value: Value, index: tuple[Expr, ...], wanted: tuple[Index, ...]) -> Value:
+    """A stored value at another index than the one it was stored at."""
+    env: Substitution = {}
+    for i, w in zip(index, wanted, strict=True):
+        axis = i.atom
+        assert isinstance(w, Expr)
+        if isinstance(axis, Axis):
+            env[axis] = w
+        elif i is not w and not i.is_const:
+            raise ValueError(f"cannot invert the index {i}")
+    out: dict[Value, Value] = {}
+
+    def index(e: Expr) -> Expr:
+        return e.substitute(env)  # type: ignore[arg-type]
+
+    for v in topological([value]):
+        out[v] = v.rebuild(tuple(out[a] for a in v.args), index)
+    return out[value]
+
+
+def masked(value: Value, mask: Value) -> Value:
+    """The value with each of its loads done only where the mask holds."""
+    out: dict[Value, Value] = {}
+    for v in topological([value]):
+        new = v.rebuild(tuple(out[a] for a in v.args), lambda e: e)
+        if isinstance(new, Load):
+            if new.mask is None:
+                new = Load.of(new.param, new.index, new.dtype, mask, Const.of(0, new.dtype))
+            elif new.mask is not mask and new.other is not None:
+                both = Op.of("and", new.mask, mask)
+                new = Load.of(new.param, new.index, new.dtype, both, new.other)
+        out[v] = new
+    return out[value]
+
+
+def build(
+    group: Group, keep: Callable[[str], bool], buffers: Mapping[str, Buffer], overwritten: Container[str]
+) -> Launch:
+    """The kernel of a group: loads of its own stores forwarded, stores that nobody needs dropped."""
+    made = forward(group.body, group.inlined, overwritten)
+    body = tuple(r for r in made if not isinstance(r, Store) or keep(r.param))
+    axes: dict[Axis, None] = {}
+    params: dict[str, Param] = {}
+    values = topological(r.value for r in body)
+    for root in body:
+        for a in sorted(root.space, key=lambda a: (a.name, a.serial)):
+            axes[a] = None
+    for v in values:
+        if isinstance(v, Load):
+            params.setdefault(v.param, buffers[v.param].as_param())
+        elif isinstance(v, Reduce):
+            axes[v.over] = None
+    for root in body:
+        if isinstance(root, Store):
+            params.setdefault(root.param, buffers[root.param].as_param())
+    kernel = Kernel(tuple(axes), tuple(params.values()), body, group.nodes)
+    return Launch(kernel, tuple(params), None, group.name)

@@ -1,0 +1,163 @@
+"""Unification: whether two kernels can share loops, and how their axes map onto one another.
+
+Two kernels that touch a common buffer give equations between their index expressions. Solving them
+by substituting axes says which loop of one is which loop of the other. An axis that no equation
+binds is paired with a free one of the same extent, so that a row that was reduced and the row that
+is written next are one loop.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from minifuse.ir.index import ONE, ZERO, Axis, Expr
+
+Substitution = dict[Axis, Expr]
+Equation = tuple[Expr, Expr]
+
+
+@dataclass(frozen=True)
+class Refusal:
+    """Why two kernels stay apart: the rule, a template of words, and the values that broke it."""
+
+    rule: str
+    reason: str
+    facts: Mapping[str, Any]
+
+
+@dataclass(frozen=True)
+class Unified:
+    """Axes of the first and of the second kernel, in terms of the merged kernel's axes."""
+
+    first: Substitution
+    second: Substitution
+
+
+def mixed_radix(images: Sequence[tuple[Axis, Expr]]) -> bool:
+    """Whether the images run over the product of their axes' extents exactly once.
+
+    The images, linearised by the extents, must be digits of distinct axes: each axis' factor is
+    the product of the extents below it.
+    """
+    total, step = ZERO, ONE
+    for axis, image in reversed(images):
+        total = total + image * step
+        step = step * axis.size
+    digits: dict[Expr, Axis] = {}
+    for mono, coef in total.terms:
+        axes = [a for a in mono if isinstance(a, Axis)]
+        if len(axes) != 1 or any(not isinstance(a, Axis) and not hasattr(a, "lo") for a in mono):
+            return False
+        factor = total.coefficient(axes[0])
+        if factor is None or factor in digits:
+            return False
+        digits[factor] = axes[0]
+        if coef <= 0:
+            return False
+    reach = ONE
+    for _ in range(len(digits)):
+        axis_at = digits.pop(reach, None)
+        if axis_at is None:
+            return False
+        reach = reach * axis_at.size
+    return reach is step
+
+
+def _assignable(image: Expr, axis: Axis) -> bool:
+    """A bare axis stands for another only with the same extent; compounds are checked together."""
+    atom = image.atom
+    return not isinstance(atom, Axis) or atom.size is axis.size
+
+
+def unify(
+    hard: Iterable[Equation],
+    soft: Iterable[Equation],
+    first: Sequence[Axis],
+    second: Sequence[Axis],
+    reduced: frozenset[Axis],
+) -> Unified | Refusal:
+    """Solve `hard` (all must hold) and use `soft` as hints; axes left over are paired by extent.
+
+    The two kernels' axes are taken as different variables even where they are one object.
+    """
+    to_first: Substitution = {}
+    to_second: Substitution = {}
+    later: list[Equation] = []
+    for p, c in hard:
+        axis = p.atom
+        if isinstance(axis, Axis) and _assignable(c, axis):
+            known = to_first.get(axis)
+            if known is None:
+                to_first[axis] = c
+            elif known is not c:
+                return Refusal("different rows", "axis {axis} is {left} and {right} at once",
+                               {"axis": axis, "left": known, "right": c})  # fmt: skip
+        else:
+            later.append((p, c))
+    own: dict[Axis, Axis] = {}
+    for p, c in later:
+        free = [a for a in p.axes() if a not in to_first]
+        axis = c.atom
+        if free and isinstance(axis, Axis) and axis not in to_second and not _used(axis, to_first):
+            for a in free:
+                own.setdefault(a, _fresh(a, second, own.values()))
+                to_first[a] = own[a].expr
+            to_second[axis] = p.substitute({a: to_first[a] for a in p.axes()})
+            continue
+        image = p.substitute({a: to_first.get(a, a.expr) for a in p.axes()})
+        target = c.substitute(to_second)  # type: ignore[arg-type]
+        if free or image is not target:
+            return Refusal("different rows", "one writes at {left}, the other reads at {right}",
+                           {"left": p, "right": c})  # fmt: skip
+    if to_second:
+        to_first = {a: e.substitute(to_second) for a, e in to_first.items()}  # type: ignore[arg-type]
+    for images, axes in ((to_first, first), (to_second, second)):
+        placed = [(a, images[a]) for a in axes if a in images]
+        if any(e.atom is None or not isinstance(e.atom, Axis) for _, e in placed) or len(placed) > 1:
+            if not mixed_radix(placed):
+                return Refusal("partial rows", "{images} does not run over the whole of {axes}",
+                               {"images": [e for _, e in placed], "axes": [a for a, _ in placed]})  # fmt: skip
+    taken = {a for e in to_first.values() for a in e.axes()}
+    free_second = [a for a in second if a not in taken and a not in to_second]
+
+    def pair(p: Axis, c: Axis) -> None:
+        to_first[p] = c.expr
+        free_second.remove(c)
+
+    for p, c in soft:
+        a, b = p.atom, c.atom
+        if isinstance(a, Axis) and isinstance(b, Axis) and a not in to_first and b in free_second and a.size is b.size:
+            pair(a, b)
+    left = [a for a in first if a not in to_first]
+    for a in list(left):
+        if a in free_second and (a in reduced) == (a in reduced):
+            pair(a, a)
+            left.remove(a)
+    for a in list(left):
+        match = next((b for b in free_second if b.size is a.size), None)
+        if match is not None:
+            pair(a, match)
+            left.remove(a)
+    for a in left:
+        to_first[a] = _fresh(a, second, own.values()).expr
+    return Unified(
+        {a: e for a, e in to_first.items() if e.atom is not a},
+        {a: e for a, e in to_second.items() if e.atom is not a},
+    )
+
+
+def _used(axis: Axis, images: Substitution) -> bool:
+    return any(axis in e.atoms() for e in images.values())
+
+
+def _fresh(axis: Axis, avoid: Sequence[Axis], more: Iterable[Axis]) -> Axis:
+    """The axis itself, or one of its extent under a name that the others do not use."""
+    names = {a.name for a in avoid} | {a.name for a in more}
+    if axis.name not in names:
+        return axis
+    k = 1
+    while f"{axis.name}_{k}" in names:
+        k += 1
+    return Axis(f"{axis.name}_{k}", axis.size)

@@ -1,0 +1,518 @@
+"""Lowering: an ATen graph becomes a plan of one small kernel an operator, externs, and views.
+
+Every FX node is one of: a row of `pointwise.ROWS`, a structural lowerer (`structural.py`), or an
+extern with a reason. Nothing is fused here; views cost nothing.
+"""
+
+from __future__ import annotations
+
+import operator
+import re
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch import fx
+
+from minifuse import compat
+from minifuse.ir import dtypes
+from minifuse.ir.index import ONE, ZERO, Axis, Expr, Sym, as_expr, contiguous_strides
+from minifuse.ir.kernel import (
+    Buffer,
+    Cast,
+    Check,
+    Const,
+    Extern,
+    IndexOf,
+    Kernel,
+    Launch,
+    Load,
+    Op,
+    Opaque,
+    Output,
+    Param,
+    Plan,
+    Step,
+    Store,
+    Symbol,
+    TensorRef,
+    Value,
+    topological,
+)
+from minifuse.passes.context import CompileContext
+
+from .pointwise import DIVISIONS, ROWS, Unsupported, to_compute, truth
+from .structural import STRUCTURAL
+from .view import View
+
+Tree = Any
+Number = (bool, int, float)
+
+
+class Lowering:
+    """The state of lowering one graph; thrown away when the plan is made."""
+
+    def __init__(self, graph: fx.Graph, ctx: CompileContext) -> None:
+        self.graph = graph
+        self.ctx = ctx
+        self.env: dict[fx.Node, Any] = {}
+        self.buffers: dict[str, Buffer] = {}
+        self.steps: list[Step] = []
+        self.inputs: list[str] = []
+        self.symbols: dict[str, Symbol] = {}
+        self.mutated: set[str] = set()
+        self.origin: dict[str, str] = {}
+        self.node: fx.Node = next(iter(graph.nodes))
+
+    # -- sizes -----------------------------------------------------------------------------------
+    def size(self, s: Any) -> Expr:
+        """A size, stride or scalar of the graph as an expression of symbols."""
+        if isinstance(s, fx.Node):
+            s = self.env[s]
+        if isinstance(s, Expr):
+            return s
+        if isinstance(s, int):
+            return as_expr(s)
+        return compat.expr_of_symint(s, self.symbols)
+
+    def sizes(self, many: Sequence[Any]) -> tuple[Expr, ...]:
+        return tuple(self.size(s) for s in many)
+
+    def shape(self, node: fx.Node) -> tuple[Expr, ...]:
+        return self.sizes(node.meta["val"].shape)
+
+    # -- buffers ---------------------------------------------------------------------------------
+    def buffer(
+        self, name: str, val: torch.Tensor, storage: Any = "arena", stride: tuple[Expr, ...] | None = None
+    ) -> Buffer:
+        shape = self.sizes(val.shape)
+        if stride is None:
+            stride = self.sizes(val.stride())
+        made = Buffer(name, val.dtype, shape, stride, val.device, storage)
+        self.buffers[name] = made
+        return made
+
+    def dense_stride(self, val: torch.Tensor) -> tuple[Expr, ...]:
+        """The strides of a fresh result: those that torch gives it where they are dense."""
+        shape, stride = self.sizes(val.shape), self.sizes(val.stride())
+        expected = ONE
+        left = [(s, d) for s, d in zip(shape, stride, strict=True) if s is not ONE]
+        while left:
+            step = next((pair for pair in left if pair[1] is expected), None)
+            if step is None:
+                return contiguous_strides(shape)
+            left.remove(step)
+            expected = expected * step[0]
+        return stride
+
+    # -- kernels ---------------------------------------------------------------------------------
+    def axes(self, shape: Sequence[Expr], prefix: str = "i") -> tuple[Expr, ...]:
+        """Coordinates over a shape: an axis a dimension, the constant zero where it has one element."""
+        return tuple(ZERO if s is ONE else Axis(f"{prefix}{d}", s).expr for d, s in enumerate(shape))
+
+    def emit(
+        self,
+        value: Callable[[tuple[Expr, ...]], Value],
+        val: torch.Tensor,
+        name: str | None = None,
+        stride: tuple[Expr, ...] | None = None,
+        checks: Sequence[Check] = (),
+    ) -> View:
+        """A kernel that stores `value(coordinates)`, converted to the result's dtype, at every element."""
+        name = name or self.node.name
+        buffer = self.buffer(name, val, "arena", stride or self.dense_stride(val))
+        where = self.axes(buffer.shape)
+        body = Store(name, where, Cast.of(val.dtype, value(where)))
+        self.add_kernel((*checks, *self.division_checks(body.value), body), name)
+        return View.whole(buffer)
+
+    def add_kernel(self, body: Sequence[Store | Check], name: str) -> None:
+        axes: dict[Axis, None] = {}
+        params: dict[str, Param] = {}
+        for root in body:
+            for a in sorted(root.space, key=lambda a: a.name):
+                axes[a] = None
+        for v in topological(r.value for r in body):
+            if isinstance(v, Load):
+                params[v.param] = self.buffers[v.param].as_param()
+            elif v.fields and hasattr(v, "over"):
+                axes[v.over] = None
+        for root in body:
+            if isinstance(root, Store):
+                params[root.param] = self.buffers[root.param].as_param()
+        origin = self.where()
+        kernel = Kernel(tuple(axes), tuple(params.values()), tuple(body), (self.node.name,))
+        self.origin[self.node.name] = origin
+        self.steps.append(Launch(kernel, tuple(params), None, name))
+
+    def division_checks(self, value: Value) -> list[Check]:
+        """Integer division by zero is an error, as in eager."""
+        found = []
+        for v in topological([value]):
+            if isinstance(v, Op) and v.name in DIVISIONS and not isinstance(v.args[1], Const):
+                nonzero = Op.of("ne", v.args[1], Const.of(0, v.args[1].dtype))
+                found.append(Check(nonzero, "ZeroDivisionError"))
+        return found
+
+    def where(self) -> str:
+        """The user's line that a node comes from, as `file.py:41 code`."""
+        return source_line(self.node)
+
+    # -- arguments -------------------------------------------------------------------------------
+    def view(self, arg: fx.Node) -> View:
+        found = self.env[arg]
+        if not isinstance(found, View):
+            raise Unsupported(f"{arg.name} is not a tensor that kernels can read")
+        if not dtypes.supported(found.buffer.dtype):
+            raise Unsupported(f"{found.buffer.dtype} has no kernels")
+        return found
+
+    def ref(self, view: View) -> TensorRef:
+        """The view as strides; a copy is made where it has none."""
+        found = view.strided()
+        if found is not None:
+            return found
+        shape = view.shape
+        name = f"{view.buffer.name}_copy{len(self.buffers)}"
+        copy = Buffer(name, view.buffer.dtype, shape, contiguous_strides(shape), view.buffer.device)
+        self.buffers[name] = copy
+        where = self.axes(shape)
+        self.add_kernel([Store(name, where, view.read(where))], name)
+        return TensorRef(name, shape, copy.stride, ZERO)
+
+    def scalar(self, x: Any) -> Value | None:
+        """A number, symbolic or not, as a value; None when it is not one."""
+        if isinstance(x, fx.Node):
+            x = self.env[x]
+        if isinstance(x, Expr):
+            return IndexOf.of(x) if not x.is_const else Const.of(x.value, torch.int64)
+        if isinstance(x, bool):
+            return Const.of(x, torch.bool)
+        if isinstance(x, int):
+            return Const.of(x, torch.int64)
+        if isinstance(x, float):
+            return Const.of(x, torch.float64)
+        return None
+
+    def pointwise(self, node: fx.Node) -> View:
+        row = ROWS[node.target]  # type: ignore[index]
+        val = node.meta["val"]
+        if val.device.type == "meta" or not dtypes.supported(val.dtype):
+            raise Unsupported(f"a result of {val.dtype} on {val.device.type}")
+        reads: list[Callable[[tuple[Expr, ...]], Value] | Any] = []
+        tensors = []
+        for position, arg in enumerate(node.args):
+            reads.append(self._argument(arg, position in row.scalars, tensors, val))
+        kwargs = {k: v for k, v in node.kwargs.items() if k in ("alpha", "value", "rounding_mode") and v is not None}
+        for k, v in list(kwargs.items()):
+            if isinstance(v, fx.Node):
+                raise Unsupported(f"{k} given as a symbolic number")
+        result = val.dtype
+        common = compat.result_type(node.args) if row.promote in ("common", "where") else result
+        if not dtypes.supported(common):
+            raise Unsupported(f"{common} has no kernels")
+
+        def value(where: tuple[Expr, ...]) -> Value:
+            args = []
+            for position, read in enumerate(reads):
+                x = read(where) if callable(read) else read
+                if isinstance(x, Value):
+                    if row.promote == "where" and position == 0:
+                        x = truth(x)
+                    elif row.promote == "fill" and position == 1:
+                        x = truth(x)
+                    elif row.promote == "common":
+                        x = to_compute(x, common)
+                    elif row.promote == "keep":
+                        x = to_compute(x, x.dtype)
+                    else:
+                        x = self._promote(x, result, isinstance(node.args[position], fx.Node))
+                args.append(x)
+            return row.fn(*args, **kwargs)
+
+        return self.emit(value, val)
+
+    def _promote(self, x: Value, result: torch.dtype, is_tensor: bool) -> Value:
+        """To the dtype of the arithmetic. A Python number keeps float32's precision beside a half."""
+        compute = dtypes.row(result).compute
+        if isinstance(x, Const) and not is_tensor:
+            return Cast.of(compute, x)
+        return to_compute(x, result)
+
+    def _argument(self, arg: Any, keep: bool, tensors: list[View], val: torch.Tensor) -> Any:
+        if isinstance(arg, fx.Node) and isinstance(self.env[arg], View):
+            view = self.view(arg)
+            if view.buffer.device != val.device and view.shape:
+                raise Unsupported(f"an argument on {view.buffer.device}")
+            if view.buffer.device != val.device:
+                raise Unsupported("a scalar tensor on another device")
+            tensors.append(view)
+            return view.broadcast_read
+        if keep or arg is None:
+            if isinstance(arg, fx.Node):
+                raise Unsupported("a symbolic number where a literal is needed")
+            return arg
+        if isinstance(arg, str):
+            return arg
+        number = self.scalar(arg)
+        if number is None:
+            raise Unsupported(f"an argument {arg!r}")
+        return lambda where: number
+
+    # -- externs ---------------------------------------------------------------------------------
+    def extern(self, node: fx.Node, reason: str) -> Any:
+        """A call of ATen (or of whatever the target is); its results become buffers."""
+        args = self.tree(node.args)
+        kwargs = tuple((k, self.tree(v)) for k, v in node.kwargs.items())
+        before = set(self.symbols)
+        val = node.meta.get("val")
+        single = not isinstance(val, (tuple, list))
+        vals = [val] if single else list(val)
+        results: list[str | None] = []
+        sizes: list[tuple[int, str]] = []
+        env: list[Any] = []
+        for i, v in enumerate(vals):
+            if isinstance(v, torch.Tensor):
+                name = node.name if single else f"{node.name}_{i}"
+                env.append(View.whole(self.buffer(name, v, "extern")))
+                results.append(name)
+            elif isinstance(v, (torch.SymInt, torch.SymBool, torch.SymFloat)):
+                expr = self.size(v) if isinstance(v, torch.SymInt) else None
+                atom = expr.atom if expr is not None else None
+                if isinstance(atom, Sym):
+                    sizes.append((i, atom.name))
+                    env.append(expr)
+                else:
+                    env.append(Opaque(node.name, None if single else i))
+                results.append(None)
+            else:
+                env.append(Opaque(node.name, None if single else i))
+                results.append(None)
+        self.steps.append(
+            Extern(
+                node.target, args, kwargs, tuple(results), reason, single, effect=is_effect(node), sizes=tuple(sizes),
+                dims=self.new_sizes(results, before), origin=node.name,
+            )
+        )  # fmt: skip
+        self.origin[node.name] = self.where()
+        for written in mutated_arguments(node):
+            self.mutated.add(self.env[written].buffer.name)
+        return env[0] if single else tuple(env)
+
+    def new_sizes(self, results: list[str | None], before: set[str]) -> tuple[tuple[int, int, str], ...]:
+        """Sizes that are known only by looking at a result: (result, dimension, symbol)."""
+        found: dict[str, tuple[int, int, str]] = {}
+        for i, name in enumerate(results):
+            for d, size in enumerate(self.buffers[name].shape if name is not None else ()):
+                if isinstance(size.atom, Sym) and size.atom.name not in before:
+                    found.setdefault(size.atom.name, (i, d, size.atom.name))
+        return tuple(found.values())
+
+    def sources(self) -> None:
+        """Where a call finds each size: an input of its own, or a dimension of a tensor."""
+        for name, symbol in self.symbols.items():
+            if symbol.source:
+                continue
+            for buffer in self.buffers.values():
+                if buffer.storage != "input":
+                    continue
+                at = [f"{buffer.name}.size({d})" for d, s in enumerate(buffer.shape) if _names(s, name)]
+                at += [f"{buffer.name}.stride({d})" for d, s in enumerate(buffer.stride) if _names(s, name)]
+                if at:
+                    self.symbols[name] = Symbol(name, symbol.hint, at[0])
+                    break
+
+    def tree(self, arg: Any) -> Tree:
+        if isinstance(arg, fx.Node):
+            found = self.env[arg]
+            if isinstance(found, View):
+                return self.ref(found)
+            if isinstance(found, (tuple, list)):
+                return tuple(self.ref(x) if isinstance(x, View) else x for x in found)
+            return found
+        if isinstance(arg, (list, tuple)):
+            made = [self.tree(a) for a in arg]
+            return tuple(made) if isinstance(arg, tuple) else made
+        if isinstance(arg, dict):
+            return {k: self.tree(v) for k, v in arg.items()}
+        if isinstance(arg, slice):
+            return slice(self.tree(arg.start), self.tree(arg.stop), self.tree(arg.step))
+        if isinstance(arg, torch.SymInt):
+            return self.size(arg)
+        return arg
+
+    # -- the walk --------------------------------------------------------------------------------
+    def run(self, name: str, output_strides: dict[int, tuple[Any, ...]]) -> Plan:
+        outputs: tuple[Output, ...] = ()
+        for node in self.graph.nodes:
+            self.node = node
+            if node.op == "placeholder":
+                self.env[node] = self.placeholder(node)
+            elif node.op == "get_attr":
+                self.env[node] = self.attribute(node)
+            elif node.op == "output":
+                outputs = self.outputs(node, output_strides)
+            else:
+                self.env[node] = self.call(node)
+        self.sources()
+        return Plan(
+            name, tuple(self.inputs), self.buffers, tuple(self.steps), outputs, self.symbols, frozenset(self.mutated),
+            self.origin,
+        )  # fmt: skip
+
+    def call(self, node: fx.Node) -> Any:
+        target = node.target
+        if target is operator.getitem:
+            source = self.env[node.args[0]]
+            if isinstance(source, (tuple, list)):
+                return source[node.args[1]]
+            return self.extern(node, "an item of an opaque result")
+        number = self.symbolic(node)
+        if number is not None:
+            return number
+        try:
+            mark = len(self.steps), dict(self.buffers)
+            if target in STRUCTURAL:
+                return STRUCTURAL[target](self, node, *node.args, **node.kwargs)
+            if target in ROWS:
+                return self.pointwise(node)
+            reason = "no lowering for this operator"
+        except Unsupported as why:
+            del self.steps[mark[0] :]
+            self.buffers.clear()
+            self.buffers.update(mark[1])
+            reason = str(why)
+        return self.extern(node, reason)
+
+    def symbolic(self, node: fx.Node) -> Expr | None:
+        """Arithmetic on sizes is done when a call begins, not by a step."""
+        val = node.meta.get("val")
+        if isinstance(val, int) and not isinstance(val, bool):
+            return as_expr(val)
+        if isinstance(val, torch.SymInt):
+            if compat.is_unbacked(val) and not compat.symbol_names(val) <= set(self.symbols):
+                return None  # this step is what makes the size known
+            return compat.expr_of_symint(val, self.symbols)
+        return None
+
+    def placeholder(self, node: fx.Node) -> Any:
+        val = node.meta.get("val")
+        if isinstance(val, torch.Tensor) and not compat.is_subclass_like(val):
+            self.inputs.append(node.name)
+            return View.whole(self.buffer(node.name, val, "input"))
+        self.inputs.append(node.name)
+        if isinstance(val, torch.SymInt):
+            expr = compat.expr_of_symint(val, self.symbols, bind=node.name)
+            return expr
+        if isinstance(val, int) and not isinstance(val, bool):
+            return as_expr(val)
+        return Opaque(node.name, None)
+
+    def attribute(self, node: fx.Node) -> Any:
+        owner = self.graph.owning_module
+        value: Any = owner
+        for part in str(node.target).split("."):
+            value = getattr(value, part)
+        if isinstance(value, torch.Tensor):
+            name = node.name
+            buffer = self.buffer(name, value, "constant")
+            self.ctx.stages.setdefault("constants", {})[name] = value
+            return View.whole(buffer)
+        self.ctx.stages.setdefault("constants", {})[node.name] = value
+        return Opaque(node.name, None)
+
+    def outputs(self, node: fx.Node, strides: dict[int, tuple[Any, ...]]) -> tuple[Output, ...]:
+        outs: list[Output] = []
+        for i, arg in enumerate(node.args[0]):  # type: ignore[arg-type, union-attr]
+            value = self.env[arg] if isinstance(arg, fx.Node) else arg
+            if isinstance(value, View):
+                self.node = arg
+                want = strides.get(i)
+                wanted = self.sizes(want) if want is not None else self.sizes(arg.meta["val"].stride())
+                outs.append(self.output_ref(value, wanted))
+            elif isinstance(value, (Expr, *Number)) or value is None:
+                outs.append(value)
+            elif isinstance(value, Opaque):
+                outs.append(value)
+            else:
+                raise TypeError(f"output {i} of {self.ctx.name}: expected a tensor or a number, found {value!r}")
+        return tuple(outs)
+
+    def output_ref(self, view: View, stride: tuple[Expr, ...]) -> TensorRef:
+        """The view with the strides that eager gives it, copied where it has others."""
+        found = view.strided()
+        if found is not None:
+            same = all(s is ONE or a is b for s, a, b in zip(view.shape, found.stride, stride, strict=True))
+            if same or any(s is ZERO for s in view.shape):
+                return TensorRef(found.buffer, found.shape, stride, found.offset)
+        name = f"{self.node.name}_out{len(self.buffers)}"
+        made = Buffer(name, view.buffer.dtype, view.shape, stride, view.buffer.device)
+        if not dtypes.supported(view.buffer.dtype) or found is None and not is_dense(made):
+            return found or self.ref(view)
+        self.buffers[name] = made
+        where = self.axes(view.shape)
+        if is_dense(made):
+            self.add_kernel([Store(name, where, view.read(where))], name)
+            return TensorRef(name, view.shape, stride, ZERO)
+        del self.buffers[name]
+        assert found is not None
+        return found
+
+
+def _names(size: Expr, symbol: str) -> bool:
+    return isinstance(size.atom, Sym) and size.atom.name == symbol
+
+
+def is_dense(buffer: Buffer) -> bool:
+    """Whether the strides are a permutation of row-major ones: every element its own memory."""
+    expected = ONE
+    left = [(s, d) for s, d in zip(buffer.shape, buffer.stride, strict=True) if s is not ONE]
+    while left:
+        step = next((pair for pair in left if pair[1] is expected), None)
+        if step is None:
+            return False
+        left.remove(step)
+        expected = expected * step[0]
+    return True
+
+
+def is_effect(node: fx.Node) -> bool:
+    """Whether a node must run, once, in its place: it draws numbers, writes or talks to others."""
+    if node.op != "call_function":
+        return False
+    target = node.target
+    if isinstance(target, torch._ops.OpOverload):
+        if torch.Tag.nondeterministic_seeded in target.tags or target._schema.is_mutable:
+            return True
+        return target.namespace in ("minifuse", "_c10d_functional", "c10d") or "assert" in target.name()
+    return isinstance(target, torch._ops.HigherOrderOperator) or not target.__module__.startswith("_operator")
+
+
+def mutated_arguments(node: fx.Node) -> list[fx.Node]:
+    """The arguments that a call writes into, by its schema."""
+    if not isinstance(node.target, torch._ops.OpOverload):
+        return []
+    found = []
+    for arg, spec in zip(node.args, node.target._schema.arguments, strict=False):
+        if spec.alias_info is not None and spec.alias_info.is_write and isinstance(arg, fx.Node):
+            found.append(arg)
+    return found
+
+
+def source_line(node: fx.Node) -> str:
+    trace = node.meta.get("stack_trace")
+    if not trace:
+        return ""
+    frames = re.findall(r'File "([^"]*)", line (\d+), in [^\n]*\n?\s*([^\n]*)', trace)
+    if not frames:
+        return ""
+    file, line, code = frames[-1]
+    return f"{file.rsplit('/', 1)[-1]}:{line} {code.strip()}".rstrip()
+
+
+def lower(
+    graph: fx.Graph, ctx: CompileContext, output_strides: dict[int, tuple[Any, ...]] | None = None
+) -> Plan:
+    """The plan of a functional ATen graph, one kernel an operator. `output_strides` (by position)
+    are eager's where they differ from the graph's own."""
+    return Lowering(graph, ctx).run(ctx.name, output_strides or {})

@@ -1,0 +1,137 @@
+"""Normalisation of captured graphs: random operators become a seed and a pure function of it."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import fx
+
+from minifuse.ir import prims
+
+aten = torch.ops.aten
+_UNIFORM = {aten.rand.default, aten.rand_like.default}
+_NORMAL = {aten.randn.default, aten.randn_like.default}
+_INTEGER = {aten.randint.default: 1, aten.randint.low: 2, aten.randint_like.default: 1, aten.randint_like.low_dtype: 2}
+_BERNOULLI = {aten.bernoulli.p, aten.bernoulli.default}
+_FLOATS = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
+
+
+def replace_random(graph: fx.Graph) -> int:
+    """Rewrite a graph in place so that its random numbers come from one seed a call and device.
+
+    Operators with a generator of their own, or of a kind that kernels do not draw, stay as they
+    are. Returns how many were replaced; each gets its own offset, so streams never overlap.
+    """
+    seeds: dict[torch.device, fx.Node] = {}
+    offset = 0
+    for node in list(graph.nodes):
+        if node.op != "call_function" or node.kwargs.get("generator") is not None:
+            continue
+        build = _builder(node)
+        if build is None:
+            continue
+        val = node.meta["val"]
+        with graph.inserting_before(node):
+            seed = seeds.get(val.device)
+            if seed is None:
+                seed = seeds[val.device] = graph.call_function(prims.seed, (val.device,))
+                seed.meta["val"] = val.new_empty((), dtype=torch.int64)
+                copy_place(node, seed)
+            new = build(graph, node, seed, offset)
+        offset += 1
+        node.replace_all_uses_with(new)
+        graph.erase_node(node)
+    return offset
+
+
+def _builder(node: fx.Node) -> Callable[[fx.Graph, fx.Node, fx.Node, int], fx.Node] | None:
+    target, val = node.target, node.meta.get("val")
+    if not isinstance(val, torch.Tensor):
+        return None
+    if target in _UNIFORM and val.dtype in _FLOATS:
+        return lambda g, n, s, o: _draw(g, n, s, o, "uniform", val.dtype)
+    if target in _NORMAL and val.dtype in _FLOATS:
+        return lambda g, n, s, o: _draw(g, n, s, o, "normal", val.dtype)
+    if target in _INTEGER and not val.dtype.is_floating_point:
+        return _integers
+    if target in _BERNOULLI:
+        return _bernoulli
+    return None
+
+
+def _draw(
+    graph: fx.Graph, node: fx.Node, seed: fx.Node, offset: int, kind: str, dtype: torch.dtype, low: Any = 0, high: Any = 1
+) -> fx.Node:
+    val = node.meta["val"]
+    size = _size_argument(graph, node, val)
+    # uniform numbers of half precision would round up to 1: they are drawn in float32
+    drawn_dtype = torch.int64 if kind == "integer" else torch.float32
+    new = graph.call_function(prims.random, (size, seed, offset, kind, low, high, drawn_dtype, val.device))
+    new.meta["val"] = val.new_empty(val.shape, dtype=drawn_dtype)
+    copy_place(node, new)
+    if dtype is not drawn_dtype:
+        return _to(graph, node, new, dtype, "uniform" if kind == "uniform" else "")
+    return new
+
+
+def _to(graph: fx.Graph, node: fx.Node, x: fx.Node, dtype: torch.dtype, kind: str = "") -> fx.Node:
+    val = x.meta["val"]
+    if kind == "uniform" and dtype in (torch.bfloat16, torch.float16):
+        top = 1.0 - math.ldexp(1.0, -8 if dtype is torch.bfloat16 else -11)
+        clamped = graph.call_function(aten.clamp_max.default, (x, top))
+        clamped.meta["val"] = val
+        copy_place(node, clamped)
+        x = clamped
+    new = graph.call_function(aten._to_copy.default, (x,), {"dtype": dtype})
+    new.meta["val"] = val.new_empty(val.shape, dtype=dtype)
+    copy_place(node, new)
+    return new
+
+
+def _size_argument(graph: fx.Graph, node: fx.Node, val: torch.Tensor) -> list[Any]:
+    """The sizes of a result as graph arguments: numbers, or nodes that compute them."""
+    first = node.args[0] if node.args else None
+    if isinstance(first, (list, tuple)):
+        return list(first)
+    for arg in node.args:
+        if isinstance(arg, (list, tuple)):
+            return list(arg)
+    sizes: list[Any] = []
+    for d, s in enumerate(val.shape):
+        if isinstance(s, int):
+            sizes.append(s)
+            continue
+        size = graph.call_function(aten.sym_size.int, (first, d))
+        size.meta["val"] = s
+        copy_place(node, size)
+        sizes.append(size)
+    return sizes
+
+
+def _integers(graph: fx.Graph, node: fx.Node, seed: fx.Node, offset: int) -> fx.Node:
+    target = node.target
+    like = target in (aten.randint_like.default, aten.randint_like.low_dtype)
+    args = node.args[1:] if like else node.args
+    low, high = (args[0], args[1]) if _INTEGER[target] == 2 else (0, args[0])  # type: ignore[index]
+    return _draw(graph, node, seed, offset, "integer", node.meta["val"].dtype, low, high)
+
+
+def _bernoulli(graph: fx.Graph, node: fx.Node, seed: fx.Node, offset: int) -> fx.Node:
+    x = node.args[0]
+    p = node.args[1] if node.target is aten.bernoulli.p and len(node.args) > 1 else x
+    drawn = _draw(graph, node, seed, offset, "uniform", torch.float32)
+    compare = aten.lt.Tensor if isinstance(p, fx.Node) else aten.lt.Scalar
+    below = graph.call_function(compare, (drawn, p))
+    below.meta["val"] = drawn.meta["val"].to(torch.bool)
+    copy_place(node, below)
+    return _to(graph, node, below, node.meta["val"].dtype)
+
+
+def copy_place(source: fx.Node, to: fx.Node) -> None:
+    """Give a node that a pass made the user's line, module and checkpoint tags of its original."""
+    for key in ("stack_trace", "nn_module_stack", "partitioner_tag", "recompute", "ac_graph_id", "seq_nr"):
+        if key in source.meta and not (key == "recompute" and to.target is prims.seed):
+            to.meta[key] = source.meta[key]

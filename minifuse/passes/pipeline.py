@@ -1,0 +1,55 @@
+"""The pipeline: what happens to a graph between capture and code, in order."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from torch import fx
+
+from minifuse.ir.kernel import Plan
+from minifuse.ir.verify import verify_plan
+
+from .context import CompileContext
+from .fuse import fuse
+from .lower import lower
+from .memory import place
+from .schedule import schedule
+
+
+@dataclass(frozen=True)
+class Pass:
+    """A pass over plans: it returns a new plan and records what it decided."""
+
+    name: str
+    run: Callable[[Plan, CompileContext], Plan]
+
+
+PASSES = (
+    Pass("fuse", fuse),
+    Pass("schedule", schedule),
+    Pass("memory", place),
+)
+
+
+def make_plan(
+    graph: fx.Graph, ctx: CompileContext, output_strides: Mapping[int, tuple[Any, ...]] | None = None
+) -> Plan:
+    """Lower a functional ATen graph and run the passes; with `verify`, each result is checked.
+
+    Every stage is kept in `ctx.stages` under its pass' name, the unfused plan as "lower".
+    """
+    with ctx.phase("lower"):
+        plan = lower(graph, ctx, dict(output_strides or {}))
+    ctx.stages["lower"] = plan
+    if ctx.options.verify:
+        verify_plan(plan)
+    for p in PASSES:
+        with ctx.phase(p.name):
+            plan = p.run(plan, ctx)
+        ctx.stages[p.name] = plan
+        if ctx.options.verify:
+            with ctx.phase("verify"):
+                verify_plan(plan)
+    return plan

@@ -1,0 +1,115 @@
+"""AOT autograd's partition function: price the joint graph, ask a policy, verify its plan, cut the graph in two."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+from torch import fx
+
+from minifuse import compat
+from minifuse.ir import device as devices
+from minifuse.ir.decision import Decision
+
+from .build import build_problem, is_effect
+from .plan import SAVE, RematPlan, RematPolicy, backward_order
+from .policies import resolve
+from .problem import Problem
+from .verify import verify_plan
+
+
+def partition(
+    joint: fx.GraphModule,
+    joint_inputs: Sequence[Any],
+    *,
+    num_fwd_outputs: int,
+    policy: str | RematPolicy = "mincut",
+    budget: float = 1.0,
+    group_of: Mapping[str, int] | None = None,
+    is_kernel: Callable[[fx.Node], bool],
+    record: Callable[[Decision], None] = lambda decision: None,
+    device: devices.DeviceModel = devices.CPU,
+    static_lifetime_input_indices: Sequence[int] | None = None,
+    **_: Any,
+) -> tuple[fx.GraphModule, fx.GraphModule, RematPlan]:
+    """Split a joint graph into a forward that also returns what is saved, and a backward that takes it.
+
+    `joint_inputs` and further keywords are AOT autograd's and are not looked at. `joint` is not edited. `record` gets
+    one Decision a value that the backward takes from the forward's side. Each recomputed value runs just before its
+    first reader.
+
+    Raises:
+        RematError: an unknown policy, a graph that has no plan, or a plan that fails `verify_plan`.
+    """
+    chosen = resolve(policy)
+    problem = build_problem(
+        joint,
+        num_fwd_outputs,
+        group_of,
+        is_kernel,
+        device=device,
+        memory_budget=budget,
+        static_inputs=frozenset(static_lifetime_input_indices or ()),
+    )
+    plan = chosen.plan(problem)
+    verify_plan(problem, plan)
+    for decision in decisions(problem, plan):
+        record(decision)
+    forward, backward = _apply(joint, problem, plan, num_fwd_outputs)
+    return forward, backward, plan
+
+
+def decisions(problem: Problem, plan: RematPlan) -> list[Decision]:
+    """The plan as the compiler's record: taken is a value recomputed, refused one that is loaded."""
+    template = "{action}: {why}; saving it takes {nbytes} and {save_us} us, recomputing it {recompute_us} us"
+    out = []
+    for name, choice in plan.choices.items():
+        v = problem[name]
+        if v.is_given or (v.kind in ("view", "item", "symbol") and choice.action != SAVE):
+            continue
+        facts = {
+            "action": choice.action,
+            "why": choice.reason,
+            "nbytes": choice.nbytes,
+            "save_us": round(1e6 * choice.save_seconds, 3),
+            "recompute_us": round(1e6 * choice.recompute_seconds, 3),
+            "policy": plan.policy,
+        }
+        out.append(Decision("rematerialise", (name,), choice.action != SAVE, template, facts, v.where))
+    return out
+
+
+def _apply(
+    joint: fx.GraphModule, problem: Problem, plan: RematPlan, num_fwd_outputs: int
+) -> tuple[fx.GraphModule, fx.GraphModule]:
+    saved = [n for n in joint.graph.nodes if n.op != "get_attr" and n.name in plan.choices and _is_saved(plan, n)]
+    forward, backward = compat.extract_forward_backward(joint, saved, num_fwd_outputs=num_fwd_outputs)
+    once = {v.name for v in problem.values if v.phase == "forward"}
+    _drop_dead(forward, lambda n: n.name in once)
+    _drop_dead(backward, lambda n: n.name not in once)
+    rank = {name: i for i, name in enumerate(backward_order(problem, {n: c.action for n, c in plan.choices.items()}))}
+    _reorder(backward, rank)
+    forward.recompile()
+    backward.recompile()
+    return forward, backward
+
+
+def _is_saved(plan: RematPlan, n: fx.Node) -> bool:
+    return plan.choices[n.name].action == SAVE
+
+
+def _drop_dead(module: fx.GraphModule, mine: Callable[[fx.Node], bool]) -> None:
+    """Remove what nothing reads, and the effects that belong to the other graph."""
+
+    def stays(n: fx.Node) -> bool:
+        return n.op in ("placeholder", "output") or (is_effect(n) and mine(n))
+
+    module.graph.eliminate_dead_code(is_impure_node=stays)
+
+
+def _reorder(module: fx.GraphModule, rank: Mapping[str, int]) -> None:
+    """Put a graph's nodes in the order that the plan was priced in; those it does not rank stay first."""
+    body = [n for n in module.graph.nodes if n.op not in ("placeholder", "output")]
+    output = module.graph.output_node()
+    for n in sorted(body, key=lambda n: rank.get(n.name, -1)):
+        output.prepend(n)

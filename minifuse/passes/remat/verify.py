@@ -1,0 +1,60 @@
+"""The check that no policy can bypass: a plan that passes gives the gradients that saving everything gives."""
+
+from __future__ import annotations
+
+from minifuse.errors import RematError
+
+from .plan import RECOMPUTE, SAVE, Choice, RematPlan
+from .problem import Problem, Value
+
+
+def verify_plan(problem: Problem, plan: RematPlan) -> None:
+    """Raise RematError, naming the value and the rule, unless the plan is sound.
+
+    Rules: every value that the backward reads, and every input of a recomputed one, is saved or recomputed; what is
+    named exists and needs no tangent; what draws random numbers, has an effect, communicates or defines a
+    data-dependent size is not recomputed; nothing is recomputed from an input that the forward overwrites (the
+    backward's own operators may read one: autograd's version check has passed); what cannot be saved is not; what the
+    user said must be saved or recomputed is; the bytes that the plan reports are those of what it saves.
+    """
+    for name, choice in plan.choices.items():
+        if name != choice.name:
+            raise _broken(plan, name, f"is listed under another value's name, {choice.name}")
+        if name not in problem.by_name:
+            raise _broken(plan, name, "does not exist in the joint graph")
+        v = problem[name]
+        if v.phase in ("backward", "tangent"):
+            raise _broken(plan, name, "needs a tangent: it exists only in the backward")
+        _check_action(problem, plan, v, choice)
+    for name in problem.required:
+        if name not in plan.choices:
+            raise _broken(plan, name, "is read by the backward and neither saved nor recomputed")
+    nbytes = problem.saved_bytes(plan.saved)
+    if nbytes != plan.saved_bytes:
+        raise RematError(f"{plan.policy}: the plan reports {plan.saved_bytes} saved bytes, its values hold {nbytes}")
+
+
+def _check_action(problem: Problem, plan: RematPlan, v: Value, choice: Choice) -> None:
+    if choice.action == SAVE:
+        if not v.savable and not v.is_given:
+            raise _broken(plan, v.name, "cannot be saved: it is no tensor or size")
+        if v.tag == "must_recompute" and not v.pinned and v.kind not in ("item", "input", "constant"):
+            raise _broken(plan, v.name, "is saved, and tagged must_recompute")
+        return
+    if choice.action != RECOMPUTE:
+        raise _broken(plan, v.name, f"has the action {choice.action!r}, expected {SAVE!r} or {RECOMPUTE!r}")
+    if v.is_given:
+        raise _broken(plan, v.name, "is an input: it cannot be recomputed")
+    if v.pinned:
+        raise _broken(plan, v.name, f"is recomputed, and may run only once: {v.pinned}")
+    if v.tag == "must_save":
+        raise _broken(plan, v.name, "is recomputed, and tagged must_save")
+    for i in v.inputs:
+        if i in problem.by_name and problem[i].is_given and not problem[i].savable:
+            raise _broken(plan, v.name, f"is recomputed from {i}, which the forward overwrites")
+        if i not in plan.choices:
+            raise _broken(plan, v.name, f"is recomputed from {i}, which is neither saved nor recomputed")
+
+
+def _broken(plan: RematPlan, name: str, rule: str) -> RematError:
+    return RematError(f"{plan.policy}: {name} {rule}")

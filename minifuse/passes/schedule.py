@@ -1,0 +1,378 @@
+"""Schedules: which loops a kernel runs, in which order, what is parallel and what is the vector lane.
+
+First a kernel's axes are normalised: neighbouring axes that every access walks as one become one,
+and an axis that accesses cut by a division is cut. Then the lane is chosen by unit strides, weighed
+by bytes, and the rest are ordered. None of this can change a bit: a reduction's tree belongs to its
+meaning (`ir.kernel.Reduce`).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from dataclasses import replace
+
+from minifuse.ir import dtypes, ops
+from minifuse.ir.index import ONE, ZERO, Axis, Expr, FloorDiv, Mod, as_expr, cdiv, linearize, product
+from minifuse.ir.kernel import (
+    COLUMN_CHUNK,
+    LANES,
+    Buffer,
+    Cast,
+    Const,
+    IndexOf,
+    Kernel,
+    Launch,
+    Load,
+    Loop,
+    Op,
+    Param,
+    Plan,
+    Random,
+    Reduce,
+    Root,
+    Schedule,
+    Step,
+    Store,
+    Value,
+    rewrite,
+    topological,
+)
+from minifuse.passes.context import CompileContext
+
+LANE_TILE = 4096
+COLUMN_TILE = 256
+TRANSPOSE_TILE = 16
+MIN_PARALLEL = 16
+SPLIT_WORK = 65_536
+HOLD_BYTES = 131_072
+HOLD_COST = 8.0
+
+Hint = Callable[[Expr], int]
+
+
+def schedule(plan: Plan, ctx: CompileContext) -> Plan:
+    """Give each launch a schedule; a reduction with too few rows is split in two launches."""
+    steps: list[Step] = []
+    buffers = dict(plan.buffers)
+    for step in plan.steps:
+        if not isinstance(step, Launch):
+            steps.append(step)
+            continue
+        kernel = collapse(split_axes(step.kernel))
+        for k, made in enumerate(split_reduction(kernel, step.name, plan.hint, buffers)):
+            name = step.name if k == 0 else f"{step.name}_join"
+            binding = tuple(p.name for p in made.params)
+            final = canonical(made)
+            steps.append(Launch(final, binding, choose(final, plan.hint), name))
+    return replace(plan, steps=tuple(steps), buffers=buffers)
+
+
+# -- normalising axes -------------------------------------------------------------------------------
+def index_exprs(kernel: Kernel) -> Iterable[Expr]:
+    """Every expression over axes: element offsets of loads and stores, indices as values, counters."""
+    params = {p.name: p for p in kernel.params}
+    for v in kernel.values():
+        if isinstance(v, Load):
+            yield affine_offset(params[v.param], v)
+        elif isinstance(v, IndexOf):
+            yield v.expr
+        elif isinstance(v, Random):
+            yield v.index
+    for s in kernel.stores:
+        yield params[s.param].offset(s.index)
+
+
+def affine_offset(param: Param, load: Load) -> Expr:
+    """The part of a load's element offset that is an expression; loaded coordinates count as zero."""
+    return linearize([i if isinstance(i, Expr) else ZERO for i in load.index], param.stride)
+
+
+def split_axes(kernel: Kernel) -> Kernel:
+    """Cut an axis that offsets divide by a constant: `j // 64` and `j % 64` become two axes."""
+    reduced = {r.over for r in kernel.reductions}
+    for _ in range(8):
+        cut: tuple[Axis, int] | None = None
+        for e in index_exprs(kernel):
+            cut = next((c for c in _divisions(e) if c[0] not in reduced), None)
+            if cut is not None:
+                break
+        if cut is None:
+            return kernel
+        axis, width = cut
+        high, low = Axis(f"{axis.name}h", axis.size // width), Axis(f"{axis.name}l", width)
+        names = {a.name for a in kernel.axes}
+        if high.name in names or low.name in names:
+            return kernel
+        env = {axis: high.expr * width + low.expr}
+        axes = tuple(x for a in kernel.axes for x in ((high, low) if a is axis else (a,)))
+        kernel = replace(kernel, axes=axes, body=rewrite(kernel.body, env))
+    return kernel
+
+
+def _divisions(e: Expr) -> Iterable[tuple[Axis, int]]:
+    for mono, _ in e.terms:
+        for a in mono:
+            if isinstance(a, (FloorDiv, Mod)):
+                axis = a.num.atom
+                if isinstance(axis, Axis) and a.den.is_const and (axis.size % a.den) is ZERO:
+                    yield axis, a.den.value
+                yield from _divisions(a.num)
+
+
+def collapse(kernel: Kernel) -> Kernel:
+    """Join two axes that every access walks as one long axis."""
+    reduced = {r.over for r in kernel.reductions}
+    spaces = [r.space for r in kernel.body] + [r.axes | {r.over} for r in kernel.reductions]
+    joined = True
+    while joined:
+        joined = False
+        exprs = list(dict.fromkeys(index_exprs(kernel)))
+        for outer in kernel.axes:
+            for inner in kernel.axes:
+                if outer is inner or outer in reduced or inner in reduced:
+                    continue
+                if any((outer in s) != (inner in s) for s in spaces) or not _joins(exprs, outer, inner):
+                    continue
+                axis = Axis(outer.name + inner.name.lstrip("i"), outer.size * inner.size)
+                if any(a.name == axis.name for a in kernel.axes):
+                    continue
+                env = {outer: axis.expr // inner.size, inner: axis.expr % inner.size}
+                axes = tuple(axis if a is outer else a for a in kernel.axes if a is not inner)
+                kernel = replace(kernel, axes=axes, body=rewrite(kernel.body, env))
+                spaces = [r.space for r in kernel.body] + [r.axes | {r.over} for r in kernel.reductions]
+                joined = True
+                break
+            if joined:
+                break
+    return kernel
+
+
+def _joins(exprs: Iterable[Expr], outer: Axis, inner: Axis) -> bool:
+    for e in exprs:
+        if outer not in e.atoms() and inner not in e.atoms():
+            continue
+        a, b = e.coefficient(outer), e.coefficient(inner)
+        if a is None or b is None or b is ZERO or a is not b * inner.size:
+            return False
+        if a.axes() or b.axes():
+            return False
+    return True
+
+
+def canonical(kernel: Kernel) -> Kernel:
+    """The same kernel with axes i0, i1… and parameters p0, p1…, so that equal kernels are one kernel."""
+    env = {a: Axis(f"i{k}", a.size) for k, a in enumerate(kernel.axes)}
+    names = {p.name: f"p{k}" for k, p in enumerate(kernel.params)}
+
+    def renamed(v: Value) -> Value | None:
+        return v.rename(names[v.param]) if isinstance(v, Load) else None
+
+    # two steps: a new name may be an old one of another axis
+    apart = {a: Axis(f"_{k}", a.size) for k, a in enumerate(kernel.axes)}
+    body = rewrite(kernel.body, {a: x.expr for a, x in apart.items()})
+    body = rewrite(body, {x: env[a].expr for a, x in apart.items()}, renamed)
+    body = tuple(replace(r, param=names[r.param]) if isinstance(r, Store) else r for r in body)
+    params = tuple(replace(p, name=names[p.name]) for p in kernel.params)
+    return Kernel(tuple(env.values()), params, body, kernel.origins)
+
+
+# -- splitting reductions ---------------------------------------------------------------------------
+def split_reduction(kernel: Kernel, name: str, hint: Hint, buffers: dict[str, Buffer]) -> list[Kernel]:
+    """Two kernels for a reduction with too few independent rows: one a chunk, then one that joins.
+
+    Applies where all reductions are over one axis of more than a chunk and the stores depend on
+    their results alone. The chunks are those of the reduction's own tree.
+    """
+    found = list(kernel.reductions)
+    if not found or len({(r.over, r.lanes) for r in found}) != 1 or any(len(r.args) > 1 for r in found):
+        return [kernel]
+    over, chunk = found[0].over, found[0].chunk
+    if any(isinstance(v, Reduce) for r in found for v in topological(r.args)) or len(list(kernel.stores)) != len(kernel.body):
+        return [kernel]
+    if any(over in r.space for r in kernel.body) or hint(over.size) <= chunk:
+        return [kernel]
+    rest = [a for a in kernel.axes if a is not over]
+    if hint(product(a.size for a in rest)) >= MIN_PARALLEL or hint(product(a.size for a in kernel.axes)) < SPLIT_WORK:
+        return [kernel]
+    part, inner = Axis("p", cdiv(over.size, chunk)), Axis("q", chunk)
+    whole = part.expr * chunk + inner.expr
+    ragged = not (over.size % chunk) is ZERO
+    inside = Op.of("lt", IndexOf.of(whole), IndexOf.of(over.size)) if ragged else None
+    device = buffers[kernel.params[0].name].device
+    first_params: dict[str, Param] = {p.name: p for p in kernel.params}
+    partial: dict[Reduce, Param] = {}
+    first: list[Store] = []
+    for k, r in enumerate(found):
+        shape = (part.size, *(a.size for a in rest))
+        stride, step = [], ONE
+        for s in reversed(shape):
+            stride.append(step)
+            step = step * s
+        buffer = Buffer(f"{name}_part{k}", r.dtype, shape, tuple(reversed(stride)), device)
+        buffers[buffer.name] = buffer
+        partial[r] = first_params[buffer.name] = buffer.as_param()
+        value = _at_part(r.args[0], over, whole, inside, ops.REDUCTIONS[r.kind].identity(r.dtype))
+        made = Reduce.of(r.kind, (value,), inner, r.lanes)
+        first.append(Store(buffer.name, (part.expr, *(a.expr for a in rest)), made))
+    first_kernel = _closed(Kernel((part, *rest, inner), tuple(first_params.values()), tuple(first), kernel.origins))
+
+    def joined(v: Value) -> Value | None:
+        if isinstance(v, Reduce) and v in partial:
+            load = Load.of(partial[v].name, (part.expr, *(a.expr for a in rest)), v.dtype)
+            return Reduce.of(v.kind, (load,), part, 1)
+        return None
+
+    body: tuple[Root, ...] = rewrite(kernel.body, None, joined)
+    params = (*kernel.params, *partial.values())
+    return [first_kernel, _closed(Kernel((part, *rest), params, body, kernel.origins))]
+
+
+def _at_part(value: Value, over: Axis, whole: Expr, inside: Value | None, identity: object) -> Value:
+    """A reduction's argument at an element of a chunk, the identity past the end."""
+    out: dict[Value, Value] = {}
+    for v in topological([value]):
+        new = v.rebuild(tuple(out[a] for a in v.args), lambda e: e.substitute({over: whole}))
+        if inside is not None and isinstance(new, Load) and over in v.axes:
+            mask = inside if new.mask is None else Op.of("and", new.mask, inside)
+            new = Load.of(new.param, new.index, new.dtype, mask, new.other or Const.of(0, new.dtype))
+        out[v] = new
+    if inside is None:
+        return out[value]
+    return Op.of("where", inside, out[value], Const.of(identity, value.dtype))
+
+
+def _closed(kernel: Kernel) -> Kernel:
+    """Without the parameters that the body does not touch."""
+    used = {*kernel.reads, *kernel.writes}
+    return replace(kernel, params=tuple(p for p in kernel.params if p.name in used))
+
+
+# -- choosing loops ---------------------------------------------------------------------------------
+def choose(kernel: Kernel, hint: Hint) -> Schedule:
+    """The loops of a kernel, from its strides and extents."""
+    reductions = list(kernel.reductions)
+    reduced = {r.over: r for r in reductions}
+    spaces = [r.space for r in kernel.body] + [r.axes | {r.over} for r in reductions]
+    common = frozenset.intersection(*spaces) if spaces else frozenset()
+    grid = [a for a in kernel.axes if a in common and a not in reduced]
+    weight = unit_weights(kernel, hint)
+    lane = lane_axis(kernel, reduced, weight, hint)
+    stride = main_strides(kernel, hint)
+    grid.sort(key=lambda a: (-stride.get(a, 0), a.name))
+    rest = [a for a in kernel.axes if a not in grid and a is not lane]
+    rest.sort(key=lambda a: (_depth(a, reductions), -stride.get(a, 0), a.name))
+    loops: list[Loop] = []
+    across = transposed_axis(grid, lane, weight) if not reduced else None
+    lane_tile = 1
+    if lane in grid:
+        assert lane is not None
+        inner_work = any(a not in grid for a in kernel.axes)
+        wide = COLUMN_TILE if inner_work or across is not None else LANE_TILE
+        if hint(lane.size) > wide or inner_work or not lane.size.is_const:
+            lane_tile = wide
+            others = hint(product(a.size for a in grid if a is not lane))
+            while inner_work and lane_tile > 64 and others * (hint(lane.size) // lane_tile) < MIN_PARALLEL:
+                lane_tile //= 2
+    for a in grid:
+        if a is across:
+            loops.append(Loop(a, "grid", TRANSPOSE_TILE))
+        elif a is not lane:
+            loops.append(Loop(a, "grid"))
+    if lane in grid and lane is not None and lane_tile > 1:
+        loops.append(Loop(lane, "grid", lane_tile))
+    if across is not None:
+        loops.append(Loop(across, "loop"))
+    for a in [*rest, *([lane] if lane is not None else [])]:
+        for step in chunk_steps(reduced.get(a)):
+            loops.append(Loop(a, "loop", step))
+        loops.append(Loop(a, "lane" if a is lane else "loop"))
+    return Schedule(tuple(loops))
+
+
+def chunk_steps(r: Reduce | None) -> list[int]:
+    """Tile sizes, outermost first, of the loops that a reduction's chunks need."""
+    if r is None:
+        return []
+    steps, step = [], r.chunk
+    limit = r.over.size.value if r.over.size.is_const else 1 << 31
+    while step < limit:
+        steps.append(step)
+        step *= COLUMN_CHUNK
+    return list(reversed(steps))
+
+
+def _depth(axis: Axis, reductions: list[Reduce]) -> int:
+    """Reductions nest: an axis that is reduced after others were is an outer loop."""
+    return -max((1 for r in reductions if r.over is axis and any(isinstance(v, Reduce) for v in topological(r.args))), default=0)
+
+
+def _accesses(kernel: Kernel) -> Iterable[tuple[Param, Expr, int]]:
+    params = {p.name: p for p in kernel.params}
+    for v in kernel.values():
+        if isinstance(v, Load):
+            yield params[v.param], affine_offset(params[v.param], v), 1
+    for s in kernel.stores:
+        yield params[s.param], params[s.param].offset(s.index), 2
+
+
+def unit_weights(kernel: Kernel, hint: Hint) -> dict[Axis, int]:
+    """Bytes of the accesses that walk memory with unit stride along each axis; stores count twice."""
+    weight: dict[Axis, int] = {}
+    for param, offset, factor in _accesses(kernel):
+        size = hint(product(a.size for a in offset.axes())) * dtypes.itemsize(param.dtype) * factor
+        for a in offset.axes():
+            if offset.coefficient(a) is ONE:
+                weight[a] = weight.get(a, 0) + size
+    return weight
+
+
+def main_strides(kernel: Kernel, hint: Hint) -> dict[Axis, int]:
+    """Each axis' stride in elements in the kernel's largest access."""
+    best: tuple[int, Expr] | None = None
+    for _, offset, factor in _accesses(kernel):
+        size = hint(product(a.size for a in offset.axes())) * factor
+        if best is None or size > best[0]:
+            best = (size, offset)
+    out = {}
+    if best is not None:
+        for a in best[1].axes():
+            c = best[1].coefficient(a)
+            out[a] = 1 if c is None or c.axes() else max(hint(c), 0)
+    return out
+
+
+def lane_axis(kernel: Kernel, reduced: dict[Axis, Reduce], weight: dict[Axis, int], hint: Hint) -> Axis | None:
+    """The vector axis: the most bytes at unit stride; never one whose tree is a column."""
+    able = [a for a in kernel.axes if a not in reduced or reduced[a].lanes == LANES]
+    if not able:
+        return None
+    return max(able, key=lambda a: (weight.get(a, 0), a in reduced, hint(a.size), a.name))
+
+
+def transposed_axis(grid: list[Axis], lane: Axis | None, weight: dict[Axis, int]) -> Axis | None:
+    """An axis along which much is read at unit stride while the lane runs along another."""
+    if lane is None:
+        return None
+    others = [a for a in grid if a is not lane and weight.get(a, 0) * 8 > weight.get(lane, 0)]
+    return max(others, key=lambda a: weight.get(a, 0), default=None)
+
+
+def value_costs(values: Iterable[Value]) -> dict[Value, float]:
+    """Instructions an element to compute each value from memory, reductions taken as known."""
+    own: dict[Value, float] = {}
+    for v in values:
+        base = 0.0
+        if isinstance(v, Op):
+            base = ops.TABLE[v.name].cost
+        elif isinstance(v, Random):
+            base = 40.0
+        elif isinstance(v, (Load, Cast)):
+            base = 1.0
+        own[v] = base if isinstance(v, Reduce) else base + sum(own[a] for a in v.args)
+    return own
+
+
+def tile_elements(loops: tuple[Loop, ...], axis: Axis) -> Expr:
+    """How many elements of an axis a kernel has at hand below its grid: the tile, or all of it."""
+    tile = next((loop.step for loop in loops if loop.axis is axis and loop.kind == "grid" and loop.step > 1), None)
+    return as_expr(tile) if tile is not None else axis.size

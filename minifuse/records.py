@@ -1,0 +1,26 @@
+"""The record of what was compiled in this process, for reports; plain data, newest last."""
+
+from __future__ import annotations
+
+from collections import deque
+from dataclasses import dataclass, field
+from typing import Any
+
+from minifuse.ir.decision import Decision
+
+KEPT = 256
+
+
+@dataclass
+class Record:
+    """One compiled graph: its stages by name, its decisions, and seconds by phase."""
+
+    name: str
+    stage: str
+    stages: dict[str, Any]
+    decisions: list[Decision]
+    seconds: dict[str, float]
+    source: dict[str, str] = field(default_factory=dict)
+
+
+RECORDS: deque[Record] = deque(maxlen=KEPT)

@@ -1,0 +1,151 @@
+"""From a plan to a program: kernels written, compiled once by content, loaded, and wired together."""
+
+from __future__ import annotations
+
+import ctypes
+import functools
+import threading
+from collections.abc import Callable
+from typing import Any
+
+from minifuse.codegen.printer import CodegenError
+from minifuse.codegen.program import write_program
+from minifuse.codegen.unit import KernelText, Unit, write_kernel, write_unit
+from minifuse.errors import CompileError
+from minifuse.ir.kernel import Extern, Free, Launch, Plan, content_hash, launch_traffic
+from minifuse.passes.context import CompileContext
+
+from . import toolchain
+from .cache import DiskCache
+from .program import Program
+
+Run = list[tuple[int, Launch, KernelText]]
+_loaded: dict[str, Any] = {}
+_lock = threading.Lock()
+
+
+def build(plan: Plan, ctx: CompileContext) -> Program:
+    """Compile a placed plan for the CPU. A kernel that C cannot express or compile is interpreted,
+    alone, and the decisions say so."""
+    tools = None if ctx.options.target == "interpret" else toolchain.find(ctx.options.precise)
+    with ctx.phase("codegen"):
+        texts = write_all(plan, ctx) if tools is not None else {}
+    library: Any = None
+    unit, runs = assemble(plan, texts, tools)
+    if tools is not None and runs:
+        with ctx.phase("compile"):
+            try:
+                library = load_unit(unit.source, tools, ctx)
+            except CompileError as error:
+                texts = without_broken(plan, texts, tools, ctx, error)
+                unit, runs = assemble(plan, texts, tools)
+                library = load_unit(unit.source, tools, ctx) if runs else None
+    ctx.stages["unit"] = unit
+    run_of = {i: k for k, run in enumerate(runs) for i, _, _ in run}
+    host = write_program(plan, unit.binding, unit.symbols, run_of)
+    ctx.stages["program"] = host
+    functions = [entry(library, name) for name in unit.functions]
+    return Program(
+        plan, host, functions, unit.binding, unit.symbols, unit.messages, ctx.stages.get("constants", {})
+    )  # fmt: skip
+
+
+def write_all(plan: Plan, ctx: CompileContext) -> dict[int, KernelText]:
+    """The C of each launch, by step. Launches of one kernel share their text."""
+    texts: dict[int, KernelText] = {}
+    by_kernel: dict[Any, KernelText | None] = {}
+    for i, step in enumerate(plan.steps):
+        if not isinstance(step, Launch):
+            continue
+        key = (step.kernel, step.schedule)
+        if key not in by_kernel:
+            try:
+                by_kernel[key] = write_kernel(step)
+            except CodegenError as why:
+                by_kernel[key] = None
+                ctx.record("interpreted", step.name, taken=True, reason="{why}", why=str(why),
+                           where=plan.origins.get(step.name, ""))  # fmt: skip
+        text = by_kernel[key]
+        if text is not None:
+            texts[i] = text
+    return texts
+
+
+def assemble(plan: Plan, texts: dict[int, KernelText], tools: toolchain.Toolchain | None) -> tuple[Unit, list[Run]]:
+    """Group launches between other steps into runs, and write the unit that holds them."""
+    runs: list[Run] = []
+    fresh = True
+    for i, step in enumerate(plan.steps):
+        if isinstance(step, Free):
+            continue
+        if isinstance(step, Extern) or i not in texts:
+            fresh = True
+            continue
+        assert isinstance(step, Launch)
+        if fresh:
+            runs.append([])
+        runs[-1].append((i, step, texts[i]))
+        fresh = False
+    if tools is None:
+        return Unit("", (), (), (), ()), []
+    pairs = [[(launch, text) for _, launch, text in run] for run in runs]
+    unit = write_unit(pairs, tools.maths, tools.openmp, lambda launch: launch_traffic(plan, launch).total)
+    return unit, runs
+
+
+def entry(library: Any, name: str) -> Callable[..., int]:
+    function = getattr(library, name)
+    function.restype = ctypes.c_int64
+    function.argtypes = [ctypes.c_void_p, ctypes.c_void_p, ctypes.c_int64]
+    return function  # type: ignore[no-any-return]
+
+
+@functools.lru_cache(maxsize=8)
+def disk_cache(folder: str | None) -> DiskCache:
+    return DiskCache(folder)
+
+
+def load_unit(source: str, tools: toolchain.Toolchain, ctx: CompileContext) -> Any:
+    """The loaded library of a unit: from this process, from the disk, or from the compiler."""
+    key = content_hash(tools.key + source)
+    with _lock:
+        found = _loaded.get(key)
+    if found is not None:
+        return found
+    cache = disk_cache(ctx.options.cache_dir)
+    path = cache.get(key)
+    library = None
+    if path is not None:
+        try:
+            library = toolchain.load(path)
+        except OSError:
+            path = None
+    if library is None:
+        data = toolchain.compile_shared(source, tools)
+        path = cache.put(key, data)
+        library = toolchain.load(path)
+    with _lock:
+        _loaded[key] = library
+    return library
+
+
+def without_broken(
+    plan: Plan, texts: dict[int, KernelText], tools: toolchain.Toolchain, ctx: CompileContext, error: CompileError
+) -> dict[int, KernelText]:
+    """The texts less those that the compiler refuses, each tried alone."""
+    broken: set[str] = set()
+    for i, text in texts.items():
+        if text.name in broken:
+            continue
+        step = plan.steps[i]
+        assert isinstance(step, Launch)
+        alone = write_unit([[(step, text)]], tools.maths, tools.openmp, lambda launch: 0)
+        try:
+            toolchain.compile_shared(alone.source, tools)
+        except CompileError as why:
+            broken.add(text.name)
+            ctx.record("interpreted", step.name, taken=True, reason="the C compiler refused it: {why}",
+                       why=str(why)[:2000], where=plan.origins.get(step.name, ""))  # fmt: skip
+    if not broken:
+        raise error
+    return {i: text for i, text in texts.items() if text.name not in broken}

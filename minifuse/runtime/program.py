@@ -1,0 +1,203 @@
+"""A compiled graph: the boxed callable that AOT autograd runs."""
+
+from __future__ import annotations
+
+import ctypes
+import os
+import threading
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from minifuse.codegen.program import HostProgram
+from minifuse.ir import dtypes
+from minifuse.ir.index import Expr
+from minifuse.ir.interpret import run_kernel
+from minifuse.ir.kernel import Kernel, Plan, TensorRef
+from minifuse.passes.memory import arena_intervals, pack
+
+from .pool import Lease, Pool
+
+POOL = Pool()
+KEPT_FRAMES = 4
+
+
+class _Threads:
+    """How many threads a kernel may use: torch's setting; one in a forked child of a process that used more.
+
+    An OpenMP runtime's threads do not survive a fork, and waiting for them would never end.
+    """
+
+    def __init__(self) -> None:
+        self.forked = False
+        if hasattr(os, "register_at_fork"):
+            os.register_at_fork(after_in_child=self._after_fork)
+
+    def _after_fork(self) -> None:
+        self.forked = True
+
+    def __call__(self) -> int:
+        return 1 if self.forked else torch.get_num_threads()
+
+
+threads = _Threads()
+
+
+@dataclass(frozen=True)
+class Layout:
+    """A plan's arena at given sizes: bytes, offsets, and the values of the unit's symbols."""
+
+    nbytes: int
+    offsets: dict[str, int]
+    env: dict[str, int]
+
+
+@dataclass
+class Frame:
+    """What one call needs that does not change between calls over the same memory."""
+
+    key: tuple[int, ...]
+    address: int
+    pointers: list[Any]
+    views: list[torch.Tensor]
+    sizes: Any
+    lease: Lease | None = None
+
+
+class Program:
+    """Runs a plan. Safe to call from several threads at once: each call has a frame of its own."""
+
+    _boxed_call = True
+
+    def __init__(
+        self,
+        plan: Plan,
+        host: HostProgram,
+        functions: Sequence[Callable[..., int]],
+        binding: tuple[tuple[str, ...], ...],
+        unit_symbols: tuple[str, ...],
+        messages: tuple[tuple[str, ...], ...],
+        constants: dict[str, torch.Tensor],
+    ) -> None:
+        self.plan = plan
+        self.host = host
+        self.binding = binding
+        self.unit_symbols = unit_symbols
+        self.messages = messages
+        self.constants = constants
+        self.intervals = arena_intervals(plan)
+        self.layouts: dict[tuple[int, ...], Layout] = {}
+        self.frames: dict[tuple[tuple[int, ...], int], Frame] = {}
+        self.lock = threading.Lock()
+        namespace: dict[str, Any] = {
+            "torch": torch, "enter": self.enter, "leave": self.leave, "view": view, "new": new, "adopt": adopt,
+            "fail": self.fail, "threads": threads, "interpret": self.interpret, **host.objects,
+        }  # fmt: skip
+        namespace.update({f"run{i}": f for i, f in enumerate(functions)})
+        namespace.update({f"b_{name}": value for name, value in constants.items()})
+        exec(compile(host.source, f"<minifuse {plan.name}>", "exec"), namespace)
+        self.call: Callable[[list[Any]], Any] = namespace["call"]
+
+    def __call__(self, args: list[Any]) -> Any:
+        return self.call(args)
+
+    # -- memory ----------------------------------------------------------------------------------
+    def layout(self, key: tuple[int, ...]) -> Layout:
+        found = self.layouts.get(key)
+        if found is None:
+            env = dict(zip(self.host.key_symbols, key, strict=True))
+            nbytes = {
+                v.buffer: self.plan.buffers[v.buffer].extent.evaluate(env)
+                * dtypes.itemsize(self.plan.buffers[v.buffer].dtype)
+                for v in self.intervals
+            }
+            offsets, total = pack(self.intervals, nbytes)
+            found = self.layouts[key] = Layout(total, offsets, env)
+        return found
+
+    def enter(self, key: tuple[int, ...]) -> Frame:
+        """Lease an arena for a call with these sizes."""
+        layout = self.layouts.get(key) or self.layout(key)
+        lease = POOL.lease(layout.nbytes)
+        base = lease.tensor
+        address = base.data_ptr()
+        frame = self.frames.pop((key, address), None)
+        if frame is None:
+            frame = self.make_frame(key, layout, base)
+        frame.lease = lease
+        return frame
+
+    def leave(self, frame: Frame) -> None:
+        """Give the arena back; the frame waits for a call over the same memory."""
+        lease, frame.lease = frame.lease, None
+        if len(self.frames) >= KEPT_FRAMES:
+            with self.lock:
+                while len(self.frames) >= KEPT_FRAMES:
+                    self.frames.pop(next(iter(self.frames)), None)
+        self.frames[(frame.key, frame.address)] = frame
+        if lease is not None:
+            lease.release()
+
+    def make_frame(self, key: tuple[int, ...], layout: Layout, base: torch.Tensor) -> Frame:
+        address = base.data_ptr()
+        pointers = []
+        for names in self.binding:
+            array = (ctypes.c_void_p * max(len(names), 1))()
+            for k, name in enumerate(names):
+                if name in layout.offsets:
+                    array[k] = address + layout.offsets[name]
+                elif name in self.constants:
+                    array[k] = self.constants[name].data_ptr()
+            pointers.append(array)
+        sizes = (ctypes.c_int64 * max(len(self.unit_symbols), 1))()
+        for k, name in enumerate(self.unit_symbols):
+            sizes[k] = layout.env.get(name, 0)
+        views = [self.arena_view(r, layout, base) for r in self.host.views]
+        return Frame(key, address, pointers, views, sizes)
+
+    def arena_view(self, r: TensorRef, layout: Layout, base: torch.Tensor) -> torch.Tensor:
+        buffer = self.plan.buffers[r.buffer]
+
+        def at(e: Expr) -> int:
+            return e.evaluate(layout.env)
+
+        begin = layout.offsets[r.buffer]
+        extent = at(buffer.extent) * dtypes.itemsize(buffer.dtype)
+        flat = base[begin : begin + max(extent, 0)].view(buffer.dtype)
+        size, stride = tuple(map(at, r.shape)), tuple(map(at, r.stride))
+        return flat.as_strided(size, stride, flat.storage_offset() + at(r.offset))
+
+    # -- what the text calls ---------------------------------------------------------------------
+    def fail(self, run: int, code: int) -> None:
+        message = self.messages[run][code - 1]
+        if message == "ZeroDivisionError":
+            raise RuntimeError("ZeroDivisionError")
+        raise IndexError(message)
+
+    def interpret(self, kernel: Kernel, tensors: list[torch.Tensor], sizes: dict[str, int]) -> None:
+        run_kernel(kernel, {p.name: t for p, t in zip(kernel.params, tensors, strict=True)}, sizes)
+
+
+def view(x: torch.Tensor, size: tuple[int, ...], stride: tuple[int, ...], offset: int) -> torch.Tensor:
+    """A strided view; the offset counts from the tensor's own first element."""
+    return x.as_strided(size, stride, x.storage_offset() + offset)
+
+
+def new(
+    size: tuple[int, ...], stride: tuple[int, ...], dtype: torch.dtype, device: torch.device | None = None
+) -> torch.Tensor:
+    """Uninitialised memory for the caller: pooled on CPU, from torch's allocator elsewhere."""
+    if device is None:
+        return POOL.tensor(size, stride, dtype)
+    return torch.empty_strided(size, stride, dtype=dtype, device=device)
+
+
+def adopt(x: torch.Tensor, size: tuple[int, ...], stride: tuple[int, ...], copy: bool = False) -> torch.Tensor:
+    """An operator's result with the strides that the plan was made for; copied where it has others."""
+    if not copy and x.stride() == stride:
+        return x
+    if not copy and all(n == 1 or a == b for n, a, b in zip(size, x.stride(), stride, strict=True)):
+        return x
+    return torch.empty_strided(size, stride, dtype=x.dtype, device=x.device).copy_(x)

@@ -1,0 +1,220 @@
+"""The C compiler of this machine: which it is, what it can do, and how one C unit becomes a shared library.
+
+Generated code includes no header and links almost nothing. `GOMP_parallel` (declared by hand, no -fopenmp) is
+resolved from the OpenMP runtime that torch has mapped already, so that a process never holds two; libmvec is
+loaded globally; Sleef's functions are resolved from the `libtorch_cpu` that is mapped, by its name.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import hashlib
+import os
+import platform
+import re
+import shlex
+import shutil
+import subprocess
+import tempfile
+from dataclasses import dataclass
+from functools import lru_cache
+from pathlib import Path
+
+import torch
+
+from minifuse.codegen.c_prelude import MathLibrary, candidates
+from minifuse.errors import CompileError
+
+# -O1 is the lowest level that turns the lane loops of the prelude into whole-register code. Integers wrap, as in
+# torch; no multiply and add is contracted, so that fusion cannot change a bit.
+BASE_FLAGS = (
+    "-std=gnu11 -O1 -fopenmp-simd -fno-math-errno -fno-trapping-math -ffp-contract=off -fno-strict-aliasing "
+    "-fwrapv -fPIC -fvisibility=hidden -w -Wno-psabi"
+).split()
+_TARGET: tuple[str, ...] = ("-mcpu=native",) if platform.machine() in ("arm64", "aarch64") else ("-march=native",)
+# gcc splits copies of values wider than a register into 16-byte pieces unless told; the vectoriser prefers 256 bits.
+_WIDE = {
+    "avx512": ("-mprefer-vector-width=512", "-mmove-max=512", "-mstore-max=512"),
+    "avx2": ("-mmove-max=256", "-mstore-max=256"),
+}
+# The macros that the compiler must define for an instruction set, best first.
+_ISAS = (
+    ("avx512", ("__AVX512F__", "__AVX512BW__", "__AVX512DQ__", "__AVX512VL__")),
+    ("avx2", ("__AVX2__", "__FMA__", "__F16C__")),
+    ("baseline", ("__SSE2__",)),
+    ("neon", ("__aarch64__",)),
+)
+_TIMEOUT = 600.0
+
+
+@dataclass(frozen=True)
+class Toolchain:
+    """A working compiler. `flags` and `libs` go on its command line; `machine` digests the macros that the compiler
+    predefines under them: a library built with -march=native on another processor must not be loaded here."""
+
+    compiler: tuple[str, ...]
+    version: str
+    flags: tuple[str, ...]
+    libs: tuple[str, ...]
+    maths: MathLibrary
+    isa: str
+    openmp: bool
+    machine: str
+
+    @property
+    def key(self) -> str:
+        """Text that differs when a compiled library would."""
+        maths = f"{self.maths.isa} {self.maths.precise} {' '.join(sorted(self.maths.symbols))}"
+        return "\n".join((*self.compiler, self.version, *self.flags, *self.libs, maths, self.machine))
+
+
+def find(precise: bool = False) -> Toolchain | None:
+    """The first of $MINIFUSE_CC, $CC, cc, gcc, clang that works, or None; `MINIFUSE_CC=""` means none.
+
+    Asked once a process for each value of these variables. `precise` selects maths within 1 ulp.
+    """
+    return _find(os.environ.get("MINIFUSE_CC"), os.environ.get("CC"), precise)
+
+
+@lru_cache(maxsize=16)
+def _find(forced: str | None, cc: str | None, precise: bool) -> Toolchain | None:
+    names = [cc, "cc", "gcc", "clang"] if forced is None else [forced]
+    for name in names:
+        words = shlex.split(name or "")
+        path = shutil.which(words[0]) if words else None
+        if path is None:
+            continue
+        compiler = (path, *words[1:])
+        macros = _macros(compiler, _TARGET)
+        target = _TARGET
+        if macros is None:
+            macros, target = _macros(compiler, ()), ()
+        if macros is not None:
+            return _toolchain(compiler, target, macros, precise)
+    return None
+
+
+def _macros(compiler: tuple[str, ...], flags: tuple[str, ...]) -> dict[str, str] | None:
+    """The compiler's predefined macros under `flags`, or None when it does not run or refuses them."""
+    command = [*compiler, *BASE_FLAGS, *flags, "-Werror", "-dM", "-E", "-xc", os.devnull]
+    try:
+        done = subprocess.run(command, capture_output=True, text=True, timeout=60, stdin=subprocess.DEVNULL)
+    except (OSError, subprocess.TimeoutExpired):
+        return None
+    if done.returncode:
+        return None
+    return dict(re.findall(r"^#define (\w+) (.*)$", done.stdout, re.M))
+
+
+def _toolchain(compiler: tuple[str, ...], target: tuple[str, ...], macros: dict[str, str], precise: bool) -> Toolchain:
+    isa = next((name for name, needed in _ISAS if all(m in macros for m in needed)), "scalar")
+    flags = (*BASE_FLAGS, *target)
+    wide = _WIDE.get(isa, ())
+    if wide and _macros(compiler, (*target, *wide)) is not None:
+        flags = (*flags, *wide)
+    libs, openmp = _openmp()
+    version = macros.get("__VERSION__", "").strip('"')
+    maths = MathLibrary(isa, _symbols(isa), precise)
+    machine = hashlib.sha256(repr(sorted(macros.items())).encode()).hexdigest()[:16]
+    return Toolchain(compiler, version, flags, libs, maths, isa, openmp, machine)
+
+
+@lru_cache(maxsize=1)
+def _libmvec() -> ctypes.CDLL | None:
+    """glibc's vector maths, loaded for the process so that generated libraries find it; None elsewhere."""
+    try:
+        return ctypes.CDLL("libmvec.so.1", mode=ctypes.RTLD_GLOBAL)
+    except OSError:
+        return None
+
+
+@lru_cache(maxsize=1)
+def _libtorch() -> tuple[str, ctypes.CDLL] | None:
+    """The file of libtorch_cpu that torch has loaded, and a handle on it."""
+    path = Path(torch.__file__).parent / "lib" / "libtorch_cpu.so"
+    try:
+        return str(path), ctypes.CDLL(str(path))
+    except OSError:
+        return None
+
+
+@lru_cache(maxsize=8)
+def _symbols(isa: str) -> frozenset[str]:
+    torch_lib = _libtorch()
+    libraries = {"libmvec": _libmvec(), "sleef": torch_lib[1] if torch_lib else None}
+    return frozenset(s for name, symbols in candidates(isa).items() for s in symbols if hasattr(libraries[name], s))
+
+
+def _openmp() -> tuple[tuple[str, ...], bool]:
+    """What to link for `GOMP_parallel`, and whether there is one: torch's runtime and no other."""
+    if hasattr(ctypes.CDLL(None), "GOMP_parallel"):
+        return (), True
+    for path in mapped_openmp():
+        if hasattr(ctypes.CDLL(path), "GOMP_parallel"):
+            return (path,), True
+    return (), False
+
+
+def mapped_openmp() -> tuple[str, ...]:
+    """The files of the OpenMP runtimes that this process has mapped (Linux; empty elsewhere)."""
+    try:
+        lines = Path("/proc/self/maps").read_text().splitlines()
+    except OSError:
+        return ()
+    paths = {line.split(maxsplit=5)[5] for line in lines if len(line.split(maxsplit=5)) == 6}
+    return tuple(sorted(p for p in paths if re.match(r"lib(gomp|iomp5|omp)\b", os.path.basename(p))))
+
+
+def compile_shared(source: str, toolchain: Toolchain, timeout: float = _TIMEOUT) -> bytes:
+    """The bytes of the shared library of one C unit. Nothing is left behind, whatever happens.
+
+    Raises CompileError with the command, the compiler's words and the source when it fails or takes longer
+    than `timeout` seconds.
+    """
+    with tempfile.TemporaryDirectory(prefix="minifuse-cc-") as folder:
+        unit, library = Path(folder, "unit.c"), Path(folder, "unit.so")
+        unit.write_text(source)
+        command = [*toolchain.compiler, *toolchain.flags, "-shared", str(unit), "-o", str(library)]
+        if "Sleef_" in source:
+            command += ["-Wl,--no-as-needed", _torch_stub(toolchain.compiler)]
+        command += [*toolchain.libs, "-lm"]
+        try:
+            done = subprocess.run(command, capture_output=True, text=True, timeout=timeout, stdin=subprocess.DEVNULL)
+        except subprocess.TimeoutExpired:
+            raise CompileError(command, f"no result after {timeout:g} s", source) from None
+        except OSError as error:
+            raise CompileError(command, str(error), source) from error
+        if done.returncode:
+            raise CompileError(command, done.stderr, source)
+        return library.read_bytes()
+
+
+@lru_cache(maxsize=4)
+def _torch_stub(compiler: tuple[str, ...]) -> str:
+    """An empty library of libtorch_cpu's name to link against: the linker takes 0.2 s to read the real one.
+
+    The loader resolves the name to the libtorch_cpu that is mapped. Kept for the life of the process.
+    """
+    folder = _stub_folder()
+    source, stub = Path(folder, "stub.c"), Path(folder, "libtorch_cpu.so")
+    source.write_text("int minifuse_stub;\n")
+    command = [*compiler, "-shared", "-fPIC", "-nostdlib", "-Wl,-soname,libtorch_cpu.so", str(source), "-o", str(stub)]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=60, stdin=subprocess.DEVNULL)
+    if done.returncode:
+        raise CompileError(command, done.stderr, source.read_text())
+    return str(stub)
+
+
+_folders: list[tempfile.TemporaryDirectory[str]] = []
+
+
+def _stub_folder() -> str:
+    _folders.append(tempfile.TemporaryDirectory(prefix="minifuse-link-"))
+    return _folders[-1].name
+
+
+def load(path: str | os.PathLike[str]) -> ctypes.CDLL:
+    """A compiled library, mapped. Raises OSError when it is damaged or lacks a symbol that it needs."""
+    _libmvec()
+    _libtorch()
+    return ctypes.CDLL(os.fspath(path), mode=os.RTLD_NOW | os.RTLD_LOCAL)

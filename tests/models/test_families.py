@@ -1,0 +1,56 @@
+from __future__ import annotations
+
+import copy
+import math
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from tests.models.families import FAMILIES
+
+BACKEND = "aot_eager"
+
+
+def _step(model: nn.Module, run: Callable[..., Any], inputs: dict[str, Any]) -> dict[str, Tensor]:
+    """Outputs that are tensors, and gradients by parameter, of one training step."""
+    output = run(**inputs)
+    output["loss"].backward()
+    found = {name: value.detach() for name, value in output.items() if isinstance(value, Tensor)}
+    return found | {f"{name}.grad": p.grad for name, p in model.named_parameters() if p.grad is not None}
+
+
+def _to_double(inputs: dict[str, Any]) -> dict[str, Any]:
+    return {k: v.double() if isinstance(v, Tensor) and v.is_floating_point() else v for k, v in inputs.items()}
+
+
+def _error(got: Tensor, exact: Tensor) -> float:
+    return (got.double() - exact).abs().max().item() if got.numel() else 0.0
+
+
+@pytest.fixture(autouse=True)
+def fresh_compiler() -> None:
+    torch.compiler.reset()
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_a_training_step_is_as_exact_as_eager(family: str) -> None:
+    torch.manual_seed(0)
+    model, inputs = FAMILIES[family]()
+    model.train()
+    exact_model, eager_model = copy.deepcopy(model).double(), copy.deepcopy(model)
+
+    exact = _step(exact_model, exact_model, _to_double(inputs))
+    eager = _step(eager_model, eager_model, inputs)
+    compiled = _step(model, torch.compile(model, backend=BACKEND), inputs)
+
+    assert compiled.keys() == eager.keys()
+    assert math.isfinite(eager["loss"].item())
+    for name, value in eager.items():
+        got = compiled[name]
+        assert (got.shape, got.dtype, got.stride()) == (value.shape, value.dtype, value.stride()), name
+        ulp = torch.finfo(value.dtype).eps * exact[name].abs().max().item()
+        allowed = max(4 * _error(value, exact[name]), 4 * ulp)
+        assert _error(got, exact[name]) <= allowed, f"{name}: eager's own error is {_error(value, exact[name]):.3g}"

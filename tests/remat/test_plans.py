@@ -1,0 +1,302 @@
+"""The problem, the policies and the verifier, on graphs of plain data."""
+
+from __future__ import annotations
+
+import random
+from dataclasses import replace
+
+import networkx as nx
+import pytest
+import torch
+
+from minifuse.errors import MinifuseError, RematError
+from minifuse.ir.device import CPU
+from minifuse.passes.remat import POLICIES, RECOMPUTE, SAVE, Choice, Problem, RematPlan, Value, resolve, verify_plan
+from minifuse.passes.remat.mincut import minimum_cut
+from minifuse.passes.remat.plan import assemble, closure
+from tests.remat.harness import Seen, backend, train
+
+MB = 1_000_000
+
+
+def value(
+    name: str, *inputs: str, phase: str = "forward", kind: str = "kernel", nbytes: int = MB, **kw: object
+) -> Value:
+    return Value(name, phase, kind, nbytes, str(kw.pop("storage", name)), inputs, **kw)  # type: ignore[arg-type]
+
+
+def chain(*extra: Value, required: tuple[str, ...], budget: float = 1.0) -> Problem:
+    """x, then a matmul, then what is given, then a gradient that reads `required`."""
+    values = (
+        value("x", phase="input", kind="input"),
+        value("mm", "x", kind="extern", flops=1e9, traffic=3 * MB),
+        *extra,
+        value("tangent", phase="tangent", kind="input"),
+        value("grad", "tangent", *required, phase="backward"),
+    )
+    return Problem(values, (extra[-1].name if extra else "mm",), ("grad",), required, CPU, budget)
+
+
+def random_problem(rng: random.Random, size: int, budget: float = 1.0) -> Problem:
+    values = [value(f"x{i}", phase="input", kind="input", nbytes=rng.randint(1, 9) * MB) for i in range(2)]
+    for i in range(size):
+        inputs = tuple({rng.choice(values[-8:]).name for _ in range(rng.randint(1, 3))})
+        kind = rng.choice(("kernel", "kernel", "kernel", "reduction", "extern", "view"))
+        if kind == "view":
+            base = next(v for v in values if v.name == inputs[0])
+            values.append(value(f"v{i}", base.name, kind="view", nbytes=base.nbytes, storage=base.storage))
+            continue
+        nbytes = rng.randint(1, 99) * MB // 10
+        flops = nbytes * (rng.randint(100, 4000) if kind == "extern" else rng.randint(1, 60) / 4)
+        drawn = kind == "kernel" and rng.random() < 0.1
+        values.append(
+            value(f"v{i}", *inputs, kind=kind, nbytes=nbytes, flops=flops, traffic=float(nbytes), is_random=drawn)
+        )
+    required = tuple(v.name for v in values if rng.random() < 0.4 or v is values[-1])
+    backward = value("grad", *required, phase="backward")
+    return Problem((*values, backward), (values[-1].name,), ("grad",), required, CPU, budget)
+
+
+def test_the_cut_weighs_what_networkx_says():
+    rng = random.Random(0)
+    for _ in range(300):
+        size = rng.randint(2, 30)
+        graph = nx.DiGraph()
+        graph.add_nodes_from(range(size))
+        edges = []
+        for u in range(size):
+            for v in rng.sample(range(u + 1, size), k=min(rng.randint(0, 4), size - u - 1)):
+                infinite = rng.random() < 0.2
+                capacity = float("inf") if infinite else float(rng.randint(0, 1000))
+                edges.append((u, v, capacity))
+                graph.add_edge(u, v, capacity=capacity)
+        cut = minimum_cut(size, edges, 0, size - 1)
+        try:
+            expected = nx.minimum_cut_value(graph, 0, size - 1)
+        except nx.NetworkXUnbounded:
+            assert cut is None
+            continue
+        assert cut is not None
+        assert cut.weight == cut.lower_bound == expected
+
+
+def test_a_scaled_cut_is_within_its_proven_bound():
+    rng = random.Random(1)
+    for magnitude in (1e-9, 1.0, 1e12):
+        for _ in range(60):
+            size = rng.randint(3, 30)
+            edges = [
+                (u, v, magnitude * rng.random() ** 4)
+                for u in range(size)
+                for v in rng.sample(range(u + 1, size), k=min(3, size - u - 1))
+            ]
+            graph = nx.DiGraph()
+            graph.add_nodes_from(range(size))
+            graph.add_weighted_edges_from(edges, weight="capacity")
+            expected = nx.minimum_cut_value(graph, 0, size - 1)
+            cut = minimum_cut(size, edges, 0, size - 1)
+            assert cut is not None
+            assert cut.lower_bound <= expected * (1 + 1e-9)
+            assert cut.weight == pytest.approx(expected, rel=1e-5, abs=1e-6 * magnitude)
+
+
+def test_the_default_plan_is_the_least_of_all_plans():
+    rng = random.Random(2)
+    for _ in range(40):
+        problem = random_problem(rng, 7)
+        plan = resolve("mincut").plan(problem)
+        if plan.status != "optimal":
+            continue
+        names = [v.name for v in problem.values if v.phase == "forward" and v.kind != "view"]
+        best = float("inf")
+        for mask in range(2 ** len(names)):
+            saved = frozenset(n for i, n in enumerate(names) if mask >> i & 1)
+            actions = closure(problem, saved)
+            again = [problem[n] for n, a in actions.items() if a == RECOMPUTE]
+            if any(v.kind == "extern" or v.pinned for v in again):
+                continue
+            loading = sum(problem.save_seconds(problem[n]) for n, a in actions.items() if a == SAVE)
+            best = min(best, loading + sum(problem.recompute_seconds(v) for v in again))
+        loading = sum(problem.save_seconds(problem[n]) for n in plan.saved)
+        assert loading + plan.extra_seconds == pytest.approx(best, rel=1e-4)
+
+
+def test_plans_of_random_problems_are_sound_and_fall_with_the_budget():
+    rng = random.Random(3)
+    for _ in range(60):
+        problem = random_problem(rng, 40)
+        everything = resolve("save_all").plan(problem)
+        verify_plan(problem, everything)
+        verify_plan(problem, resolve("recompute_all").plan(problem))
+        before = everything.saved_bytes
+        for budget in (1.0, 0.9, 0.75, 0.5, 0.35, 0.2, 0.1, 0.05, 0.0):
+            asked = replace(problem, memory_budget=budget)
+            plan = resolve("mincut").plan(asked)
+            verify_plan(asked, plan)
+            assert plan.saved_bytes <= before
+            within = plan.saved_bytes <= budget * everything.saved_bytes
+            assert within or plan.status.startswith("over budget")
+            before = plan.saved_bytes
+            if budget == 1.0:
+                assert not [n for n in plan.recomputed if problem[n].kind == "extern"]
+
+
+def test_problem_and_plan_survive_json():
+    problem = random_problem(random.Random(4), 30, 0.5)
+    assert Problem.from_json(problem.to_json()) == problem
+    for policy in POLICIES.values():
+        plan = policy.plan(problem)
+        again = RematPlan.from_json(plan.to_json())
+        assert again == plan
+        verify_plan(problem, again)
+
+
+def test_the_graph_for_networkx_has_costs_on_its_nodes():
+    problem = chain(value("a", "mm", flops=MB), required=("a",))
+    graph = problem.to_networkx()
+    assert list(graph.predecessors("a")) == ["mm"]
+    assert graph.nodes["mm"]["save_seconds"] == 2 * MB / CPU.dram
+    assert graph.nodes["a"]["required"]
+    assert "mm" in str(problem)
+
+
+def test_a_cheap_cast_is_recomputed_from_its_saved_source():
+    problem = chain(value("cast", "mm", nbytes=MB // 2, flops=MB / 4), required=("mm", "cast"))
+    plan = resolve("mincut").plan(problem)
+    assert plan.choices["mm"].action == SAVE
+    assert plan.choices["cast"].action == RECOMPUTE
+    assert plan.saved_bytes == MB
+
+
+def test_a_cast_that_alone_is_read_is_saved_in_place_of_its_source():
+    problem = chain(value("cast", "mm", nbytes=MB // 2, flops=MB / 4), required=("cast",))
+    assert resolve("mincut").plan(problem).saved_bytes == MB // 2
+
+
+def test_two_views_of_one_storage_count_once():
+    views = (value("a", "mm", kind="view", storage="mm"), value("b", "mm", kind="view", storage="mm"))
+    for policy in POLICIES.values():
+        if policy.name != "recompute_all":
+            plan = policy.plan(chain(*views, required=("a", "b")))
+            assert plan.saved_bytes == MB
+            assert [n for n in plan.saved if n != "x"] == ["mm"]
+
+
+def test_a_chain_that_costs_more_than_loading_is_not_recomputed():
+    links = [value("k0", "mm", flops=MB)]
+    links += [value(f"k{i}", f"k{i - 1}", flops=MB) for i in range(1, 30)]
+    plan = resolve("mincut").plan(chain(*links, required=("mm", "k29")))
+    assert plan.choices["k29"].action == SAVE
+    short = resolve("mincut").plan(chain(*links[:2], required=("mm", "k1")))
+    assert short.choices["k1"].action == RECOMPUTE
+
+
+def test_tags_decide_before_costs():
+    cheap = value("a", "mm", flops=1, tag="must_save")
+    assert resolve("mincut").plan(chain(cheap, required=("mm", "a"))).choices["a"].action == SAVE
+    problem = chain(value("again", "mm", kind="extern", flops=1e12, tag="must_recompute"), required=("again",))
+    for policy in POLICIES.values():
+        assert policy.plan(problem).choices["again"].action == RECOMPUTE
+    drawn = chain(value("drawn", "mm", tag="must_recompute", is_random=True), required=("drawn",))
+    for policy in POLICIES.values():
+        assert policy.plan(drawn).choices["drawn"].action == SAVE
+
+
+def broken(plan: RematPlan, **changes: Choice | None) -> RematPlan:
+    choices = {**plan.choices, **changes}
+    return replace(plan, choices={n: c for n, c in choices.items() if c is not None})
+
+
+@pytest.mark.parametrize(
+    ("pin", "word"),
+    [("is_random", "random"), ("has_effect", "effect"), ("is_collective", "collective"), ("binds", "data-dependent")],
+)
+def test_the_verifier_refuses_to_run_twice_what_may_run_once(pin: str, word: str):
+    problem = chain(value("a", "mm", **{pin: True}), required=("a",))
+    plan = resolve("mincut").plan(problem)
+    verify_plan(problem, plan)
+    with pytest.raises(RematError, match=rf"a is recomputed, and may run only once: {word}"):
+        verify_plan(problem, assemble(problem, {"mm"}, "wrong"))
+
+
+def test_the_verifier_names_what_is_missing_unknown_or_out_of_reach():
+    problem = chain(value("a", "mm", flops=1), value("b", "a", flops=1), required=("a", "b"))
+    plan = resolve("save_all").plan(problem)
+    again = replace(plan.choices["b"], action=RECOMPUTE)
+    with pytest.raises(RematError, match="a is read by the backward and neither"):
+        verify_plan(problem, broken(plan, a=None))
+    with pytest.raises(RematError, match="b is recomputed from a, which is neither"):
+        verify_plan(problem, broken(plan, a=None, b=again))
+    with pytest.raises(RematError, match="ghost does not exist"):
+        verify_plan(problem, broken(plan, ghost=replace(again, name="ghost")))
+    with pytest.raises(RematError, match="tangent needs a tangent"):
+        verify_plan(problem, broken(plan, tangent=replace(again, name="tangent")))
+    with pytest.raises(RematError, match="a has the action 'forget'"):
+        verify_plan(problem, broken(plan, a=replace(again, name="a", action="forget")))
+    with pytest.raises(RematError, match="reports 5 saved bytes"):
+        verify_plan(problem, replace(plan, saved_bytes=5))
+    with pytest.raises(RematError, match="x is an input"):
+        verify_plan(problem, broken(plan, x=replace(again, name="x")))
+
+
+def test_nothing_is_recomputed_from_an_input_that_the_forward_overwrites():
+    values = (
+        value("buffer", phase="input", kind="input", savable=False),
+        value("a", "buffer", flops=1),
+        value("grad", "a", phase="backward"),
+    )
+    problem = Problem(values, ("a",), ("grad",), ("a",), CPU)
+    for policy in POLICIES.values():
+        plan = policy.plan(problem)
+        verify_plan(problem, plan)
+        assert plan.choices["a"].action == SAVE
+    with pytest.raises(RematError, match="a is recomputed from buffer, which the forward overwrites"):
+        verify_plan(problem, assemble(problem, set(), "wrong"))
+
+
+def test_a_problem_without_a_plan_says_which_value_has_none():
+    problem = chain(value("token", "mm", has_effect=True, savable=False), required=("token",))
+    with pytest.raises(RematError, match=r"no plan: token cannot be saved and may run only once \(effect\)"):
+        resolve("mincut").plan(problem)
+
+
+def test_a_policy_is_found_by_name_or_taken_as_it_is():
+    assert resolve("mincut").name == "mincut"
+    assert resolve(POLICIES["save_all"]) is POLICIES["save_all"]
+    with pytest.raises(RematError, match=r"no .* 'nope'; policies: mincut, save_all, recompute_all"):
+        resolve("nope")
+    with pytest.raises(MinifuseError, match="has a `name` and a `plan"):
+        resolve(3)  # type: ignore[arg-type]
+
+
+def test_a_policy_of_the_users_is_verified_like_any_other():
+    class Careless:
+        name = "careless"
+
+        def plan(self, problem: Problem) -> RematPlan:
+            return assemble(problem, set(), self.name)
+
+    x = torch.randn(8, 8)
+    with pytest.raises(Exception, match=r"careless: .* is recomputed, and may run only once: random"):
+        train(torch.compile(lambda y: torch.dropout(y.exp(), 0.5, True), backend=backend(Careless())), None, x)
+
+
+def test_what_stays_inside_one_kernel_takes_no_memory():
+    def peak(group: int | None) -> int:
+        a, b = value("a", "mm", group=group), value("b", "mm", group=group)
+        problem = chain(a, b, value("c", "a", "b", group=group), required=("c",))
+        return resolve("save_all").plan(problem).peak_bytes
+
+    assert (peak(None), peak(1)) == (3 * MB, 2 * MB)
+
+
+def test_every_decision_names_its_value_and_what_each_way_costs():
+    seen = Seen()
+    layers = torch.nn.Sequential(torch.nn.Linear(16, 64), torch.nn.GELU(), torch.nn.Linear(64, 4))
+    train(torch.compile(layers, backend=backend(seen=seen)), layers, torch.randn(8, 16))
+    assert {d.taken for d in seen.decisions} == {True, False}
+    for d in seen.decisions:
+        choice = seen.plans[0].choices[d.subject[0]]
+        assert d.taken == (choice.action == RECOMPUTE)
+        assert d.facts["nbytes"] == choice.nbytes
+        assert "saving it takes" in d.words
