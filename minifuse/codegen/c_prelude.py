@@ -118,7 +118,7 @@ def candidates(isa: str) -> dict[str, tuple[str, ...]]:
     return {library: tuple(symbols) for library, symbols in found.items()}
 
 
-_NAME = re.compile(r"\b(?:mf_\w+|v_\w+)\b")
+_NAME = re.compile(r"\b(?:mf_\w+|[uv]_\w+)\b")
 _PARTS = re.compile(r"mf_([a-z0-9]+)_(" + "|".join(REGISTERS) + r")(_s)?")
 _CAST = re.compile(r"mf_cast_({0})_({0})(_s)?".format("|".join(REGISTERS)))
 _HREDUCE = re.compile(r"mf_(hreduce)_([a-z]+)_(" + "|".join(REGISTERS) + r")")
@@ -153,6 +153,8 @@ def helper(name: str, maths: MathLibrary) -> str | None:
         return FIXED[name]
     if name.startswith("v_"):
         return _vector_type(name[2:])
+    if name.startswith("u_"):
+        return _unaligned_type(name[2:])
     if m := _CAST.fullmatch(name):
         return _cast(name, REGISTERS[m[1]], REGISTERS[m[2]], bool(m[3]))
     if m := _HREDUCE.fullmatch(name):
@@ -183,6 +185,15 @@ def _vector_type(name: str) -> str | None:
             return None
         scalar = REGISTERS[name].scalar
     return f"typedef {scalar} v_{name} __attribute__((vector_size(16 * sizeof({scalar}))));"
+
+
+def _unaligned_type(name: str) -> str | None:
+    """A vector type for memory of a register type at any address."""
+    if name not in REGISTERS:
+        return None
+    scalar = REGISTERS[name].scalar
+    attributes = f"vector_size(16 * sizeof({scalar})), aligned(sizeof({scalar})), may_alias"
+    return f"typedef {scalar} u_{name} __attribute__(({attributes}));"
 
 
 def _define(name: str, result: str, params: list[tuple[str, str]], expr: str, scalar: bool) -> str:

@@ -15,6 +15,9 @@ typedef __UINT32_TYPE__ uint32_t; typedef __UINT64_TYPE__ uint64_t;
 #ifndef __FLT16_MANT_DIG__
 #define _Float16 uint16_t
 #endif
+#define INT64_C(x) x##LL
+#define INT64_MAX __INT64_MAX__
+#define INT64_MIN (-INT64_MAX - 1)
 #define MF static inline __attribute__((always_inline))
 #define MF_ONCE static __attribute__((noinline))
 #define MF_SIMD _Pragma("omp simd")
@@ -310,6 +313,7 @@ def _f16_conversion(signature: str, asm: str, portable: str) -> str:
 FIXED = {
     "mf_iota_i64": "MF v_i64 mf_iota_i64(void) { return (v_i64){" + ", ".join(map(str, range(16))) + "}; }",
     "mf_lanes": "MF v_bool mf_lanes(int64_t n) { v_bool r; int m = (int)n; MF_LANES r[l] = l < m ? -1 : 0; return r; }",
+    "mf_all": "MF int mf_all(v_bool x) { int32_t r = -1; for (int l = 0; l < 16; l++) r &= x[l]; return r; }",
     "mf_widen_bool": "MF v_bool mf_widen_bool(v_u8 x) { v_bool r; MF_LANES r[l] = x[l] ? -1 : 0; return r; }",
     "mf_narrow_bool": "MF v_u8 mf_narrow_bool(v_bool x) { v_u8 r; MF_LANES r[l] = (uint8_t)(x[l] & 1); return r; }",
     "mf_widen_bool_s": "MF int32_t mf_widen_bool_s(uint8_t x) { return x ? -1 : 0; }",

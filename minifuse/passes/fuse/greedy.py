@@ -45,6 +45,8 @@ class Fuser:
         for i, step in enumerate(plan.steps):
             if not isinstance(step, Free):
                 self.add(i, step)
+        self.slots: list[int | None] = list(self.groups)
+        self.rank = {i: k for k, i in enumerate(self.groups)}
         self.link()
 
     # -- the graph of steps ----------------------------------------------------------------------
@@ -88,21 +90,46 @@ class Fuser:
             self.groups[a].succs.add(b)
             self.groups[b].preds.add(a)
 
-    def path(self, a: Group, b: Group) -> bool:
-        """Whether b depends on a through a third step: merging them would make a cycle."""
-        stack = [s for s in a.succs if s != b.id]
+    def between(self, a: Group, b: Group) -> set[int] | None:
+        """The steps that depend on a and are ordered before b, or None when b depends on one of them.
+
+        `rank` is a topological order of the groups that merges keep up to date (as in Pearce and
+        Kelly, "A Dynamic Topological Sort Algorithm", 2006), so that only what lies between a and
+        b is looked at.
+        """
+        end = self.rank[b.id]
+        stack = [s for s in a.succs if s != b.id and self.rank[s] < end]
         seen = set(stack)
         while stack:
-            g = self.groups[stack.pop()]
-            if g.id == b.id:
-                return True
-            if g.first > b.last:
-                continue
-            for s in g.succs:
-                if s not in seen:
+            for s in self.groups[stack.pop()].succs:
+                if s == b.id:
+                    return None
+                if s not in seen and self.rank[s] < end:
                     seen.add(s)
                     stack.append(s)
-        return False
+        return seen
+
+    def path(self, a: Group, b: Group) -> bool:
+        """Whether one of two groups depends on the other through a third: merging them would make a cycle."""
+        if self.rank[a.id] > self.rank[b.id]:
+            a, b = b, a
+        return self.between(a, b) is None
+
+    def reorder(self, a: Group, b: Group) -> None:
+        """Keep `rank` an order when b joins a: what depends on the earlier one moves behind both."""
+        first, last = (a, b) if self.rank[a.id] < self.rank[b.id] else (b, a)
+        after = self.between(first, last) or set()
+        begin, end = self.rank[first.id], self.rank[last.id]
+        slots = [k for k in range(begin, end + 1) if self.slots[k] is not None]
+        here = [self.slots[k] for k in slots]
+        ordered = [i for i in here if i not in after and i != a.id and i != b.id]
+        ordered += [a.id, *(i for i in here if i in after)]
+        for k in slots:
+            self.slots[k] = None
+        for k, i in zip(slots, ordered, strict=False):
+            assert i is not None
+            self.slots[k] = i
+            self.rank[i] = k
 
     # -- candidates ------------------------------------------------------------------------------
     def saved(self, a: Group, b: Group) -> int:
@@ -188,7 +215,7 @@ class Fuser:
 
     # -- legality --------------------------------------------------------------------------------
     def legal(self, a: Group, b: Group) -> Unified | Refusal:
-        if self.path(a, b) or self.path(b, a):
+        if self.path(a, b):
             return Refusal("cycle", "another step between them depends on one and feeds the other", {})
         buffers = len({*a.reads, *b.reads, *a.writes, *b.writes})
         if buffers > MAX_BUFFERS:
@@ -281,6 +308,7 @@ class Fuser:
 
     # -- merging ---------------------------------------------------------------------------------
     def merge(self, a: Group, b: Group, how: Unified) -> None:
+        self.reorder(a, b)
         body_a, inlined_a = a.substitute(how.first)
         body_b, inlined_b = b.substitute(how.second)
         a.body = body_a + body_b
@@ -308,6 +336,7 @@ class Fuser:
 
     def absorb(self, a: Group, b: Group) -> None:
         """a takes b's edges, reads and writes."""
+        self.rank.pop(b.id)
         for n in b.writes:
             self.writer[n] = a.id
         for n in b.reads:
@@ -411,6 +440,7 @@ class Fuser:
             self.groups[s].preds.discard(a.id)
         for p in a.preds:
             self.groups[p].succs.discard(a.id)
+        self.slots[self.rank.pop(a.id)] = None
         del self.groups[a.id]
 
     # -- the result ------------------------------------------------------------------------------

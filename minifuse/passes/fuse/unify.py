@@ -115,10 +115,9 @@ def unify(
         to_first = {a: e.substitute(to_second) for a, e in to_first.items()}  # type: ignore[arg-type]
     for images, axes in ((to_first, first), (to_second, second)):
         placed = [(a, images[a]) for a in axes if a in images]
-        if any(e.atom is None or not isinstance(e.atom, Axis) for _, e in placed) or len(placed) > 1:
-            if not mixed_radix(placed):
-                return Refusal("partial rows", "{images} does not run over the whole of {axes}",
-                               {"images": [e for _, e in placed], "axes": [a for a, _ in placed]})  # fmt: skip
+        if not mixed_radix(placed):
+            return Refusal("partial rows", "{images} does not run over the whole of {axes}",
+                           {"images": [e for _, e in placed], "axes": [a for a, _ in placed]})  # fmt: skip
     taken = {a for e in to_first.values() for a in e.axes()}
     free_second = [a for a in second if a not in taken and a not in to_second]
 
