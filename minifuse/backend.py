@@ -163,9 +163,8 @@ class Graph:
 class Lazy:
     """A program that is compiled at its first call."""
 
-    _boxed_call = True
-
     def __init__(self, make: Callable[[], Boxed]) -> None:
+        self._boxed_call = True  # on the instance: wrappers copy its dictionary alone
         self.make: Callable[[], Boxed] | None = make
         self.program: Boxed | None = None
 

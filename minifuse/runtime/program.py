@@ -69,8 +69,6 @@ class Frame:
 class Program:
     """Runs a plan. Safe to call from several threads at once: each call has a frame of its own."""
 
-    _boxed_call = True
-
     def __init__(
         self,
         plan: Plan,
@@ -81,6 +79,7 @@ class Program:
         messages: tuple[tuple[str, ...], ...],
         constants: dict[str, torch.Tensor],
     ) -> None:
+        self._boxed_call = True  # on the instance: wrappers copy its dictionary alone
         self.plan = plan
         self.host = host
         self.binding = binding

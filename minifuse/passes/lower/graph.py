@@ -62,6 +62,7 @@ class Lowering:
         self.symbols: dict[str, Symbol] = {}
         self.mutated: set[str] = set()
         self.origin: dict[str, str] = {}
+        self.node_names = {n.name for n in graph.nodes}
         self.node: fx.Node = next(iter(graph.nodes))
 
     # -- sizes -----------------------------------------------------------------------------------
@@ -104,6 +105,15 @@ class Lowering:
             left.remove(step)
             expected = expected * step[0]
         return stride
+
+    def result_name(self, i: int) -> str:
+        """The buffer of result `i` of the current node: a name that no other node has."""
+        return self.fresh_name(f"{self.node.name}_r{i}")
+
+    def fresh_name(self, name: str) -> str:
+        while name in self.buffers or name in self.node_names:
+            name += "_"
+        return name
 
     # -- kernels ---------------------------------------------------------------------------------
     def axes(self, shape: Sequence[Expr], prefix: str = "i") -> tuple[Expr, ...]:
@@ -173,7 +183,7 @@ class Lowering:
         if found is not None:
             return found
         shape = view.shape
-        name = f"{view.buffer.name}_copy{len(self.buffers)}"
+        name = self.fresh_name(f"{view.buffer.name}_copy")
         copy = Buffer(name, view.buffer.dtype, shape, contiguous_strides(shape), view.buffer.device)
         self.buffers[name] = copy
         where = self.axes(shape)
@@ -273,7 +283,7 @@ class Lowering:
         env: list[Any] = []
         for i, v in enumerate(vals):
             if isinstance(v, torch.Tensor):
-                name = node.name if single else f"{node.name}_{i}"
+                name = node.name if single else self.result_name(i)
                 env.append(View.whole(self.buffer(name, v, "extern")))
                 results.append(name)
             elif isinstance(v, (torch.SymInt, torch.SymBool, torch.SymFloat)):
@@ -445,7 +455,7 @@ class Lowering:
             same = all(s is ONE or a is b for s, a, b in zip(view.shape, found.stride, stride, strict=True))
             if same or any(s is ZERO for s in view.shape):
                 return TensorRef(found.buffer, found.shape, stride, found.offset)
-        name = f"{self.node.name}_out{len(self.buffers)}"
+        name = self.fresh_name(f"{self.node.name}_out")
         made = Buffer(name, view.buffer.dtype, view.shape, stride, view.buffer.device)
         if not dtypes.supported(view.buffer.dtype) or found is None and not is_dense(made):
             return found or self.ref(view)

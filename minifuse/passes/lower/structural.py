@@ -380,7 +380,7 @@ def _var_mean(
 
     def compute(value: Value, axes: list[tuple[Axis, int]]) -> list[tuple[Value, torch.Tensor, str]]:
         pair = variance(to_compute(value, vals[0].dtype), axes, count, correction)
-        return [(v, val, f"{node.name}_{i}") for i, (v, val) in enumerate(zip(pair, vals, strict=True))]
+        return [(v, val, lo.result_name(i)) for i, (v, val) in enumerate(zip(pair, vals, strict=True))]
 
     return emit_reduction(lo, node, x, dims, compute)
 
@@ -413,7 +413,7 @@ def _arg_reduction(kind: str, lo: Lowering, node: fx.Node, x: fx.Node, dim: Any,
         made = {"value": value, "index": index}
         single = len(vals) == 1
         return [
-            (made[part], val, node.name if single else f"{node.name}_{i}")
+            (made[part], val, node.name if single else lo.result_name(i))
             for i, (part, val) in enumerate(zip(outputs.split(), vals, strict=True))
         ]
 
