@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).resolve().parent.parent
-BACKEND = "aot_eager"
+BACKEND = "minifuse"
 
 EXAMPLES = {
     "quickstart": ["--elements", "100000"],

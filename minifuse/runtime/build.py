@@ -5,7 +5,7 @@ from __future__ import annotations
 import ctypes
 import functools
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 from minifuse.codegen.printer import CodegenError
@@ -27,27 +27,42 @@ _lock = threading.Lock()
 def build(plan: Plan, ctx: CompileContext) -> Program:
     """Compile a placed plan for the CPU. A kernel that C cannot express or compile is interpreted,
     alone, and the decisions say so."""
-    tools = None if ctx.options.target == "interpret" else toolchain.find(ctx.options.precise)
-    with ctx.phase("codegen"):
-        texts = write_all(plan, ctx) if tools is not None else {}
+    return build_all([(plan, ctx)])[0]
+
+
+def build_all(jobs: Sequence[tuple[Plan, CompileContext]]) -> list[Program]:
+    """`build` for several plans of one toolchain with one C unit, compiled once: the start of a
+    compiler costs more than the kernels of a small graph. The time is the first job's."""
+    first = jobs[0][1]
+    tools = None if first.options.target == "interpret" else toolchain.find(first.options.precise)
+    with first.phase("codegen"):
+        texts = [write_all(plan, ctx) if tools is not None else {} for plan, ctx in jobs]
+    plans = [plan for plan, _ in jobs]
+    unit, runs = assemble(plans, texts, tools)
     library: Any = None
-    unit, runs = assemble(plan, texts, tools)
-    if tools is not None and runs:
-        with ctx.phase("compile"):
+    if tools is not None and unit.functions:
+        with first.phase("compile"):
             try:
-                library = load_unit(unit.source, tools, ctx)
+                library = load_unit(unit.source, tools, first)
             except CompileError as error:
-                texts = without_broken(plan, texts, tools, ctx, error)
-                unit, runs = assemble(plan, texts, tools)
-                library = load_unit(unit.source, tools, ctx) if runs else None
-    ctx.stages["unit"] = unit
-    run_of = {i: k for k, run in enumerate(runs) for i, _, _ in run}
-    host = write_program(plan, unit.binding, unit.symbols, run_of)
-    ctx.stages["program"] = host
-    functions = [entry(library, name) for name in unit.functions]
-    return Program(
-        plan, host, functions, unit.binding, unit.symbols, unit.messages, ctx.stages.get("constants", {})
-    )  # fmt: skip
+                if len(jobs) > 1:
+                    return [build(plan, ctx) for plan, ctx in jobs]
+                texts = [without_broken(plans[0], texts[0], tools, first, error)]
+                unit, runs = assemble(plans, texts, tools)
+                library = load_unit(unit.source, tools, first) if unit.functions else None
+    programs, begin = [], 0
+    for (plan, ctx), mine in zip(jobs, runs, strict=True):
+        own = slice(begin, begin + len(mine))
+        begin = own.stop
+        ctx.stages["unit"] = unit
+        run_of = {i: k for k, run in enumerate(mine) for i, _, _ in run}
+        host = ctx.stages["program"] = write_program(plan, unit.binding[own], unit.symbols, run_of)
+        functions = [entry(library, name) for name in unit.functions[own]]
+        constants = ctx.stages.get("constants", {})
+        programs.append(
+            Program(plan, host, functions, unit.binding[own], unit.symbols, unit.messages[own], constants)
+        )  # fmt: skip
+    return programs
 
 
 def write_all(plan: Plan, ctx: CompileContext) -> dict[int, KernelText]:
@@ -71,8 +86,22 @@ def write_all(plan: Plan, ctx: CompileContext) -> dict[int, KernelText]:
     return texts
 
 
-def assemble(plan: Plan, texts: dict[int, KernelText], tools: toolchain.Toolchain | None) -> tuple[Unit, list[Run]]:
-    """Group launches between other steps into runs, and write the unit that holds them."""
+def assemble(
+    plans: Sequence[Plan], texts: Sequence[dict[int, KernelText]], tools: toolchain.Toolchain | None
+) -> tuple[Unit, list[list[Run]]]:
+    """Group each plan's launches between other steps into runs, and write the unit that holds them all."""
+    runs = [group_runs(plan, by_step) if tools is not None else [] for plan, by_step in zip(plans, texts, strict=True)]
+    if tools is None:
+        return Unit("", (), (), (), ()), runs
+    moved: dict[int, int] = {}
+    for plan, mine in zip(plans, runs, strict=True):
+        moved.update({id(launch): launch_traffic(plan, launch).total for run in mine for _, launch, _ in run})
+    pairs = [[(launch, text) for _, launch, text in run] for mine in runs for run in mine]
+    return write_unit(pairs, tools.maths, tools.openmp, lambda launch: moved[id(launch)]), runs
+
+
+def group_runs(plan: Plan, texts: dict[int, KernelText]) -> list[Run]:
+    """The launches that one call into C does: those with a text and no other step between them."""
     runs: list[Run] = []
     fresh = True
     for i, step in enumerate(plan.steps):
@@ -86,11 +115,7 @@ def assemble(plan: Plan, texts: dict[int, KernelText], tools: toolchain.Toolchai
             runs.append([])
         runs[-1].append((i, step, texts[i]))
         fresh = False
-    if tools is None:
-        return Unit("", (), (), (), ()), []
-    pairs = [[(launch, text) for _, launch, text in run] for run in runs]
-    unit = write_unit(pairs, tools.maths, tools.openmp, lambda launch: launch_traffic(plan, launch).total)
-    return unit, runs
+    return runs
 
 
 def entry(library: Any, name: str) -> Callable[..., int]:

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from tests.models.families import FAMILIES
 
-BACKEND = "aot_eager"
+BACKEND = "minifuse"
 
 
 def _step(model: nn.Module, run: Callable[..., Any], inputs: dict[str, Any]) -> dict[str, Tensor]:

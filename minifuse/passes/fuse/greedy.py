@@ -363,7 +363,8 @@ class Fuser:
             for name in list(g.writes):
                 for r in sorted(self.readers.get(name, ())):
                     reader = self.groups[r]
-                    if not reader.fixed and self.affordable(reader):
+                    gathered = any(not isinstance(i, Expr) for at in reader.reads.get(name, ()) for i in at)
+                    if not reader.fixed and not gathered and self.affordable(reader):
                         self.inline_into(g, reader)
             self.bury(g)
 
