@@ -5,8 +5,10 @@
 
 from __future__ import annotations
 
+from .capture import Capture, capture
 from .errors import MinifuseError, OptionError
+from .explain.report import Report, reports
 from .options import Options
 
 __version__ = "0.1.0"
-__all__ = ["MinifuseError", "OptionError", "Options", "__version__"]
+__all__ = ["Capture", "MinifuseError", "OptionError", "Options", "Report", "__version__", "capture", "reports"]

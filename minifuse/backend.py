@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import functools
 import itertools
+import re
 import threading
 import warnings
 from collections.abc import Callable, Mapping, Sequence
@@ -50,15 +51,20 @@ def minifuse_backend(
 
 
 def compile_captured(gm: fx.GraphModule, example_inputs: Sequence[Any], options: Options) -> Callable[..., Any]:
-    """AOT autograd around our compilers."""
+    """Compile a captured graph as `options` say."""
     graph = Graph(f"graph{next(_numbers)}_{module_name(gm)}", options, eager_strides(gm))
     graph.keep("captured", gm)
+    return run_aot(graph, gm, example_inputs)
+
+
+def run_aot(graph: Graph, gm: fx.GraphModule, example_inputs: Sequence[Any]) -> Callable[..., Any]:
+    """AOT autograd over a captured graph; it calls back `graph` for each stage."""
     aot = compat.aot_autograd(
         fw_compiler=graph.forward,
         bw_compiler=graph.backward,
         inference_compiler=graph.inference,
         partition_fn=graph.partition,
-        decompositions=decompositions(options.rng),
+        decompositions=decompositions(graph.options.rng),
         keep_inference_input_mutations=True,
     )
     with _compiling:
@@ -82,9 +88,12 @@ class Graph:
 
     def context(self, stage: str) -> CompileContext:
         ctx = CompileContext(f"{self.name}_{stage}", stage, self.options)
-        if self.remat is not None and stage == "backward":
-            ctx.decisions.extend(self.remat.decisions)
+        if self.remat is not None and stage in ("forward", "backward"):
             ctx.stages["remat"] = self.remat.stages.get("remat")
+            if stage == "forward":
+                ctx.seconds.update(self.remat.seconds)
+            else:
+                ctx.decisions.extend(self.remat.decisions)
         return ctx
 
     # -- AOT autograd's callbacks ----------------------------------------------------------------
@@ -156,7 +165,7 @@ class Graph:
             record.source.update(self.captured)
             RECORDS.append(record)
             if self.options.debug_dir is not None:
-                dump.write(record, self.options.debug_dir)
+                dump.write(record, self.options.debug_dir, self.options)
             return program
 
 
@@ -244,11 +253,17 @@ def eager_strides(gm: fx.GraphModule) -> list[tuple[Any, ...] | None]:
 
 
 def module_name(gm: fx.GraphModule) -> str:
-    """The part of the model that a graph is, as a word for file names."""
-    for node in gm.graph.nodes:
-        stack = node.meta.get("nn_module_stack")
-        if stack:
-            _, kind = next(iter(stack.values()))
-            name = kind if isinstance(kind, str) else kind.__name__
-            return "".join(c if c.isalnum() else "_" for c in name.rsplit(".", 1)[-1])
-    return "function"
+    """The part of the model that a graph is, as a word for file names: the innermost module that holds all of it, with
+    its path, or else the file and the function that it was traced from."""
+    calls = [n for n in gm.graph.nodes if n.op not in ("placeholder", "get_attr", "output")]
+    stacks = [tuple((n.meta.get("nn_module_stack") or {}).values()) for n in calls]
+    shared = [level[0] for level in zip(*stacks, strict=False) if len(set(level)) == 1]
+    if shared:
+        path, kind = shared[-1]
+        inner = path.partition(".")[2]
+        name = f"{kind if isinstance(kind, str) else kind.__name__}_{inner}"
+    else:
+        trace = next((n.stack_trace for n in calls if n.stack_trace), "")
+        frame = re.search(r'File "(?:.*[\\/])?([^"]*?)(?:\.py)?", line \d+, in (\S+)', trace)
+        name = "_".join(frame.groups()) if frame else "function"
+    return re.sub(r"[^A-Za-z0-9]+", "_", name).strip("_")[:80]

@@ -6,7 +6,8 @@ torch 2.11 to 2.13 and triton 3.6 to 3.9 are supported.
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable, Mapping, MutableMapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, MutableMapping, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 import sympy
@@ -15,9 +16,9 @@ from torch import fx
 from torch._decomp import core_aten_decompositions, decomposition_table  # 2.11-2.13
 from torch._dynamo.backends.common import aot_autograd as _aot_autograd  # 2.11-2.13
 from torch._functorch import partitioners  # 2.11-2.13
-from torch._guards import TracingContext  # 2.11-2.13
-from torch._subclasses import FakeTensor  # 2.11-2.13
-from torch.fx.experimental.proxy_tensor import is_sym_node  # 2.11-2.13
+from torch._guards import TracingContext, tracing  # 2.11-2.13
+from torch._subclasses import FakeTensor, FakeTensorMode  # 2.11-2.13
+from torch.fx.experimental.proxy_tensor import is_sym_node, make_fx  # 2.11-2.13
 from torch.fx.experimental.symbolic_shapes import free_unbacked_symbols  # 2.11-2.13
 from torch.utils import _pytree as pytree  # 2.11-2.13
 from torch.utils._sympy.functions import FloorDiv as SympyFloorDiv  # 2.11-2.13
@@ -154,6 +155,28 @@ def core_decompositions() -> dict[Any, Callable[..., Any]]:
 def all_decompositions() -> Mapping[Any, Callable[..., Any]]:
     """Every decomposition that torch knows."""
     return decomposition_table
+
+
+@contextmanager
+def faked(tensors: Sequence[torch.Tensor]) -> Iterator[list[torch.Tensor]]:
+    """These tensors without their data, for tracing inside: sizes are fixed, `requires_grad` is kept."""
+    mode = FakeTensorMode(allow_non_fake_inputs=True)
+    with tracing(TracingContext(mode)):
+        yield [mode.from_tensor(t) for t in tensors]
+
+
+def trace(fn: Callable[..., Any], inputs: Sequence[torch.Tensor]) -> fx.GraphModule:
+    """`fn(*inputs)` as a graph of ATen operators, before autograd and decompositions, with the user's lines."""
+    return make_fx(fn, pre_dispatch=True, record_module_stack=True, record_stack_traces=True)(*inputs)
+
+
+def tree_flatten(tree: Any) -> tuple[list[Any], Any]:
+    """The leaves of nested containers, and what `tree_unflatten` puts them together with."""
+    return pytree.tree_flatten(tree)
+
+
+def tree_unflatten(leaves: Sequence[Any], spec: Any) -> Any:
+    return pytree.tree_unflatten(leaves, spec)
 
 
 def aot_autograd(**kwargs: Any) -> Callable[..., Any]:

@@ -1,22 +1,56 @@
-"""The debug dump: a folder a graph, with every stage, the sources and the decisions."""
+"""The debug dump: a folder a graph, with every stage, the sources, the decisions and a script for each kernel.
+
+    captured.fx.py joint.fx.py forward.fx.py backward.fx.py inference.fx.py     the graph, as FX prints it
+    plan_lower.txt plan_fuse.txt plan_schedule.txt plan_memory.txt              the plan after each pass
+    kernels.c program.py                                                        the code that runs
+    decisions.json decisions.txt report.txt report.json report.html             what was chosen and why
+    kernel_NAME.py                                                              runs, checks and times one kernel
+"""
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
+import re
 import tempfile
+import warnings
 from pathlib import Path
 
+from .explain import html
+from .explain.replay import kernel_script
+from .explain.report import Report
 from .ir.kernel import Plan
 from .ir.text import print_plan
+from .options import Options
+from .passes.pipeline import PASSES
 from .records import Record
 
+REPLAYED_OPTIONS = ("target", "precise", "widen")
+_refused: set[str] = set()
 
-def write(record: Record, root: str) -> Path:
-    """Write one graph's folder under `root` and return its path. A disk that refuses is not an error."""
+
+def write(record: Record, root: str, options: Options | None = None) -> Path:
+    """Write one graph's folder under `root` and return its path.
+
+    A disk that refuses is one warning a directory, never an error: the compile goes on.
+    """
     folder = Path(root) / record.name
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        for name, text in contents(record, options or Options()).items():
+            write_atomically(folder / name, text)
+    except OSError as error:
+        if root not in _refused:
+            _refused.add(root)
+            warnings.warn(f"minifuse writes no dump into {root}: {error}", stacklevel=2)
+    return folder
+
+
+def contents(record: Record, options: Options) -> dict[str, str]:
+    """The files of a dump: name to text."""
     files = {f"{stage}.fx.py": text for stage, text in record.source.items()}
-    for stage in ("lower", "fuse", "schedule", "memory"):
+    for stage in ("lower", *(p.name for p in PASSES)):
         plan = record.stages.get(stage)
         if isinstance(plan, Plan):
             files[f"plan_{stage}.txt"] = print_plan(plan)
@@ -26,23 +60,27 @@ def write(record: Record, root: str) -> Path:
     if host is not None:
         files["program.py"] = host.source
     files["decisions.json"] = json.dumps([d.to_json() for d in record.decisions], indent=1)
-    files["decisions.txt"] = "\n".join(map(str, record.decisions)) + "\n"
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        for name, text in files.items():
-            write_atomically(folder / name, text)
-    except OSError:
-        return folder
-    return folder
+    files["decisions.txt"] = "".join(f"{d}\n" for d in record.decisions)
+    final = record.stages.get("memory")
+    if isinstance(final, Plan):
+        report = Report(record)
+        files["report.txt"] = f"{report}\n"
+        files["report.json"] = json.dumps(report.to_json(), indent=1)
+        files["report.html"] = html.render(report)
+        chosen = {name: getattr(options, name) for name in REPLAYED_OPTIONS}
+        for launch in final.launches:
+            files.setdefault(f"kernel_{re.sub(r'[^A-Za-z0-9_]', '_', launch.name)}.py", kernel_script(final, launch, chosen))
+    return files
 
 
 def write_atomically(path: Path, text: str) -> None:
     """The whole file or none of it."""
-    handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=path.name)
+    handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}-")
     try:
-        with os.fdopen(handle, "w") as f:
+        with os.fdopen(handle, "w", encoding="utf-8", errors="backslashreplace") as f:
             f.write(text)
         os.replace(temporary, path)
     except BaseException:
-        os.unlink(temporary)
+        with contextlib.suppress(OSError):
+            os.unlink(temporary)
         raise

@@ -145,7 +145,7 @@ def test_several_graphs_in_one_model() -> None:
             torch._dynamo.graph_break()
             return super().forward(y.relu())
 
-    check(Broken(), torch.randn(4, 8, requires_grad=True))
+    check(Broken(), torch.randn(4, 8, requires_grad=True), tolerance=1e-4)
     assert len(records("forward")) == 2
 
 

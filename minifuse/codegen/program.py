@@ -146,7 +146,7 @@ class _Writer:
             elif isinstance(step, Extern):
                 exprs += list(_exprs((step.args, tuple(v for _, v in step.kwargs))))
         exprs += list(_exprs(self.plan.outputs))
-        found = {s.name for e in exprs for s in e.symbols()} | set(self.unit_symbols)
+        found = {s.name for e in exprs for s in e.symbols()} | (set(self.unit_symbols) & set(self.plan.symbols))
         grew = True
         while grew:
             more = {

@@ -828,8 +828,46 @@ def traffic(reads: Iterable[Buffer], writes: Iterable[Buffer], hint: Callable[[E
 
 
 def launch_traffic(plan: Plan, step: Launch | Extern) -> Traffic:
-    """Bytes that one step of a plan moves."""
-    return traffic((plan.buffers[b] for b in step.reads), (plan.buffers[b] for b in step.writes), plan.hint)
+    """Bytes that one step of a plan moves.
+
+    A kernel that reads or writes a part of a buffer, by a slice or a gather, is counted with the
+    elements that its accesses run over, at most the buffer's own.
+    """
+    if isinstance(step, Extern):
+        return traffic((plan.buffers[b] for b in step.reads), (plan.buffers[b] for b in step.writes), plan.hint)
+    kernel = step.kernel
+    whole = {p.name: plan.hint(plan.buffers[b].nbytes) for p, b in zip(kernel.params, step.binding, strict=True)}
+    read: dict[str, int] = {}
+    written: dict[str, int] = {}
+    for load in dict.fromkeys((v.param, v.index, v.dtype, v.axes) for v in kernel.loads):
+        name, index, dtype, _ = load
+        elements = plan.hint(product(a.size for a in _index_axes(index)))
+        read[name] = min(whole[name], read.get(name, 0) + elements * dtypes.itemsize(dtype))
+    for store in kernel.stores:
+        elements = plan.hint(product(a.size for a in _index_axes(store.index)))
+        nbytes = elements * dtypes.itemsize(store.value.dtype)
+        written[store.param] = min(whole[store.param], written.get(store.param, 0) + nbytes)
+    return Traffic(sum(read.values()), sum(written.values()))
+
+
+def at_values(e: Expr, env: Mapping[Any, Expr], values: Mapping[Axis, Value]) -> Index | None:
+    """An index expression with axes replaced by expressions and some of them by computed integers.
+
+    None where a computed axis stands in a division or a product of axes.
+    """
+    used = [a for a in values if a in e.atoms()]
+    rest = e.substitute({**env, **{a: as_expr(0) for a in used}})
+    if not used:
+        return rest
+    total: Value | None = None
+    for a in used:
+        c = e.coefficient(a)
+        if c is None or c.axes():
+            return None
+        term = values[a] if c is as_expr(1) else Op.of("mul", values[a], IndexOf.of(c))
+        total = term if total is None else Op.of("add", total, term)
+    assert total is not None
+    return total if rest is as_expr(0) else Op.of("add", total, IndexOf.of(rest))
 
 
 def content_hash(text: str) -> str:

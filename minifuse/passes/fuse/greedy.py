@@ -16,7 +16,7 @@ from minifuse.ir.index import Axis, Expr
 from minifuse.ir.kernel import Buffer, Extern, Free, Launch, Plan, Step, Store, TensorRef
 from minifuse.passes.context import CompileContext
 
-from .group import Group, build, forward, grid_axes, innermost
+from .group import Group, NotInvertible, build, forward, grid_axes, innermost
 from .unify import Equation, Refusal, Unified, unify
 
 MAX_BUFFERS = 28
@@ -136,16 +136,16 @@ class Fuser:
         """Bytes that one kernel moves less than two: what is shared is loaded once, and what only
         they use is not stored."""
         total = 0
-        for name in a.writes.keys() & b.reads.keys():
-            total += self.bytes[name]
-            if name not in self.kept and self.readers[name] <= {a.id, b.id}:
+        for producer, consumer in ((a, b), (b, a)):
+            for name in producer.writes.keys() & consumer.reads.keys() - self.plan.mutated:
                 total += self.bytes[name]
+                if name not in self.kept and self.readers[name] <= {a.id, b.id}:
+                    total += self.bytes[name]
         for name in a.reads.keys() & b.reads.keys():
             if name not in a.writes and name not in b.writes:
                 total += self.bytes[name]
-        for name in (a.reads.keys() & b.writes.keys()) & self.plan.mutated:
-            total += 1
-        return total
+        overwritten = (a.reads.keys() & b.writes.keys()) | (b.reads.keys() & a.writes.keys())
+        return total + len(overwritten & self.plan.mutated)
 
     def push(self, a: int, b: int) -> None:
         if a == b or self.groups[a].fixed or self.groups[b].fixed:
@@ -172,6 +172,7 @@ class Fuser:
     # -- the walk --------------------------------------------------------------------------------
     def run(self) -> Plan:
         self.inline_constants()
+        self.inline_gathered()
         for i in list(self.groups):
             if not self.groups[i].fixed:
                 self.push_neighbours(i)
@@ -276,11 +277,11 @@ class Fuser:
         grid = grid_axes(spaces, reduced)
         work = max((self.extent(s) for s in spaces), default=1)
         before = [(grid_axes(s, r), g) for s, r, g in ((spaces_a, reduced_a, a), (spaces_b, reduced_b, b)) if s]
-        if work > SMALL_WORK:
-            least = min((self.extent(g) for g, _ in before), default=1)
-            if self.extent(grid) < min(MIN_GRID, least):
-                return Refusal("loses parallelism", "{left} independent rows of {before}",
-                               {"left": self.extent(grid), "before": least})  # fmt: skip
+        heavy = [self.extent(g) for (g, _), s in zip(before, (x for x in (spaces_a, spaces_b) if x), strict=True)
+                 if max(self.extent(axes) for axes in s) > SMALL_WORK]  # fmt: skip
+        if heavy and self.extent(grid) < min(MIN_GRID, *heavy):
+            return Refusal("loses parallelism", "{left} independent rows of {before}",
+                           {"left": self.extent(grid), "before": min(heavy)})  # fmt: skip
         for old, g in before:
             env = how.first if g is a else how.second
             inner = innermost(g, self.buffers)
@@ -367,6 +368,37 @@ class Fuser:
                     if not reader.fixed and not gathered and self.affordable(reader):
                         self.inline_into(g, reader)
             self.bury(g)
+
+    def inline_gathered(self) -> None:
+        """What a kernel picks elements of by a computed index is computed at those elements alone."""
+        for reader in list(self.groups.values()):
+            if reader.fixed:
+                continue
+            again = True
+            while again:
+                again = False
+                for name, places in list(reader.reads.items()):
+                    maker = self.groups.get(self.writer.get(name, -1))
+                    if maker is None or maker.fixed or not maker.pure or maker.checks or name in self.plan.mutated:
+                        continue
+                    if not any(not isinstance(i, Expr) for at in places for i in at):
+                        continue
+                    picked = sum(self.extent(a for i in at for a in (i.axes() if isinstance(i, Expr) else i.axes))
+                                 for at in places)  # fmt: skip
+                    small = picked * max(len(maker.reads), 1) * 4 < self.bytes[name]
+                    if small and reader.size + maker.size <= MAX_VALUES and self.affordable(reader):
+                        again = self.gather_into(maker, reader) or again
+
+    def gather_into(self, maker: Group, reader: Group) -> bool:
+        try:
+            self.inline_into(maker, reader)
+        except NotInvertible:
+            return False
+        self.ctx.record("inline", maker.nodes[-1], reader.nodes[-1], taken=True,
+                        reason="computed at the elements that are picked, not stored",
+                        where=self.plan.origins.get(reader.nodes[-1], ""))  # fmt: skip
+        self.bury(maker)
+        return True
 
     def affordable(self, reader: Group) -> bool:
         if self.fuel is not None and self.fuel <= 0:

@@ -9,9 +9,11 @@ from minifuse.ir import ops
 from minifuse.ir.index import ONE, Axis, Expr
 from minifuse.ir.kernel import (
     Buffer,
+    Cast,
     Check,
     Const,
     Index,
+    IndexOf,
     Kernel,
     Launch,
     Load,
@@ -22,6 +24,7 @@ from minifuse.ir.kernel import (
     Root,
     Store,
     Value,
+    at_values,
     rewrite,
     topological,
 )
@@ -223,23 +226,48 @@ def read_through(load: Load, store: Store) -> Value:
     return value
 
 
+class NotInvertible(Exception):
+    """A stored value cannot be written at the index that is asked for."""
+
+
 def at_index(value: Value, index: tuple[Expr, ...], wanted: tuple[Index, ...]) -> Value:
-    """A stored value at another index than the one it was stored at."""
+    """A stored value at another index than the one it was stored at; coordinates may be computed.
+
+    Raises NotInvertible where the store's index is no axis, or a computed coordinate would have to
+    be divided.
+    """
     env: Substitution = {}
+    computed: dict[Axis, Value] = {}
     for i, w in zip(index, wanted, strict=True):
         axis = i.atom
-        assert isinstance(w, Expr)
-        if isinstance(axis, Axis):
+        if isinstance(axis, Axis) and isinstance(w, Expr):
             env[axis] = w
+        elif isinstance(axis, Axis) and isinstance(w, Value):
+            computed[axis] = w
         elif i is not w and not i.is_const:
-            raise ValueError(f"cannot invert the index {i}")
+            raise NotInvertible(f"cannot invert the index {i}")
     out: dict[Value, Value] = {}
 
-    def index(e: Expr) -> Expr:
+    def moved(e: Expr) -> Expr:
+        if not computed.keys().isdisjoint(e.atoms()):
+            raise NotInvertible(f"{e} has a computed coordinate")
         return e.substitute(env)  # type: ignore[arg-type]
 
     for v in topological([value]):
-        out[v] = v.rebuild(tuple(out[a] for a in v.args), index)
+        args = tuple(out[a] for a in v.args)
+        if computed and isinstance(v, Load):
+            rest = iter(args)
+            at = [next(rest) if isinstance(i, Value) else at_values(i, env, computed) for i in v.index]
+            if any(i is None for i in at):
+                raise NotInvertible(f"{v.param} is read at a division of a computed coordinate")
+            out[v] = Load.of(v.param, [i for i in at if i is not None], v.dtype, *rest)
+        elif computed and isinstance(v, IndexOf):
+            made = at_values(v.expr, env, computed)
+            if made is None:
+                raise NotInvertible(f"{v.expr} has a computed coordinate")
+            out[v] = IndexOf.of(made, v.dtype) if isinstance(made, Expr) else Cast.of(v.dtype, made)
+        else:
+            out[v] = v.rebuild(args, moved)
     return out[value]
 
 

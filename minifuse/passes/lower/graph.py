@@ -9,6 +9,7 @@ from __future__ import annotations
 import operator
 import re
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -177,10 +178,17 @@ class Lowering:
             raise Unsupported(f"{found.buffer.dtype} has no kernels")
         return found
 
-    def ref(self, view: View) -> TensorRef:
-        """The view as strides; a copy is made where it has none."""
+    def ref(self, view: View, val: Any = None) -> TensorRef:
+        """The view as strides; a copy is made where it has none.
+
+        `val` is the traced tensor: ATen chooses memory formats by the strides of dimensions of one
+        element too, so these are the ones that eager has.
+        """
         found = view.strided()
         if found is not None:
+            if isinstance(val, torch.Tensor):
+                pairs = zip(found.shape, found.stride, self.sizes(val.stride()), strict=True)
+                return replace(found, stride=tuple(seen if s is ONE else d for s, d, seen in pairs))
             return found
         shape = view.shape
         name = self.fresh_name(f"{view.buffer.name}_copy")
@@ -336,7 +344,7 @@ class Lowering:
         if isinstance(arg, fx.Node):
             found = self.env[arg]
             if isinstance(found, View):
-                return self.ref(found)
+                return self.ref(found, arg.meta.get("val"))
             if isinstance(found, (tuple, list)):
                 return tuple(self.ref(x) if isinstance(x, View) else x for x in found)
             return found

@@ -13,6 +13,7 @@ import torch
 from torch import fx
 
 from minifuse.ir import dtypes
+from minifuse.ir import prims as _prims  # noqa: F401 - registers the random operators that rows below name
 from minifuse.ir.index import ONE, ZERO, Axis, Expr, as_expr, contiguous_strides, delinearize, linearize, product
 from minifuse.ir.kernel import (
     LANES,
@@ -27,6 +28,7 @@ from minifuse.ir.kernel import (
     Reduce,
     Store,
     Value,
+    at_values,
 )
 
 from .pointwise import Unsupported, to_compute, truth
@@ -596,28 +598,14 @@ def gather_read(view: View, where: Sequence[Expr | Value]) -> Load:
 
     Raises Unsupported where the view mixes such a dimension with others.
     """
-    env: dict[Any, Expr] = {}
-    held: dict[Axis, Value] = {}
-    for a, w in zip(view.at, where, strict=True):
-        if isinstance(w, Expr):
-            env[a] = w
-        else:
-            held[a] = w
-    index: list[Expr | Value] = []
+    env = {a: w for a, w in zip(view.at, where, strict=True) if isinstance(w, Expr)}
+    computed = {a: w for a, w in zip(view.at, where, strict=True) if not isinstance(w, Expr)}
+    index = []
     for i in view.index:
-        used = [a for a in held if a in i.atoms()]
-        if not used:
-            index.append(i.substitute(env))
-        elif len(used) == 1 and i.atom is used[0]:
-            index.append(held[used[0]])
-        elif len(used) == 1 and i.coefficient(used[0]) is not None:
-            c = i.coefficient(used[0])
-            assert c is not None
-            rest = i.substitute({used[0]: ZERO}).substitute(env)
-            scaled = Op.of("mul", held[used[0]], IndexOf.of(c))
-            index.append(Op.of("add", scaled, IndexOf.of(rest)))
-        else:
+        at = at_values(i, env, computed)
+        if at is None:
             raise Unsupported("an index into a reshaped view")
+        index.append(at)
     return Load.of(view.buffer.name, index, view.buffer.dtype)
 
 

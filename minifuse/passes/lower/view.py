@@ -158,7 +158,9 @@ def _reshape_coordinates(old: Sequence[Expr], at: Sequence[Axis]) -> list[Expr]:
             continue
         sizes = [x.size for x in run_new]
         if product(run_old) is ZERO:
-            out.extend([ZERO] * len(run_old))
+            # nothing is read; an empty axis in the index keeps the load inside its empty loop
+            empty = next((x.expr for x in run_new if x.size is ZERO), ZERO)
+            out.extend([empty] * len(run_old))
             continue
         out.extend(delinearize(linearize([x.expr for x in run_new], contiguous_strides(sizes)), run_old))
     return out

@@ -204,6 +204,7 @@ def build_problem(
     parameters = {n for i, n in enumerate(primals) if i in static_inputs}
     overwritten = {t for n in graph.nodes if n not in graph.after_tangents for t in _written(n)}
     storage: dict[fx.Node, fx.Node] = {}
+    stored: dict[fx.Node, bool] = {}
     values = []
     for n in graph.nodes:
         phase = _phase(n, graph, parameters)
@@ -212,6 +213,7 @@ def build_problem(
         kind = _kind(n, is_kernel)
         base = n.all_input_nodes[0] if kind == "view" else n
         storage[n] = storage.get(base, base)
+        stored[n] = stored.get(base, False) or kind in ("extern", "item") or _stored(n, graph, is_kernel)
         random, effect, collective, binds = pin_of(n)
         tag = tags[n]
         priced = phase in ("forward", "either")
@@ -234,6 +236,7 @@ def build_problem(
                 is_collective=collective,
                 binds=binds,
                 savable=_savable(n, kind) and n not in overwritten,
+                stored=stored[n],
                 tag=tag,
                 where=_where(n),
             )
@@ -347,6 +350,21 @@ def _read_by_extern(n: fx.Node, graph: JointGraph, is_kernel: Callable[[fx.Node]
             if is_view(user):
                 stack.append(user)
             elif (user in graph.live_backward or user in graph.either) and _kind(user, is_kernel) == "extern":
+                return True
+    return False
+
+
+def _stored(n: fx.Node, graph: JointGraph, is_kernel: Callable[[fx.Node], bool]) -> bool:
+    """Whether the forward writes a kernel's value to memory anyway: for an extern of its own, or for the caller."""
+    stack = [n]
+    while stack:
+        here = stack.pop()
+        if here in graph.forward_outputs:
+            return True
+        for user in here.users:
+            if user in graph.forward and is_view(user):
+                stack.append(user)
+            elif user in graph.forward and _kind(user, is_kernel) == "extern":
                 return True
     return False
 

@@ -31,7 +31,8 @@ class Value:
     runs anyway computes it in registers, its own size where an extern reads it, its inputs where it reduces them.
     `group` is the fused kernel it landed in, None alone; `copies` the kernels of the backward that would each
     recompute it. `tag` is the user's wish (one of `TAGS`); `savable` is false of tuples, tokens and inputs that the
-    forward overwrites; `binds` marks an operator that defines a data-dependent size.
+    forward overwrites; `binds` marks an operator that defines a data-dependent size. `stored` says that the forward
+    writes it to memory whether it is saved or not: an extern made it or reads it, or it is an output.
     """
 
     name: str
@@ -49,6 +50,7 @@ class Value:
     is_collective: bool = False
     binds: bool = False
     savable: bool = True
+    stored: bool = False
     tag: str | None = None
     where: str = ""
 
@@ -107,8 +109,11 @@ class Problem:
         return self.by_name[name]
 
     def save_seconds(self, v: Value) -> float:
-        """Seconds that saving costs: one write in the forward and one read in the backward; none for an input."""
-        return 0.0 if v.is_given else 2 * max(v.nbytes, SYMBOL_BYTES) / self.device.dram
+        """Seconds that saving costs: a read in the backward, and a write in the forward where nothing else asks for
+        it; none for an input."""
+        if v.is_given:
+            return 0.0
+        return (1 if v.stored else 2) * max(v.nbytes, SYMBOL_BYTES) / self.device.dram
 
     def recompute_seconds(self, v: Value) -> float:
         """Seconds that computing it in the backward adds, its inputs being there."""

@@ -1,0 +1,173 @@
+"""The graphs that a function goes through, without running it: for research, for tests, and to read.
+
+    graphs = minifuse.capture(model, x)
+    print(graphs.text("joint"))                 # forward and backward in one graph
+    graphs.problem.to_networkx()                # what a rematerialisation policy is asked
+
+Dynamo is not used: the function is traced as it runs, on tensors without data, and AOT autograd and the passes are
+those of `torch.compile(…, backend="minifuse")`. A branch of Python code is taken as it falls for these arguments.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+import torch
+from torch import fx, nn
+
+from . import compat
+from .backend import Boxed, Graph, boxed, run_aot
+from .ir.decision import Decision
+from .ir.kernel import Plan
+from .ir.text import print_plan
+from .options import Options
+from .passes.pipeline import make_plan
+from .passes.remat import Problem, RematPlan, RematPolicy
+from .passes.remat.policies import resolve
+
+STAGES = ("captured", "joint", "forward", "backward", "inference")
+
+
+@dataclass
+class Capture:
+    """What a function becomes, stage by stage.
+
+    `graphs` holds FX graphs of ATen operators: "captured", and either "joint", "forward" and "backward" or, where
+    nothing needs a gradient, "inference". `plans` holds the scheduled and placed plan of each of the last four.
+    `inputs` names the inputs of "captured" in order: parameters and buffers by their path, then "input 0"… the
+    tensors among the arguments. `problem` and `remat` are what the policy was asked and what it said.
+    """
+
+    name: str
+    inputs: tuple[str, ...]
+    graphs: dict[str, fx.GraphModule] = field(default_factory=dict)
+    plans: dict[str, Plan] = field(default_factory=dict)
+    decisions: dict[str, list[Decision]] = field(default_factory=dict)
+    problem: Problem | None = None
+    remat: RematPlan | None = None
+
+    def text(self, stage: str) -> str:
+        """The graph of a stage as Python, or, for "plan STAGE", the plan that came of it.
+
+        Raises KeyError naming the stages that there are.
+        """
+        kind, _, rest = stage.partition(" ")
+        if kind == "plan" and rest in self.plans:
+            return print_plan(self.plans[rest])
+        if stage not in self.graphs:
+            raise KeyError(f"no stage {stage!r} in {self.name}; stages: {', '.join(self.stages)}")
+        return self.graphs[stage].print_readable(print_output=False)
+
+    @property
+    def stages(self) -> tuple[str, ...]:
+        """What `text` takes, in the order that they are made."""
+        graphs = (s for s in STAGES if s in self.graphs)
+        return (*graphs, *(f"plan {s}" for s in STAGES if s in self.plans))
+
+    def __str__(self) -> str:
+        rows = [f"{self.name}: {len(self.inputs)} inputs"]
+        for name in (s for s in STAGES if s in self.graphs):
+            calls = sum(n.op == "call_function" for n in self.graphs[name].graph.nodes)
+            plan = self.plans.get(name)
+            planned = "" if plan is None else f" -> {len(plan.launches)} kernels, {len(plan.externs)} calls of ATen"
+            rows.append(f"  {name:10}{calls:5} operators{planned}")
+        return "\n".join(rows)
+
+    __repr__ = __str__
+
+
+def capture(
+    fn: Callable[..., Any], *args: Any, compile_options: Mapping[str, Any] | None = None, **kwargs: Any
+) -> Capture:
+    """Trace `fn(*args, **kwargs)` and return its graphs at each stage; no tensor of the caller is read or written.
+
+    `fn` is a function or a module, whose parameters and buffers become inputs. Arguments may nest tensors in lists,
+    tuples and dicts; what is not a tensor is a constant of the graph. A backward is there where gradients are enabled
+    and a parameter or an argument requires one. `compile_options` are those of `torch.compile`.
+
+    Raises:
+        OptionError: an unknown option.
+        RematError: a policy whose plan is wrong.
+    """
+    options = Options.parse(compile_options)
+    state = dict(_state(fn)) if isinstance(fn, nn.Module) else {}
+    leaves, spec = compat.tree_flatten((args, kwargs))
+    places = [i for i, leaf in enumerate(leaves) if isinstance(leaf, torch.Tensor)]
+    name = type(fn).__name__ if isinstance(fn, nn.Module) else getattr(fn, "__name__", "function")
+
+    def flat(*tensors: torch.Tensor) -> list[Any]:
+        mine = dict(zip(state, tensors, strict=False))
+        filled = list(leaves)
+        for i, tensor in zip(places, tensors[len(state) :], strict=True):
+            filled[i] = tensor
+        inner_args, inner_kwargs = compat.tree_unflatten(filled, spec)
+        out = (
+            torch.func.functional_call(fn, mine, inner_args, inner_kwargs, tie_weights=False)
+            if isinstance(fn, nn.Module)
+            else fn(*inner_args, **inner_kwargs)
+        )
+        return [x for x in compat.tree_flatten(out)[0] if isinstance(x, torch.Tensor)]
+
+    tensors = [*state.values(), *(leaves[i] for i in places)]
+    found = Capture(name, (*state, *(f"input {k}" for k in range(len(places)))))
+    with compat.faked(tensors) as fakes:
+        gm = compat.trace(flat, fakes)
+        found.graphs["captured"] = _copied(gm)
+        strides = [tuple(n.meta["val"].stride()) for n in gm.graph.output_node().args[0]]  # type: ignore[union-attr]
+        asked = _Asked(resolve(options.remat))
+        run_aot(_Recorder(name, replace(options, remat=asked), strides, found), gm, fakes)
+        found.problem = asked.problem
+    return found
+
+
+def _state(module: nn.Module) -> dict[str, torch.Tensor]:
+    """Parameters and buffers by path, a shared one once."""
+    return {**dict(module.named_parameters()), **dict(module.named_buffers())}
+
+
+def _copied(gm: fx.GraphModule) -> fx.GraphModule:
+    """A graph of one's own, its inputs and outputs flat."""
+    graph = fx.Graph()
+    graph.output(graph.graph_copy(gm.graph, {}))
+    return fx.GraphModule(gm, graph)
+
+
+class _Asked:
+    """A policy that remembers the problem it was asked."""
+
+    def __init__(self, policy: RematPolicy) -> None:
+        self.policy = policy
+        self.name = policy.name
+        self.problem: Problem | None = None
+
+    def plan(self, problem: Problem) -> RematPlan:
+        self.problem = problem
+        return self.policy.plan(problem)
+
+
+class _Recorder(Graph):
+    """The callbacks of a compile, up to the plan: nothing is built and nothing enters the reports."""
+
+    def __init__(self, name: str, options: Options, strides: list[tuple[Any, ...] | None], found: Capture) -> None:
+        super().__init__(name, options, strides)
+        self.found = found
+
+    def keep(self, stage: str, gm: fx.GraphModule) -> None:
+        self.found.graphs[stage] = _copied(gm)
+
+    def partition(self, joint: fx.GraphModule, inputs: Sequence[Any], **kw: Any) -> tuple[fx.GraphModule, fx.GraphModule]:
+        forward, backward = super().partition(joint, inputs, **kw)
+        # AOT autograd would ask for the backward when it first runs, and here it never does
+        self.compile(_copied(backward), "backward", {})
+        return forward, backward
+
+    def compile(self, gm: fx.GraphModule, stage: str, strides: dict[int, tuple[Any, ...]]) -> Boxed:
+        ctx = self.context(stage)
+        self.keep(stage, gm)
+        gm.graph.eliminate_dead_code()
+        self.found.plans[stage] = make_plan(gm.graph, ctx, strides)
+        self.found.decisions[stage] = ctx.decisions
+        self.found.remat = ctx.stages.get("remat", self.found.remat)
+        return boxed(gm)

@@ -1,0 +1,339 @@
+"""What the compiler did to a graph, as figures and as text.
+
+A `Report` is a view over a `Record`: nothing is computed while a graph compiles, each figure when it is asked for.
+Bytes are those of `ir.kernel.launch_traffic`, the accounting of fusion, rematerialisation and the benchmarks;
+sizes that are symbols count at their hints.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from dataclasses import asdict, dataclass
+from functools import cached_property
+from math import prod
+from typing import Any
+
+import torch
+from rich.console import Console, RenderableType
+from rich.console import Group as RichGroup
+from rich.table import Table
+from rich.text import Text
+
+from minifuse.ir import device as devices
+from minifuse.ir import ops
+from minifuse.ir.decision import Decision, bytes_text
+from minifuse.ir.device import DeviceModel
+from minifuse.ir.kernel import Cast, Extern, Launch, Op, Plan, Random, Reduce, Value, launch_traffic
+from minifuse.passes.remat.plan import RECOMPUTE, SAVE, Choice, RematPlan
+from minifuse.records import RECORDS, Record
+
+SCHEMA = 1
+WIDTH = 120
+KERNELS_SHOWN = 8
+EXTERNS_SHOWN = 4
+REFUSALS_SHOWN = 4
+# Instructions of a Philox4x32-10 draw: ten rounds of two wide products and four xors, vectorised.
+RANDOM_COST = 40.0
+
+
+@dataclass(frozen=True)
+class LaunchReport:
+    """One launch: the operators in its kernel, the user's lines that they come from, and what it moves (bytes).
+
+    No run takes less than `lower_bound` seconds at the rates of the device model; `bound` says which rate that is:
+    "memory" (bytes through main memory), "compute" (instructions) or "launch" (starting it).
+    """
+
+    name: str
+    ops: tuple[str, ...]
+    lines: tuple[str, ...]
+    read: int
+    written: int
+    instructions: float
+    lower_bound: float
+    bound: str
+    interpreted: bool
+
+    @property
+    def nbytes(self) -> int:
+        return self.read + self.written
+
+
+@dataclass(frozen=True)
+class ExternReport:
+    """One call of an operator that minifuse does not generate: why, for which line of the user, bytes of its operands."""
+
+    op: str
+    reason: str
+    where: str
+    nbytes: int
+
+
+@dataclass(frozen=True)
+class Report:
+    """The account of one compiled graph. `print` shows a screen of it, the worst first; `to_json` has all of it."""
+
+    record: Record
+
+    @property
+    def name(self) -> str:
+        return self.record.name
+
+    @property
+    def stage(self) -> str:
+        """ "forward", "backward" or "inference"."""
+        return self.record.stage
+
+    @property
+    def plan(self) -> Plan:
+        """The plan that runs."""
+        return self.record.stages["memory"]  # type: ignore[no-any-return]
+
+    @property
+    def unfused(self) -> Plan:
+        """The plan before fusion: a kernel an operator."""
+        return self.record.stages["lower"]  # type: ignore[no-any-return]
+
+    # -- figures ---------------------------------------------------------------------------------
+    @property
+    def kernels(self) -> int:
+        """Launches of kernels in a call."""
+        return len(self.plan.launches)
+
+    @property
+    def kernels_unfused(self) -> int:
+        """Launches there would be with a kernel an operator."""
+        return len(self.unfused.launches)
+
+    @cached_property
+    def kernel_bytes(self) -> int:
+        """Bytes that the kernels of a call read and write."""
+        return sum(launch_traffic(self.plan, s).total for s in self.plan.launches)
+
+    @cached_property
+    def bytes_unfused(self) -> int:
+        """Bytes that they would move unfused."""
+        return sum(launch_traffic(self.unfused, s).total for s in self.unfused.launches)
+
+    @cached_property
+    def extern_bytes(self) -> int:
+        """Bytes of what ATen's operators read and write, each operand once."""
+        return sum(e.nbytes for e in self.externs)
+
+    @cached_property
+    def coverage(self) -> float:
+        """Share of the graph's pointwise and reduction operators that run in generated code, 0 to 1.
+
+        The rest are interpreted, or externs that torch tags as pointwise or as reductions. Matrix products,
+        convolutions, attention, sorting and the like count on neither side.
+        """
+        generated = {op for r in self.launches if not r.interpreted for op in r.ops}
+        interpreted = {op for r in self.launches if r.interpreted for op in r.ops} - generated
+        operators = len(generated) + len(interpreted) + sum(is_fusible(e) for e in self.plan.externs)
+        return len(generated) / operators if operators else 1.0
+
+    # -- parts -----------------------------------------------------------------------------------
+    @property
+    def decisions(self) -> Sequence[Decision]:
+        """Every choice that was made and every one that was refused, in order."""
+        return self.record.decisions
+
+    @property
+    def seconds(self) -> dict[str, float]:
+        """Seconds of the compile by phase."""
+        return self.record.seconds
+
+    @property
+    def remat(self) -> RematPlan | None:
+        """What the partition of the joint graph decided; None where there was no joint graph."""
+        return self.record.stages.get("remat")
+
+    @property
+    def saved(self) -> tuple[Choice, ...]:
+        """The values that the backward loads, the largest first; inputs of the graph are not among them."""
+        return self._choices(SAVE)
+
+    @property
+    def recomputed(self) -> tuple[Choice, ...]:
+        """The values that the backward computes again, the largest first; views and sizes are not among them."""
+        return self._choices(RECOMPUTE)
+
+    def _choices(self, action: str) -> tuple[Choice, ...]:
+        found = self.remat.choices.values() if self.remat is not None else ()
+        return tuple(sorted((c for c in found if c.action == action and c.nbytes), key=lambda c: -c.nbytes))
+
+    @cached_property
+    def interpreted(self) -> tuple[str, ...]:
+        """Names of the launches that run op by op with torch, because no target's code could be made for them."""
+        return tuple(r.name for r in self.launches if r.interpreted)
+
+    @cached_property
+    def launches(self) -> tuple[LaunchReport, ...]:
+        """The kernels in the order that they run."""
+        plan, device = self.plan, devices.CPU
+        named = {d.subject[0] for d in self.decisions if d.rule == "interpreted"}
+        slow = {s.kernel for s in plan.launches if s.name in named}
+        unit = self.record.stages.get("unit")
+        compiled = unit is None or bool(unit.source)
+        return tuple(_launch_report(plan, s, device, not compiled or s.kernel in slow) for s in plan.launches)
+
+    @cached_property
+    def externs(self) -> tuple[ExternReport, ...]:
+        """The calls of ATen in the order that they run."""
+        plan = self.plan
+        return tuple(
+            ExternReport(str(e.target), e.reason, plan.origins.get(e.origin, ""), launch_traffic(plan, e).total)
+            for e in plan.externs
+        )
+
+    # -- as text ---------------------------------------------------------------------------------
+    def to_json(self) -> dict[str, Any]:
+        """Everything as plain data; `schema` changes when a key changes its meaning."""
+        figures = ("name", "stage", "kernels", "kernels_unfused", "kernel_bytes", "bytes_unfused", "extern_bytes")
+        return {
+            "schema": SCHEMA,
+            **{name: getattr(self, name) for name in figures},
+            "coverage": self.coverage,
+            "interpreted": list(self.interpreted),
+            "launches": [asdict(r) for r in self.launches],
+            "externs": [asdict(e) for e in self.externs],
+            "saved": [asdict(c) for c in self.saved],
+            "recomputed": [asdict(c) for c in self.recomputed],
+            "seconds": dict(self.seconds),
+            "decisions": [d.to_json() for d in self.decisions],
+        }
+
+    def __str__(self) -> str:
+        console = Console(width=WIDTH, color_system=None, legacy_windows=False)
+        with console.capture() as captured:
+            console.print(self)
+        return "\n".join(line.rstrip() for line in captured.get().rstrip().splitlines())
+
+    __repr__ = __str__
+
+    def __rich__(self) -> RenderableType:
+        parts: list[RenderableType] = [Text(line) for line in self.headline]
+        if self.launches:
+            parts.append(self._kernel_table())
+        if self.externs:
+            parts.append(self._extern_table())
+        refused = self.costliest_refusals(REFUSALS_SHOWN)
+        if refused:
+            parts.append(Text("Refused, by the bytes that it would have saved"))
+            parts += [Text(f"  {_clip(str(d), WIDTH - 2)}") for d in refused]
+        return RichGroup(*parts)
+
+    @cached_property
+    def headline(self) -> list[str]:
+        """The figures in sentences."""
+        lines = [
+            f"{self.name}: {self.kernels_unfused} operators in {self.kernels} kernels, "
+            f"{bytes_text(self.bytes_unfused)} -> {bytes_text(self.kernel_bytes)}; {len(self.externs)} calls of ATen "
+            f"({bytes_text(self.extern_bytes)}); generated code for {self.coverage:.0%} of the fusible operators"
+        ]
+        if self.remat is not None:
+            lines.append(
+                f"backward, by {self.remat.policy}: loads {len(self.saved)} values ({bytes_text(self.remat.saved_bytes)}),"
+                f" recomputes {len(self.recomputed)} in {1e6 * self.remat.extra_seconds:.3g} us by the model"
+            )
+        spent = sorted(self.seconds.items(), key=lambda item: -item[1])[:5]
+        total = sum(self.seconds.values())
+        lines.append(f"compiled in {total:.2f} s: " + ", ".join(f"{phase} {1e3 * s:.0f} ms" for phase, s in spent))
+        if self.interpreted:
+            lines.append(f"interpreted, slowly: {', '.join(self.interpreted)}")
+        return lines
+
+    def costliest_refusals(self, count: int) -> list[Decision]:
+        """The refused fusions worth the most bytes, one for each pair of kernels that stayed apart."""
+        kernel_of = {op: r.name for r in self.launches for op in r.ops}
+        apart: dict[frozenset[str], Decision] = {}
+        for d in self.decisions:
+            pair = frozenset(kernel_of.get(op, op) for op in d.subject)
+            if not d.taken and "saved_bytes" in d.facts and len(pair) > 1:
+                best = apart.setdefault(pair, d)
+                if d.facts["saved_bytes"] > best.facts["saved_bytes"]:
+                    apart[pair] = d
+        return sorted(apart.values(), key=lambda d: -d.facts["saved_bytes"])[:count]
+
+    def _kernel_table(self) -> Table:
+        rows = sorted(self.launches, key=lambda r: (not r.interpreted, -r.nbytes))
+        table = _table("kernel", "ops", "read", "written", "at least", "bound", "from")
+        for r in rows[:KERNELS_SHOWN]:
+            bound = "interpreted" if r.interpreted else r.bound
+            figures = (str(len(r.ops)), bytes_text(r.read), bytes_text(r.written), f"{1e6 * r.lower_bound:.3g} us", bound)
+            table.add_row(Text(r.name), *figures, Text(_clip("; ".join(r.lines), 56)))
+        if len(rows) > KERNELS_SHOWN:
+            rest = rows[KERNELS_SHOWN:]
+            read, written = sum(r.read for r in rest), sum(r.written for r in rest)
+            ops_in_rest = str(sum(len(r.ops) for r in rest))
+            table.add_row(f"{len(rest)} more", ops_in_rest, bytes_text(read), bytes_text(written), "", "", "")
+        return table
+
+    def _extern_table(self) -> Table:
+        by_op: dict[tuple[str, str], list[ExternReport]] = {}
+        for e in self.externs:
+            by_op.setdefault((e.op, e.reason), []).append(e)
+        rows = sorted(by_op.items(), key=lambda item: -sum(e.nbytes for e in item[1]))
+        table = _table("ATen", "calls", "bytes", "because", "first from")
+        for (op, reason), calls in rows[:EXTERNS_SHOWN]:
+            where = Text(_clip(calls[0].where, 40))
+            table.add_row(Text(op), str(len(calls)), bytes_text(sum(e.nbytes for e in calls)), Text(reason), where)
+        if len(rows) > EXTERNS_SHOWN:
+            rest = [e for _, calls in rows[EXTERNS_SHOWN:] for e in calls]
+            table.add_row(f"{len(rows) - EXTERNS_SHOWN} more", str(len(rest)), bytes_text(sum(e.nbytes for e in rest)))
+        return table
+
+
+def reports() -> list[Report]:
+    """A report for each graph compiled in this process, the oldest first (the last `records.KEPT` are remembered).
+
+    A backward is compiled, and appears, when it first runs.
+    """
+    return [Report(record) for record in tuple(RECORDS)]
+
+
+def is_fusible(extern: Extern) -> bool:
+    """Whether torch calls an operator pointwise or a reduction."""
+    tags = getattr(extern.target, "tags", ())
+    return torch.Tag.pointwise in tags or torch.Tag.reduction in tags
+
+
+def _launch_report(plan: Plan, step: Launch, device: DeviceModel, interpreted: bool) -> LaunchReport:
+    moved, count = launch_traffic(plan, step), instructions(plan, step.kernel.values())
+    times = {"memory": moved.total / device.dram, "compute": count / device.vector, "launch": device.launch}
+    bound = max(times, key=times.__getitem__)
+    ops_of = step.kernel.origins
+    lines = tuple(dict.fromkeys(plan.origins[o] for o in ops_of if plan.origins.get(o)))
+    return LaunchReport(
+        step.name, ops_of, lines, moved.read, moved.written, count, times[bound], bound, interpreted
+    )  # fmt: skip
+
+
+def instructions(plan: Plan, values: Iterable[Value]) -> float:
+    """Instructions to compute these values once at each point that they vary over, by the costs of the op table."""
+    total = 0.0
+    for v in values:
+        if isinstance(v, Op):
+            cost = ops.TABLE[v.name].cost
+        elif isinstance(v, Random):
+            cost = RANDOM_COST
+        elif isinstance(v, (Cast, Reduce)):
+            cost = 1.0
+        else:
+            continue
+        axes = v.axes | {v.over} if isinstance(v, Reduce) else v.axes
+        total += cost * prod(plan.hint(a.size) for a in axes)
+    return total
+
+
+def _table(*headings: str) -> Table:
+    table = Table(box=None, pad_edge=False, header_style="bold")
+    for i, heading in enumerate(headings):
+        right = heading in ("ops", "calls", "read", "written", "bytes", "at least")
+        table.add_column(heading, justify="right" if right else "left", no_wrap=True, overflow="ellipsis" if i else "fold")
+    return table
+
+
+def _clip(text: str, width: int) -> str:
+    text = " ".join(text.split())
+    return text if len(text) <= width else text[: width - 1] + "…"

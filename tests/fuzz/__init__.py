@@ -1,0 +1,1 @@
+"""Random graphs: made (`generate`), compiled in batches and compared (`check`), shrunk when they fail."""

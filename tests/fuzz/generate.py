@@ -1,0 +1,558 @@
+"""Random programs over tensors, as text: statements that eager runs, that capture traces, and that a person can read.
+
+Values carry whether they are exact: equal in bits whoever computes them by the rules of IEEE arithmetic. What jumps
+(comparisons, rounding, casts to integers, argmax) is applied to exact values alone, so that two right answers never
+differ by more than rounding.
+"""
+
+from __future__ import annotations
+
+import math
+import random
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+FLOATS = (torch.float32, torch.float32, torch.float32, torch.float64, torch.bfloat16, torch.float16)
+INTEGERS = (torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8)
+SMALL = (1, 2, 3, 4, 5, 7, 8, 16, 17, 31, 32, 33, 48, 64)
+MIDDLE = (100, 127, 128, 129, 150, 257, 300)
+LONG = (1000, 4096, 4100, 5000, 9000)
+LAYOUTS = ("permuted", "strided", "offset", "expanded", "channels_last", "overlapping", "alias")
+SPECIAL = (math.nan, math.inf, -math.inf, -0.0, 0.0, 1e-41, 1.0, -2.5)
+LARGEST = 1e4
+
+
+@dataclass(frozen=True)
+class Input:
+    """A tensor that a program takes. `layout` is how it lies in memory (one of `LAYOUTS`, or "contiguous"); "alias" is
+    the memory of the input before it. `values`: "normal", "grid" (eighths, with ties), "special" (NaN, infinities,
+    zeros), "index" (0 to 15, as indices and shifts are)."""
+
+    shape: tuple[int, ...]
+    dtype: torch.dtype
+    layout: str = "contiguous"
+    values: str = "normal"
+
+
+@dataclass(frozen=True)
+class Statement:
+    """`results = text`, where {0}, {1}… stand for `args`. `exact`: whether the results are (see the module)."""
+
+    text: str
+    args: tuple[str, ...]
+    results: tuple[str, ...]
+    exact: bool
+
+    def __str__(self) -> str:
+        return f"{', '.join(self.results)} = {self.text.format(*self.args)}"
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """A program: inputs x0, x1…, statements, the names it returns, and the inputs it writes at its end."""
+
+    seed: int
+    inputs: tuple[Input, ...]
+    statements: tuple[Statement, ...]
+    outputs: tuple[str, ...]
+    writes: tuple[tuple[str, str], ...] = ()
+    dynamic: bool = False
+
+    def source(self) -> str:
+        """The program as Python."""
+        lines = [f"def f({', '.join(f'x{i}' for i in range(len(self.inputs)))}):"]
+        lines += [f"    {s}" for s in self.statements]
+        lines += [f"    {x}.copy_({v})" for x, v in self.writes]
+        return "\n".join([*lines, f"    return ({', '.join(self.outputs)},)"]) + "\n"
+
+    def function(self) -> Callable[..., tuple[Tensor, ...]]:
+        space: dict[str, Any] = {"torch": torch, "F": F}
+        exec(self.source(), space)
+        return space["f"]  # type: ignore[no-any-return]
+
+    def arguments(self, sizes: dict[int, int] | None = None) -> list[Tensor]:
+        """Fresh inputs, the same at each call; `sizes` replaces dimensions of a given size."""
+        made: list[Tensor] = []
+        for k, spec in enumerate(self.inputs):
+            if sizes:
+                spec = replace(spec, shape=tuple(sizes.get(s, s) for s in spec.shape))
+            made.append(make(spec, self.seed * 1000 + k, made[-1] if made else None))
+        return made
+
+    def script(self) -> str:
+        """A program that runs this recipe through torch.compile and eager."""
+        specs = ",\n    ".join(repr(i) for i in self.inputs)
+        return (
+            "import torch\nimport torch.nn.functional as F\nfrom tests.fuzz.generate import Input, Recipe\n\n"
+            f"{self.source()}\n"
+            f"recipe = Recipe({self.seed}, (\n    {specs},\n), (), ())\n"
+            f"print(f(*recipe.arguments()))\n"
+            f'print(torch.compile(f, backend="minifuse", dynamic={self.dynamic})(*recipe.arguments()))\n'
+        )
+
+
+def make(spec: Input, seed: int, before: Tensor | None = None) -> Tensor:
+    """The tensor of an input."""
+    g = torch.Generator().manual_seed(seed)
+    if spec.layout == "alias" and before is not None:
+        return before
+    shape = list(spec.shape)
+    base = list(shape)
+    if spec.layout == "permuted":
+        base = base[::-1]
+    elif spec.layout in ("strided", "offset") and base:
+        base[-1] = base[-1] * 2 + 3
+    elif spec.layout == "expanded" and base:
+        base[0] = 1
+    elif spec.layout == "overlapping" and len(base) > 1:
+        base = [base[0] + base[1], *base[2:]]
+    x = _values(spec, base, g)
+    if spec.layout == "permuted":
+        return x.permute(list(reversed(range(len(base)))))
+    if spec.layout == "strided" and base:
+        return x[..., 1 : 1 + 2 * shape[-1] : 2]
+    if spec.layout == "offset" and base:
+        return x[..., 3 : 3 + shape[-1]]
+    if spec.layout == "expanded" and base:
+        return x.expand(shape)
+    if spec.layout == "overlapping" and len(shape) > 1:
+        return x.as_strided(shape, (x.stride(0), x.stride(0), *x.stride()[1:]))
+    if spec.layout == "channels_last" and len(shape) == 4:
+        return x.contiguous(memory_format=torch.channels_last)
+    return x
+
+
+def _values(spec: Input, shape: Sequence[int], g: torch.Generator) -> Tensor:
+    if spec.dtype is torch.bool:
+        return torch.randint(0, 2, shape, generator=g).bool()
+    if not spec.dtype.is_floating_point:
+        low, high = (0, 16) if spec.values == "index" else (0 if spec.dtype is torch.uint8 else -40, 41)
+        return torch.randint(low, high, shape, generator=g).to(spec.dtype)
+    if spec.values == "grid":
+        return (torch.randint(-16, 17, shape, generator=g) / 8).to(spec.dtype)
+    x = torch.randn(shape, generator=g).to(spec.dtype)
+    if spec.values == "special":
+        which = torch.randint(0, 2 * len(SPECIAL), shape, generator=g)
+        for k, value in enumerate(SPECIAL):
+            x = torch.where(which == k, torch.tensor(value, dtype=spec.dtype), x)
+    return x
+
+
+# -- statements -------------------------------------------------------------------------------------------------------
+# (text, how): "same" gives exact from exact, "loose" never, "jump" takes exact values alone.
+FLOAT_UNARY = (
+    ("{0}.abs()", "same"), ("-{0}", "same"), ("torch.relu({0})", "same"), ("{0} * 2", "same"), ("{0} + 0.5", "same"),
+    ("1 - {0}", "same"), ("{0} * 0.1", "loose"), ("{0} / 3", "loose"), ("torch.square({0})", "same"),
+    ("{0}.clamp(-1.5, 2)", "same"), ("{0}.clamp(min=0.25)", "same"), ("{0}.clamp(max=1)", "same"),
+    ("1.0 / ({0}.abs() + 1)", "same"), ("torch.sqrt({0}.abs())", "same"), ("{0}.neg().clone()", "same"),
+    ("torch.floor({0})", "jump"), ("torch.ceil({0})", "jump"), ("torch.round({0})", "jump"), ("torch.trunc({0})", "jump"),
+    ("torch.sign({0})", "jump"), ("{0} > 0.25", "jump"), ("{0} <= 0", "jump"), ("{0} == 0.5", "jump"), ("0.5 < {0}", "jump"),
+    ("torch.isnan({0})", "jump"), ("torch.isinf({0})", "jump"), ("{0}.logical_not()", "jump"), ("{0}.bool()", "jump"),
+    ("torch.where({0} > 0, {0}, 0.5)", "jump"), ("torch.where({0} > 0, 1.0, {0})", "jump"),
+    ("torch.remainder({0}, 1.5)", "jump"), ("torch.fmod({0}, 0.75)", "jump"), ("torch.floor_divide({0}, 0.5)", "jump"),
+    ("F.threshold({0}, 0.25, -1.0)", "jump"), ("F.leaky_relu({0}, 0.1)", "loose"), ("F.hardtanh({0}, -1.0, 1.0)", "same"),
+    ("{0}.masked_fill({0} < 0, 2.0)", "jump"), ("torch.nan_to_num({0}, 1.0, 2.0, -2.0)", "same"),
+    ("torch.tanh({0})", "loose"), ("torch.sigmoid({0})", "loose"), ("torch.exp(-{0}.abs())", "loose"),
+    ("torch.log1p({0}.abs())", "loose"), ("torch.erf({0})", "loose"), ("torch.sin({0})", "loose"), ("torch.cos({0})", "loose"),
+    ("F.gelu({0})", "loose"), ("F.gelu({0}, approximate='tanh')", "loose"), ("F.silu({0})", "loose"),
+    ("torch.rsqrt({0}.abs() + 1)", "loose"), ("torch.pow({0}.abs() + 0.5, 1.7)", "loose"), ("{0} ** 3", "loose"),
+    ("F.softplus({0})", "loose"), ("F.elu({0})", "loose"), ("F.hardswish({0})", "loose"), ("torch.atan({0})", "loose"),
+    ("{0}.clamp(-3, 3).exp()", "loose"), ("torch.log({0}.abs() + 1)", "loose"), ("torch.sinh({0}.clamp(-2, 2))", "loose"),
+)  # fmt: skip
+FLOAT_BINARY = (
+    ("{0} + {1}", "same"), ("{0} - {1}", "same"), ("{0} * {1}", "same"), ("{0} * {1}", "same"), ("{0} + {1}", "same"),
+    ("torch.maximum({0}, {1})", "same"), ("torch.minimum({0}, {1})", "same"), ("{0} / ({1}.abs() + 1)", "same"),
+    ("torch.add({0}, {1}, alpha=2)", "loose"), ("torch.sub({0}, {1}, alpha=0.5)", "loose"), ("torch.lerp({0}, {1}, 0.3)", "loose"),
+    ("torch.where({0} > {1}, {0}, {1})", "jump"), ("{0} < {1}", "jump"), ("{0} >= {1}", "jump"), ("{0} != {1}", "jump"),
+    ("torch.atan2({0}, {1}.abs() + 1)", "loose"), ("torch.hypot({0}, {1})", "loose"), ("torch.fmax({0}, {1})", "same"),
+    ("torch.pow({0}.abs() + 0.5, {1}.clamp(-2, 2))", "loose"), ("torch.remainder({0}, {1}.abs() + 0.5)", "jump"),
+    ("torch.addcmul({0}, {1}, {1}, value=0.5)", "loose"), ("torch.addcdiv({0}, {0}, {1}.abs() + 1)", "loose"),
+    ("F.mse_loss({0}, {1}, reduction='none')", "loose"), ("torch.logaddexp({0}, {1})", "loose"),
+    ("torch.clamp({0}, {1} - 1, {1} + 1)", "same"), ("F.smooth_l1_loss({0}, {1}, reduction='none')", "loose"),
+)  # fmt: skip
+INT_UNARY = (
+    "{0} + 3", "{0} * 5", "-{0}", "{0}.abs()", "~{0}", "{0} & 6", "{0} | 1", "{0} ^ 9", "{0} << 2", "{0} >> 1", "{0} // 3",
+    "{0} % 5", "{0} // -3", "{0} % -4", "torch.div({0}, 3, rounding_mode='trunc')", "torch.fmod({0}, 4)", "{0} > 2",
+    "{0} == 3", "{0}.clamp(-5, 9)", "{0} ** 2", "{0}.sign()", "{0}.bool()", "1 - {0}", "{0}.clamp(min=1)", "{0}.square()",
+    "{0} < 2.5", "torch.relu({0})",
+)  # fmt: skip
+INT_BINARY = (
+    "{0} + {1}", "{0} - {1}", "{0} * {1}", "{0} & {1}", "{0} | {1}", "{0} ^ {1}", "torch.maximum({0}, {1})",
+    "torch.minimum({0}, {1})", "{0} // (({1} & 7) + 1)", "{0} % (({1} & 7) + 1)", "{0} // -(({1} & 7) + 2)",
+    "{0} % -(({1} & 7) + 2)", "{0} < {1}", "{0} == {1}", "torch.where({0} > {1}, {0}, {1})", "{0} << ({1} & 15)",
+    "{0} >> ({1} & 15)", "{0} << {1}", "{0} >> {1}", "torch.add({0}, {1}, alpha=3)",
+    "torch.div({0}, ({1} & 3) + 1, rounding_mode='trunc')", "torch.div({0}, ({1} & 3) + 1, rounding_mode='floor')",
+)  # fmt: skip
+BOOL_UNARY = ("~{0}", "{0}.logical_not()", "{0} & True", "{0}.to(torch.int64) * 3", "{0}.to(torch.float32) - 0.5", "{0} + 1")
+BOOL_BINARY = (
+    "{0} & {1}", "{0} | {1}", "{0} ^ {1}", "{0} == {1}", "{0} < {1}", "{0} * {1}", "{0} + {1}", "torch.logical_xor({0}, {1})",
+    "torch.maximum({0}, {1})",
+)  # fmt: skip
+
+
+class Rejected(Exception):
+    """A statement that this program cannot have: eager refuses it, or its numbers or its size grow too much."""
+
+
+class Maker:
+    """A program in the making, with every value that eager gives it."""
+
+    def __init__(self, seed: int, dynamic: bool) -> None:
+        self.rng = random.Random(seed)
+        self.seed, self.dynamic = seed, dynamic
+        self.inputs: list[Input] = []
+        self.statements: list[Statement] = []
+        self.values: dict[str, Tensor] = {}
+        self.exact: set[str] = set()
+        self.special = self.rng.random() < 0.08
+        self.most = self.rng.choice((3000, 20_000, 20_000, 120_000))
+        pool = [SMALL] * 4 + [MIDDLE] * 2 + [LONG] * (self.most > 3000)
+        low = 2 if dynamic else 1
+        self.palette = [self.rng.choice([s for s in self.rng.choice(pool) if s >= low]) for _ in range(4)]
+        if not dynamic and self.rng.random() < 0.06:
+            self.palette[0] = 0
+
+    # -- values --------------------------------------------------------------------------------------------------------
+    def new_input(self, shape: Sequence[int] | None = None, dtype: torch.dtype | None = None, values: str = "") -> str:
+        rng = self.rng
+        if shape is None:
+            shape = [rng.choice(self.palette) for _ in range(rng.choice((0, 1, 1, 2, 2, 2, 3, 3, 4)))]
+            while math.prod(shape) > self.most:
+                shape = shape[1:]
+        if dtype is None:
+            pool = FLOATS if self.special or rng.random() < 0.75 else (*INTEGERS, torch.bool)
+            dtype = rng.choice(pool)
+        if not values:
+            values = "special" if self.special else rng.choice(("normal", "normal", "grid"))
+        layout = rng.choice(LAYOUTS) if rng.random() < 0.35 else "contiguous"
+        last = self.inputs[-1] if self.inputs else None
+        if layout == "alias" and (last is None or (last.shape, last.dtype) != (tuple(shape), dtype)):
+            layout = "offset"
+        name = f"x{len(self.inputs)}"
+        self.inputs.append(Input(tuple(shape), dtype, layout, values))
+        before = self.values.get(f"x{len(self.inputs) - 2}")
+        self.values[name] = make(self.inputs[-1], self.seed * 1000 + len(self.inputs) - 1, before)
+        self.exact.add(name)
+        return name
+
+    def pick(self, want: Callable[[Tensor], bool] | None = None, exact: bool = False) -> str:
+        """A value of the program, late ones more often, or a new input. Raises Rejected."""
+        names = [n for n, v in self.values.items() if (want is None or want(v)) and (not exact or n in self.exact)]
+        if names and self.rng.random() < 0.96:
+            return names[max(self.rng.randrange(len(names)) for _ in range(3))]
+        name = self.new_input()
+        if want is not None and not want(self.values[name]):
+            raise Rejected("no value fits")
+        return name
+
+    def size(self, name: str, d: int, at: int = 0) -> str:
+        """The text of a size: a symbol of argument `at` where sizes are dynamic."""
+        return f"{{{at}}}.size({d})" if self.dynamic else str(self.values[name].shape[d])
+
+    def add(self, text: str, args: Sequence[str], how: str = "same", results: int = 1) -> tuple[str, ...]:
+        """Append a statement. Raises Rejected."""
+        pure = all(a in self.exact for a in args)
+        if how == "jump" and not pure:
+            raise Rejected("jumps at a value that is not exact")
+        exact = pure and how != "loose"
+        names = tuple(f"v{len(self.statements)}" + (f"_{i}" if results > 1 else "") for i in range(results))
+        made = Statement(text, tuple(args), names, exact)
+        space = {"torch": torch, "F": F, **{a: self.values[a] for a in args}}
+        try:
+            found = eval(made.text.format(*args), space)
+        except (RuntimeError, IndexError, ValueError, TypeError) as why:
+            raise Rejected(str(why)) from why
+        found = found if isinstance(found, tuple) else (found,)
+        if len(found) != results:
+            raise Rejected("another number of results")
+        for v in found:
+            self.admit(v, exact)
+        self.statements.append(made)
+        self.values.update(zip(names, found, strict=True))
+        if exact:
+            self.exact.update(names)
+        return names
+
+    def admit(self, v: Any, exact: bool) -> None:
+        if not isinstance(v, Tensor) or v.numel() > 2 * self.most or v.dim() > 5:
+            raise Rejected("too large")
+        if v.is_floating_point() and v.numel() and not self.special:
+            most = float(v.abs().max())
+            if not most <= (LARGEST if v.dtype is not torch.float16 else 500):
+                raise Rejected("numbers grow")
+        if v.dtype not in (*FLOATS, *INTEGERS, torch.bool) or not exact and not v.is_floating_point():
+            raise Rejected("a dtype that is not handled")
+
+    # -- kinds of statements -------------------------------------------------------------------------------------------
+    def unary(self) -> None:
+        x = self.pick()
+        v = self.values[x]
+        if v.is_floating_point():
+            text, how = self.rng.choice(FLOAT_UNARY)
+            self.add(text, [x], how)
+        else:
+            self.add(self.rng.choice(BOOL_UNARY if v.dtype is torch.bool else INT_UNARY), [x])
+
+    def partner(self, x: str, family: Callable[[Tensor], bool]) -> str:
+        """A value that broadcasts with x, or a new input that does."""
+        shape = self.values[x].shape
+
+        def fits(v: Tensor) -> bool:
+            same = zip(reversed(v.shape), reversed(shape))
+            return family(v) and all(a == b or a == 1 or b == 1 for a, b in same)
+
+        names = [n for n, v in self.values.items() if n != x and fits(v)]
+        if names and self.rng.random() < 0.75:
+            return self.rng.choice(names)
+        v = self.values[x]
+        new = [1 if self.rng.random() < 0.25 else s for s in shape][self.rng.choice((0, 0, 0, 1, 2)) :]
+        dtype = v.dtype if self.rng.random() < 0.7 else self.rng.choice((*FLOATS, *INTEGERS))
+        if not family(torch.empty(0, dtype=dtype)):
+            dtype = v.dtype
+        return self.new_input(new, dtype)
+
+    def binary(self) -> None:
+        x = self.pick()
+        v = self.values[x]
+        if v.is_floating_point():
+            text, how = self.rng.choice(FLOAT_BINARY)
+            y = self.partner(x, lambda t: t.is_floating_point() or self.rng.random() < 0.1)
+            args = [x, y] if self.rng.random() < 0.5 or not self.values[y].is_floating_point() else [y, x]
+            self.add(text, args, how)
+        elif v.dtype is torch.bool:
+            self.add(self.rng.choice(BOOL_BINARY), [x, self.partner(x, lambda t: t.dtype is torch.bool)])
+        else:
+            y = self.partner(x, lambda t: not t.is_floating_point() and t.dtype is not torch.bool)
+            self.add(self.rng.choice(INT_BINARY), [x, y])
+
+    def choose(self) -> None:
+        """where by a mask, and masked_fill."""
+        x = self.pick()
+        m = self.partner(x, lambda t: t.dtype is torch.bool)
+        if self.values[m].dtype is not torch.bool:
+            m = self.new_input(self.values[x].shape, torch.bool)
+        if self.rng.random() < 0.3:
+            self.add("{0}.masked_fill({1}, 1)", [x, m])
+        else:
+            y = self.partner(x, lambda t: True)
+            self.add("torch.where({2}, {0}, {1})", [x, y, m])
+
+    def cast(self) -> None:
+        x = self.pick()
+        v = self.values[x]
+        target = self.rng.choice((*FLOATS, *FLOATS, *INTEGERS, torch.bool))
+        text = "{0}"
+        if v.is_floating_point() and not target.is_floating_point and target is not torch.bool:
+            text = "{0}.clamp(0, 100)" if target is torch.uint8 else "{0}.clamp(-100, 100)"
+            if self.special:
+                raise Rejected("NaN as an integer")
+        jumps = v.is_floating_point() and not target.is_floating_point
+        self.add(f"{text}.to({target})", [x], "jump" if jumps else "same")
+
+    def view(self) -> None:
+        x = self.pick(lambda t: t.dim() > 0)
+        shape, rng = self.values[x].shape, self.rng
+        rank = len(shape)
+        d, e = rng.randrange(rank), rng.randrange(rank)
+        order = rng.sample(range(rank), rank)
+        a = rng.randrange(max(shape[d], 1))
+        b = rng.randrange(a, max(shape[d], 1)) + 1
+        sized = self.size(x, d)
+        texts = [
+            f"{{0}}.permute({order})", f"{{0}}.transpose({d}, {e})", f"{{0}}.flatten()", f"{{0}}.unsqueeze({d})",
+            f"{{0}}.flip({d})", f"{{0}}.flip({sorted({d, e})})", f"{{0}}.squeeze()", f"{{0}}.squeeze({d})",
+            f"{{0}}.select({d}, -1)", f"{{0}}.unsqueeze({d}).expand({[-1] * d + [3] + [-1] * (rank - d)})",
+            f"{{0}}.reshape(-1)", f"{{0}}.contiguous()", f"{{0}}.roll(2, {d})", f"{{0}}.narrow({d}, 1, {sized} - 1)",
+            f"{{0}}.repeat({[2 if k == d else 1 for k in range(rank)]})", f"{{0}}.movedim({d}, {e})", "{0}.clone()",
+            f"torch.slice_copy({{0}}, {d}, 1, None, 2)",
+        ]  # fmt: skip
+        if rank > 1:
+            k = rng.randrange(rank - 1)
+            merged = [self.size(x, i) for i in range(rank)]
+            merged[k : k + 2] = [f"{merged[k]} * {merged[k + 1]}"]
+            joined = ", ".join(merged)
+            texts += [f"{{0}}.flatten({k}, {k + 1})", f"{{0}}.reshape({joined})", f"{{0}}.transpose({d}, {e}).reshape({joined})",
+                      f"{{0}}.diagonal({rng.choice((0, 0, 1, -1))}, {d}, {e})", "{0}.mT", f"{{0}}.tril({rng.choice((0, 1, -1))})",
+                      "{0}.triu()"]  # fmt: skip
+        divisors = [q for q in (2, 3, 4, 8, 16) if shape[d] % q == 0 and shape[d] > q]
+        if divisors:
+            q = rng.choice(divisors)
+            texts += [f"{{0}}.unflatten({d}, ({q}, -1))", f"{{0}}.unflatten({d}, (-1, {q}))", f"{{0}}.chunk({q}, {d})[1]"] * 2
+        if not self.dynamic:
+            index = ", ".join([":"] * d + [f"{a}:{b}"])
+            texts += [f"{{0}}[{index}]", f"{{0}}[{', '.join([':'] * d + [f'{a}::2'])}]", f"{{0}}.select({d}, {a})",
+                      f"{{0}}.split({max(b - a, 1)}, {d})[-1]", f"{{0}}.repeat_interleave(2, {d})"]  # fmt: skip
+            if math.prod(shape):
+                texts.append(f"{{0}}.reshape({self.factors(math.prod(shape))})")
+            if 1 in shape:
+                texts.append(f"{{0}}.expand({[rng.choice((1, 3, 17)) if s == 1 else s for s in shape]})")
+        else:
+            texts += [f"{{0}}.narrow({d}, 0, {sized} // 2)", f"{{0}}.reshape({sized}, -1)", f"{{0}}.narrow({d}, {sized} // 2, 1)"]
+        self.add(rng.choice(texts), [x])
+
+    def factors(self, n: int) -> list[int]:
+        """A shape of n elements."""
+        out = []
+        while n > 1 and len(out) < 3:
+            f = self.rng.choice([k for k in (2, 3, 4, 5, 7, 8, 16, 17, n) if n % k == 0])
+            out.append(f)
+            n //= f
+        out.append(n)
+        self.rng.shuffle(out)
+        return out
+
+    def join(self) -> None:
+        x = self.pick(lambda t: t.dim() > 0)
+        v, rng = self.values[x], self.rng
+        d = rng.randrange(v.dim())
+        kind = rng.choice(("cat", "cat", "stack", "pad", "pad", "scatter"))
+        if kind == "pad":
+            pads = [rng.choice((0, 1, 2, 5)) for _ in range(2 * rng.choice((1, 1, 2)))]
+            if rng.random() < 0.2:
+                pads[0] = -1
+            self.add(f"F.pad({{0}}, {pads}, value={rng.choice((0, 1, 3))})", [x])
+        elif kind == "scatter":
+            if self.rng.random() < 0.5:
+                self.add(f"torch.select_scatter({{0}}, {{0}}.select({d}, -1) * 2, {d}, 0)", [x])
+            else:
+                self.add(f"torch.slice_scatter({{0}}, {{0}}.narrow({d}, 0, 2) + 1, {d}, 1, 3)", [x])
+        else:
+            def like(t: Tensor) -> bool:
+                return t.dim() == v.dim() and all(a == b or kind == "cat" and k == d for k, (a, b) in enumerate(zip(t.shape, v.shape)))
+
+            names = [n for n, t in self.values.items() if like(t)]
+            others = [rng.choice(names) for _ in range(rng.choice((1, 1, 2)))]
+            args = [x, *others]
+            self.add(f"torch.{kind}([{', '.join('{%d}' % i for i in range(len(args)))}], {d})", args)
+
+    def reduce(self) -> None:
+        x = self.pick(lambda t: t.dim() > 0)
+        v, rng = self.values[x], self.rng
+        rank = v.dim()
+        dims = sorted(rng.sample(range(rank), rng.choice((1, 1, min(2, rank)))))
+        keep = rng.random() < 0.4
+        tail = f", {dims}, keepdim={keep})"
+        one = f", {dims[-1]}, keepdim={keep})"
+        if v.is_floating_point():
+            rows: list[tuple[str, str, int]] = [
+                ("torch.sum({0}" + tail, "loose", 1), ("torch.mean({0}" + tail, "loose", 1), ("torch.amax({0}" + tail, "same", 1),
+                ("torch.amin({0}" + tail, "same", 1), ("{0}.sum()", "loose", 1), ("{0}.max()", "same", 1),
+                (f"torch.var({{0}}, {dims}, correction=1, keepdim={keep})", "loose", 1),
+                (f"torch.var_mean({{0}}, {dims}, correction=0, keepdim={keep})", "loose", 2),
+                (f"torch.std({{0}}, {dims}, keepdim={keep})", "loose", 1),
+                ("torch.max({0}" + one, "jump", 2), ("torch.min({0}" + one, "jump", 2), ("torch.argmax({0}" + one, "jump", 1),
+                ("torch.argmin({0})", "jump", 1), ("torch.logsumexp({0}" + tail, "loose", 1), ("{0}.mean()", "loose", 1),
+                ("torch.prod({0}.clamp(0.9, 1.1)" + one, "loose", 1), ("torch.linalg.vector_norm({0}, 2" + tail, "loose", 1),
+                ("{0}.to(torch.float64).sum(0)", "loose", 1), ("{0}.sum(-1, dtype=torch.float32)", "loose", 1),
+                ("{0}.any(-1)", "jump", 1), ("({0} > 0).sum(0)", "jump", 1),
+            ]  # fmt: skip
+        else:
+            rows = [(text + tail, "same", 1) for text in ("torch.sum({0}", "torch.amax({0}", "torch.amin({0}")]
+            rows += [(text + one, "same", 1) for text in ("torch.any({0}", "torch.all({0}", "torch.argmax({0}", "torch.prod({0}")]
+            rows += [("torch.max({0}" + one, "same", 2), ("{0}.sum()", "same", 1), ("torch.mean({0}, 0, dtype=torch.float32)", "loose", 1)]
+        self.add_row(rng.choice(rows), [x])
+
+    def add_row(self, row: tuple[str, str, int], args: Sequence[str]) -> tuple[str, ...]:
+        return self.add(row[0], args, row[1], row[2])
+
+    def block(self) -> None:
+        """What networks are made of: norms, softmax, losses, an operator that is not compiled."""
+        x = self.pick(lambda t: t.dim() > 0 and t.is_floating_point() and t.shape[-1] > 0)
+        v, rng = self.values[x], self.rng
+        d = rng.randrange(v.dim())
+        last = self.size(x, v.dim() - 1)
+        texts = [
+            f"torch.softmax({{0}}, {d})", f"torch.log_softmax({{0}}, {d})", f"F.layer_norm({{0}}, [{last}])", "F.normalize({0}, dim=-1)",
+            f"{{0}} - {{0}}.mean({d}, keepdim=True)", f"{{0}} * torch.rsqrt({{0}}.square().mean({d}, keepdim=True) + 1e-5)",
+            f"({{0}} - {{0}}.amax({d}, keepdim=True)).exp()", f"torch.cumsum({{0}}, {d})",
+            f"{{0}} + {{0}}.sum({d}, keepdim=True) * 0.01",
+        ]  # fmt: skip
+        if v.dim() >= 3:
+            c = self.size(x, 1)
+            texts += ["F.batch_norm({0}, None, None, training=True)", "F.instance_norm({0})", f"F.group_norm({{0}}, {c})"]
+        self.add(rng.choice(texts), [x], "loose")
+
+    def index(self) -> None:
+        x = self.pick(lambda t: t.dim() > 0 and min(t.shape) > 0)
+        v, rng = self.values[x], self.rng
+        d = rng.randrange(v.dim())
+        n = self.size(x, d)
+        like = [n for n, t in self.values.items() if t.dtype in (torch.int64, torch.int32) and n in self.exact and t.numel() < 600]
+        i = rng.choice(like) if like and rng.random() < 0.5 else self.new_input(
+            [rng.choice(self.palette) for _ in range(rng.choice((1, 1, 2)))], rng.choice((torch.int64, torch.int64, torch.int32)), "index")
+        at = f"({{1}}.long() % {n})"
+        texts = [f"{{0}}[{':, ' * d}{at}]", f"{{0}}[{':, ' * d}{at} - {n}]"]
+        if self.values[i].dim() == 1:
+            texts.append(f"torch.index_select({{0}}, {d}, {at})")
+        if v.dim() == 2:
+            texts += [f"F.embedding({{1}}.long() % {self.size(x, 0)}, {{0}})",
+                      f"{{0}}[{{1}}.long() % {self.size(x, 0)}, {{1}}.long() % {self.size(x, 1)}]"]  # fmt: skip
+        if rng.random() < 0.4:
+            whole = self.new_input(v.shape, torch.int64, "index")
+            self.add(f"torch.gather({{0}}, {d}, {{1}} % {n})", [x, whole])
+        else:
+            self.add(rng.choice(texts), [x, i])
+
+    def create(self) -> None:
+        x = self.pick(lambda t: t.dim() > 0)
+        rank = self.values[x].dim()
+        n = self.size(x, rank - 1)
+        texts = [
+            "torch.full_like({0}, 2)", "torch.zeros_like({0})", "torch.ones_like({0}, dtype=torch.float32)", f"torch.arange({n})",
+            f"torch.arange({n}, dtype=torch.float32) * 0.5", f"torch.full(({n}, 3), 1.5)", f"torch.arange({n}) // 3 + torch.arange({n}) % 4",
+            f"torch.arange({n}).unsqueeze(1) >= torch.arange({n})", "{0}.new_zeros(3)", f"torch.arange(1, 2 * {n}, 2)", "torch.tensor(2.5)",
+        ]  # fmt: skip
+        self.add(self.rng.choice(texts), [x])
+
+    # -- the whole -----------------------------------------------------------------------------------------------------
+    def recipe(self) -> Recipe:
+        rng = self.rng
+        kinds = [
+            (self.unary, 20), (self.binary, 26), (self.choose, 6), (self.cast, 8), (self.view, 22), (self.join, 8), (self.reduce, 15),
+            (self.block, 7), (self.index, 6), (self.create, 3),
+        ]  # fmt: skip
+        makers, weights = [k for k, _ in kinds], [w for _, w in kinds]
+        self.new_input()
+        wanted = rng.choice((2, 4, 6, 9, 12, 16))
+        for _ in range(4 * wanted):
+            try:
+                rng.choices(makers, weights)[0]()
+            except Rejected:
+                continue
+            if len(self.statements) >= wanted:
+                break
+        return self.finish()
+
+    def finish(self) -> Recipe:
+        rng = self.rng
+        made = [r for s in self.statements for r in s.results]
+        read = {a for s in self.statements for a in s.args}
+        outputs = [n for n in made if n not in read or rng.random() < 0.12] or ["x0"]
+        rng.shuffle(outputs)
+        writes: list[tuple[str, str]] = []
+        used = {self.values[o].untyped_storage().data_ptr() for o in outputs}
+        for k, spec in enumerate(self.inputs):
+            x = f"x{k}"
+            shared = spec.layout in ("alias", "expanded", "overlapping") or (
+                k + 1 < len(self.inputs) and self.inputs[k + 1].layout == "alias"
+            )
+            same = [n for n in made if self.values[n].shape == self.values[x].shape and (n in self.exact or spec.dtype.is_floating_point)]
+            if shared or not same or rng.random() < 0.8 or self.values[x].untyped_storage().data_ptr() in used:
+                continue
+            v = rng.choice(same)
+            mine = self.values[v].dtype
+            if mine is not spec.dtype and not (mine.is_floating_point and spec.dtype.is_floating_point):
+                continue
+            if self.values[v].untyped_storage().data_ptr() not in {self.values[f"x{j}"].untyped_storage().data_ptr() for j in range(len(self.inputs))}:
+                writes.append((x, v))
+        return Recipe(self.seed, tuple(self.inputs), tuple(self.statements), tuple(outputs[:6]), tuple(writes), self.dynamic)
+
+
+def generate(seed: int) -> Recipe:
+    """The program of a seed: one in four has dynamic sizes."""
+    return Maker(seed, dynamic=seed % 4 == 3).recipe()
