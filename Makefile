@@ -3,7 +3,6 @@
 # on a build with gigabytes of CUDA libraries; the extra index offers the CPU build of this version, which pip prefers.
 SHELL := /bin/bash
 TORCH := torch==2.13.0
-CPU_INDEX := https://download.pytorch.org/whl/cpu
 ACTIVE := $(shell python -c "import torch" >/dev/null 2>&1 && echo yes)
 PY := $(if $(ACTIVE),python,.venv/bin/python)
 PROBE := import expecttest, hypothesis, jinja2, minifuse, mypy, networkx, pytest, rich, ruff, scipy, sklearn, transformers, triton, xdist; \
@@ -13,7 +12,7 @@ PROBE := import expecttest, hypothesis, jinja2, minifuse, mypy, networkx, pytest
 
 env:
 	@test -n "$(ACTIVE)" || test -x $(PY) || python3 -m venv .venv
-	@test -n "$(ACTIVE)" || $(PY) -c "import torch" 2>/dev/null || $(PY) -m pip install -q --extra-index-url $(CPU_INDEX) $(TORCH)
+	@test -n "$(ACTIVE)" || $(PY) -c "import torch" 2>/dev/null || $(PY) -m pip install -q $(TORCH)
 	@cd /tmp && $(if $(ACTIVE),python,$(CURDIR)/.venv/bin/python) -c '$(PROBE)' 2>/dev/null || (cd $(CURDIR) && \
 	  pinned=$$(mktemp) && $(PY) -m pip list --format=freeze | grep -E '^(torch|triton)==' > $$pinned; \
 	  $(PY) -m pip install -q -c $$pinned -e '.[dev,examples]'; status=$$?; rm -f $$pinned; exit $$status)

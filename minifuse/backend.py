@@ -18,6 +18,7 @@ import torch
 from torch import fx
 
 from . import compat, dump
+from .errors import FallbackError
 from .ir import prims  # noqa: F401 - registers the random operators before anything is captured
 from .ir.kernel import Launch, Plan
 from .options import Options
@@ -25,6 +26,7 @@ from .passes.context import CompileContext
 from .passes.decompose import decompositions
 from .passes.fuse import fuse
 from .passes.lower import lower
+from .passes.lower.externs import expected
 from .passes.lower.pointwise import ROWS
 from .passes.lower.structural import STRUCTURAL
 from .passes.normalise import replace_random
@@ -227,10 +229,28 @@ def target_of(gm: fx.GraphModule, options: Options) -> str:
 
 
 def report_fallbacks(plan: Plan, ctx: CompileContext) -> None:
-    """Apply the `fallback` option to what goes to ATen without being meant to."""
+    """Record what goes to ATen, and apply the `fallback` option to what goes there without being meant to.
+
+    Raises FallbackError, naming operator, reason and the user's line, with fallback="error".
+    """
+    warned: set[str] = set()
     for step in plan.externs:
-        ctx.record("extern", step.origin, taken=True, reason="{target}: {why}", target=str(step.target),
-                   why=step.reason, where=plan.origins.get(step.origin, ""))  # fmt: skip
+        target, where = str(step.target), plan.origins.get(step.origin, "")
+        meant = expected(step.target) is not None or (step.effect and ctx.options.rng == "eager" and draws(step.target))
+        ctx.record("extern", step.origin, taken=True, reason="{target}: {why}", target=target, why=step.reason,
+                   fallback=not meant, where=where)  # fmt: skip
+        if meant or ctx.options.fallback == "allow" or target in warned:
+            continue
+        message = f"minifuse hands {target} to PyTorch: {step.reason}" + (f" ({where})" if where else "")
+        if ctx.options.fallback == "error":
+            raise FallbackError(message)
+        warned.add(target)
+        warnings.warn(message, stacklevel=2)
+
+
+def draws(target: Any) -> bool:
+    """Whether an operator takes numbers from a generator."""
+    return torch.Tag.nondeterministic_seeded in getattr(target, "tags", ())
 
 
 @functools.cache

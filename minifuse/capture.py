@@ -113,9 +113,9 @@ def capture(
     tensors = [*state.values(), *(leaves[i] for i in places)]
     found = Capture(name, (*state, *(f"input {k}" for k in range(len(places)))))
     with compat.faked(tensors) as fakes:
-        gm = compat.trace(flat, fakes)
+        gm = compat.trace(flat, fakes, fn)
         found.graphs["captured"] = _copied(gm)
-        strides = [tuple(n.meta["val"].stride()) for n in gm.graph.output_node().args[0]]  # type: ignore[union-attr]
+        strides: list[tuple[Any, ...] | None] = [tuple(n.meta["val"].stride()) for n in gm.graph.output_node().args[0]]  # type: ignore[union-attr]
         asked = _Asked(resolve(options.remat))
         run_aot(_Recorder(name, replace(options, remat=asked), strides, found), gm, fakes)
         found.problem = asked.problem
@@ -157,7 +157,9 @@ class _Recorder(Graph):
     def keep(self, stage: str, gm: fx.GraphModule) -> None:
         self.found.graphs[stage] = _copied(gm)
 
-    def partition(self, joint: fx.GraphModule, inputs: Sequence[Any], **kw: Any) -> tuple[fx.GraphModule, fx.GraphModule]:
+    def partition(
+        self, joint: fx.GraphModule, inputs: Sequence[Any], **kw: Any
+    ) -> tuple[fx.GraphModule, fx.GraphModule]:
         forward, backward = super().partition(joint, inputs, **kw)
         # AOT autograd would ask for the backward when it first runs, and here it never does
         self.compile(_copied(backward), "backward", {})

@@ -17,11 +17,14 @@ from torch._decomp import core_aten_decompositions, decomposition_table  # 2.11-
 from torch._dynamo.backends.common import aot_autograd as _aot_autograd  # 2.11-2.13
 from torch._functorch import partitioners  # 2.11-2.13
 from torch._guards import TracingContext, tracing  # 2.11-2.13
+from torch._ops import HigherOrderOperator as HigherOrderOperator  # 2.11-2.13
+from torch._ops import OpOverload as OpOverload  # 2.11-2.13
 from torch._subclasses import FakeTensor, FakeTensorMode  # 2.11-2.13
 from torch.fx.experimental.proxy_tensor import is_sym_node, make_fx  # 2.11-2.13
 from torch.fx.experimental.symbolic_shapes import free_unbacked_symbols  # 2.11-2.13
 from torch.utils import _pytree as pytree  # 2.11-2.13
 from torch.utils._sympy.functions import FloorDiv as SympyFloorDiv  # 2.11-2.13
+from torch.utils._sympy.functions import Max as SympyMax
 from torch.utils._sympy.functions import Mod as SympyMod
 from torch.utils._sympy.functions import PythonMod as SympyPythonMod
 from torch.utils._sympy.printers import PythonPrinter  # 2.11-2.13
@@ -52,6 +55,19 @@ def expr_of_symint(s: Any, symbols: MutableMapping[str, Symbol], bind: str | Non
         known = symbols[atom.name]
         symbols[atom.name] = Symbol(known.name, known.hint, bind)
     return expr
+
+
+def expr_of_stride(s: Any, symbols: MutableMapping[str, Symbol]) -> Expr:
+    """A stride as our expression. torch writes `max(1, n)` for the length of a dimension that may be empty;
+    where it is, no element has an address and `n` will do."""
+    if isinstance(s, int):
+        return as_expr(s)
+    plain = s.node.expr.replace(_is_at_least_one, lambda e: sympy.Mul(*(a for a in e.args if a != 1)))
+    return _convert(plain, s.node.shape_env, symbols)
+
+
+def _is_at_least_one(e: sympy.Expr) -> bool:
+    return isinstance(e, (SympyMax, sympy.Max)) and len(e.args) == 2 and 1 in e.args
 
 
 def _convert(e: sympy.Expr, env: Any, symbols: MutableMapping[str, Symbol]) -> Expr:
@@ -96,7 +112,7 @@ def _convert(e: sympy.Expr, env: Any, symbols: MutableMapping[str, Symbol]) -> E
 
 def _hint(e: sympy.Expr, env: Any) -> int:
     """A value to plan with: torch's own hint, else a round size for what is known only at run time."""
-    values = getattr(env, "backed_var_to_val", None) or getattr(env, "var_to_val", {})  # renamed in 2.11
+    values = env.backed_var_to_val if hasattr(env, "backed_var_to_val") else env.var_to_val  # renamed in 2.11
     found = e.xreplace(dict(values))
     return int(found) if found.is_Integer else 4096
 
@@ -165,8 +181,15 @@ def faked(tensors: Sequence[torch.Tensor]) -> Iterator[list[torch.Tensor]]:
         yield [mode.from_tensor(t) for t in tensors]
 
 
-def trace(fn: Callable[..., Any], inputs: Sequence[torch.Tensor]) -> fx.GraphModule:
-    """`fn(*inputs)` as a graph of ATen operators, before autograd and decompositions, with the user's lines."""
+def trace(fn: Callable[..., Any], inputs: Sequence[torch.Tensor], user: Callable[..., Any]) -> fx.GraphModule:
+    """`fn(*inputs)` as a graph of ATen operators, before autograd and decompositions.
+
+    Nodes carry the lines of `user`, a function that `fn` calls; torch keeps those of methods called `forward` by
+    itself, and others' since 2.13.
+    """
+    keep_lines = getattr(fx.proxy, "_register_stack_trace_anchor", None)
+    if keep_lines is not None:
+        keep_lines(user)
     return make_fx(fn, pre_dispatch=True, record_module_stack=True, record_stack_traces=True)(*inputs)
 
 
@@ -215,7 +238,7 @@ def has_effect_token(node: fx.Node) -> bool:
 
 def is_rng_wrapper(node: fx.Node) -> bool:
     """Whether a node draws from, or replays, a generator's state. torch 2.11 to 2.13."""
-    name = getattr(node.target, "__name__", "") if isinstance(node.target, torch._ops.HigherOrderOperator) else ""
+    name = getattr(node.target, "__name__", "") if isinstance(node.target, HigherOrderOperator) else ""
     return name in ("run_and_save_rng_state", "run_with_rng_state", "graphsafe_run_with_rng_state")
 
 

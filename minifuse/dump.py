@@ -1,10 +1,10 @@
 """The debug dump: a folder a graph, with every stage, the sources, the decisions and a script for each kernel.
 
-    captured.fx.py joint.fx.py forward.fx.py backward.fx.py inference.fx.py     the graph, as FX prints it
-    plan_lower.txt plan_fuse.txt plan_schedule.txt plan_memory.txt              the plan after each pass
-    kernels.c program.py                                                        the code that runs
-    decisions.json decisions.txt report.txt report.json report.html             what was chosen and why
-    kernel_NAME.py                                                              runs, checks and times one kernel
+captured.fx.py joint.fx.py forward.fx.py backward.fx.py inference.fx.py     the graph, as FX prints it
+plan_lower.txt plan_fuse.txt plan_schedule.txt plan_memory.txt              the plan after each pass
+kernels.c program.py                                                        the code that runs
+decisions.json decisions.txt report.txt report.json report.html             what was chosen and why
+kernel_NAME.py                                                              runs, checks and times one kernel
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from .explain.report import Report
 from .ir.kernel import Plan
 from .ir.text import print_plan
 from .options import Options
-from .passes.pipeline import PASSES
+from .passes import pipeline
 from .records import Record
 
 REPLAYED_OPTIONS = ("target", "precise", "widen")
@@ -50,7 +50,7 @@ def write(record: Record, root: str, options: Options | None = None) -> Path:
 def contents(record: Record, options: Options) -> dict[str, str]:
     """The files of a dump: name to text."""
     files = {f"{stage}.fx.py": text for stage, text in record.source.items()}
-    for stage in ("lower", *(p.name for p in PASSES)):
+    for stage in ("lower", *(p.name for p in pipeline.PASSES)):
         plan = record.stages.get(stage)
         if isinstance(plan, Plan):
             files[f"plan_{stage}.txt"] = print_plan(plan)
@@ -69,7 +69,8 @@ def contents(record: Record, options: Options) -> dict[str, str]:
         files["report.html"] = html.render(report)
         chosen = {name: getattr(options, name) for name in REPLAYED_OPTIONS}
         for launch in final.launches:
-            files.setdefault(f"kernel_{re.sub(r'[^A-Za-z0-9_]', '_', launch.name)}.py", kernel_script(final, launch, chosen))
+            name = re.sub(r"[^A-Za-z0-9_]", "_", launch.name)
+            files.setdefault(f"kernel_{name}.py", kernel_script(final, launch, chosen))
     return files
 
 

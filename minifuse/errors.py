@@ -26,3 +26,7 @@ class CompileError(MinifuseError):
 
     def __reduce__(self) -> tuple:
         return CompileError, (self.command, self.stderr, self.source)
+
+
+class FallbackError(MinifuseError):
+    """With `fallback="error"`: an operator that minifuse would hand to PyTorch; names it, the reason and the line."""

@@ -15,6 +15,8 @@ EXAMPLES = {
     "bert_llama": ["--steps", "3", "--layers", "1"],
     "dit_adaln": ["--steps", "3", "--hidden", "32"],
     "gpt_on_text": ["--steps", "3", "--no-memory"],
+    "custom_remat_policy": ["--layers", "1", "--batch", "8"],
+    "read_the_dump": [],
 }
 
 

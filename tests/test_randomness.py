@@ -31,7 +31,7 @@ DRAWS: dict[str, Callable[[Tensor], Tensor]] = {
     "normal_": lambda x: torch.empty_like(x).normal_(2, 3),
     "multinomial": lambda x: torch.multinomial(x.softmax(-1), 3),
     "exponential_": lambda x: torch.empty_like(x).exponential_(),
-    "alpha dropout": lambda x: F.alpha_dropout(x, 0.3),
+    "alpha dropout": lambda x: F.alpha_dropout(x, 0.3, True),
     "feature dropout": lambda x: F.dropout1d(x, 0.3),
 }
 
@@ -47,6 +47,10 @@ def test_a_seed_gives_one_result_and_another_seed_another(name: str) -> None:
     assert (first.dtype, first.shape) == (DRAWS[name](x).dtype, DRAWS[name](x).shape)
 
 
+# What is drawn in one operator; others compute with what they draw, within the rounding of kernels.
+COPIED = ("dropout", "rand", "randn", "bernoulli", "bernoulli with p", "randint", "randperm")
+
+
 @pytest.mark.parametrize("name", DRAWS)
 def test_eagers_numbers_bit_for_bit(name: str) -> None:
     x = torch.randn(5, 7)
@@ -54,7 +58,7 @@ def test_eagers_numbers_bit_for_bit(name: str) -> None:
     for seed in (1, 2):
         want = drawn(DRAWS[name], seed, x)
         got = drawn(run, seed, x)
-        same(got, want, exact=name in ("dropout", "rand", "randn", "bernoulli", "randint", "randperm", "bernoulli with p"))
+        same(got, want, exact=name in COPIED)
 
 
 def test_eagers_generator_is_left_where_eager_leaves_it() -> None:
@@ -110,7 +114,7 @@ def test_dropout_fuses_into_its_neighbours_and_needs_no_memory() -> None:
 def test_uniform_numbers_lie_in_their_range_in_every_dtype() -> None:
     for dtype in (torch.float32, torch.float64, torch.bfloat16, torch.float16):
         numbers = compiled(lambda dtype=dtype: torch.rand(50_000, dtype=dtype))()
-        assert numbers.dtype is dtype and 0 <= numbers.min() and numbers.max() < 1
+        assert numbers.dtype is dtype and numbers.min() >= 0 and numbers.max() < 1
         assert abs(numbers.double().mean().item() - 0.5) < 0.01
 
 

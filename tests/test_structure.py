@@ -1,4 +1,4 @@
-"""The limits that keep the package readable, as tests: sizes, the direction of imports, where private names may stand."""
+"""The limits that keep the package readable, as tests: sizes, direction of imports, where private names stand."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ LONGEST_FILE = 500
 WHOLE = 14_000
 CORE = 9_000
 # Lines a folder may have; the policies of rematerialisation, `explain` and the command line are no core.
-BUDGETS = {"ir": 3_500, "passes": 4_500, "codegen": 3_000, "runtime": 1_800, "explain": 1_500}
+BUDGETS = {"ir": 3_500, "passes": 5_500, "codegen": 3_000, "runtime": 1_800, "explain": 1_500}
 POLICIES = {"baselines", "policies", "mincut", "checkpoint", "optimal", "budget", "offload"}
 # What each layer may import, itself aside. Leaves are data that every layer reads.
 LEAVES = {"compat", "errors", "options", "records"}
@@ -153,7 +153,7 @@ def test_an_import_inside_a_function_is_of_an_optional_package(path: Path) -> No
             assert {name.split(".")[0] for name in names} <= OPTIONAL, ast.unparse(node)
 
 
-PRIVATE = re.compile(r"\b(?:torch|triton|functorch)(?:\.\w+)*\._\w+")
+PRIVATE = re.compile(r"\b(?:torch|triton|functorch)(?:\.\w+)*\._[a-zA-Z]\w*")
 
 
 @pytest.mark.parametrize("path", [p for p in FILES if module_of(p) != "compat"], ids=module_of)

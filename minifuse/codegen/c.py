@@ -13,7 +13,7 @@ from dataclasses import dataclass
 import torch
 
 from minifuse.ir import dtypes, ops
-from minifuse.ir.index import ONE, ZERO, Axis, Expr, Sym, cdiv
+from minifuse.ir.index import ONE, ZERO, Axis, Expr, Sym, cdiv, product
 from minifuse.ir.kernel import LANES, Cast, Check, Kernel, Load, Op, Param, Random, Reduce, Schedule, Store, Value
 from minifuse.passes.schedule import affine_offset, tile_elements
 
@@ -31,10 +31,10 @@ LAST_INDEX = "INT64_MAX"
 
 @dataclass(frozen=True)
 class Local:
-    """A buffer on the stack: one row of `size` elements a result, with `rows` lanes of a tree."""
+    """A buffer of a kernel's own: one row of `size` elements a result, with `rows` lanes of a tree."""
 
     names: tuple[str, ...]
-    size: int
+    size: str
     rows: int
     dtypes: tuple[torch.dtype, ...]
 
@@ -263,28 +263,30 @@ class CDialect:
         """Loops inside the fold's own, over which its result varies."""
         return tuple(k for k in p.tree.loops_of(fold.value.axes) if k > fold.loop)
 
-    def size_below(self, p: Printer, loops: tuple[int, ...]) -> tuple[list[Axis], int]:
-        """Axes of a local buffer, and its elements, padded to whole vectors."""
-        axes = list(dict.fromkeys(p.loops[k].axis for k in loops))
-        total = 1
-        for a in axes:
-            size = tile_elements(p.loops, a)
-            if not size.is_const:
-                raise CodegenError(f"a row of {size} elements must be kept, and its length is not fixed")
-            total *= (size.value + LANES - 1) // LANES * LANES if a is p.lane else size.value
-        if total * 8 > MAX_LOCAL:
-            raise CodegenError(f"a row of {total} elements is too long to be kept")
-        return axes, total
+    def axes_below(self, p: Printer, loops: tuple[int, ...]) -> list[Axis]:
+        """Axes of a local buffer."""
+        return list(dict.fromkeys(p.loops[k].axis for k in loops))
+
+    def padded(self, p: Printer, a: Axis) -> Expr:
+        """Elements of a local buffer along an axis, whole vectors along the lane."""
+        size = tile_elements(p.loops, a)
+        return cdiv(size, LANES) * LANES if a is p.lane else size
+
+    def make_local(self, p: Printer, name: str, dtype: torch.dtype, count: Expr) -> None:
+        """A buffer on the stack, or on the heap where its length is not known or large."""
+        kind = SCALAR[register(dtype)]
+        if count.is_const and count.value * 8 <= MAX_LOCAL:
+            p.line(f"{kind} {name}[{count}] __attribute__((aligned(64)));")
+        else:
+            p.line(f"MF_SCRATCH {kind}* const {name} = mf_scratch(({self.expr(count)}) * (int64_t)sizeof({kind}));")
 
     def place(self, p: Printer, axes: list[Axis]) -> str:
         """The position in a local buffer of the current point."""
         text = "0"
         for a in axes:
-            size = tile_elements(p.loops, a).value
-            padded = (size + LANES - 1) // LANES * LANES if a is p.lane else size
             start = p.start(a)
             here = self.axis(a) if start is None else f"({self.axis(a)} - {self.var(p, start)})"
-            text = here if text == "0" else f"({text}) * {padded} + {here}"
+            text = here if text == "0" else f"({text}) * ({self.expr(self.padded(p, a))}) + {here}"
         return text
 
     def fold_begin(self, p: Printer, fold: Fold) -> None:
@@ -306,13 +308,11 @@ class CDialect:
                 p.line(f"{SCALAR[register(t)]} {n} = {s};")
             self.vectors[fold] = names
             return
-        _, size = self.size_below(p, deeper)
-        padded = max(size, LANES) if deeper else 1
+        size = product(self.padded(p, a) for a in self.axes_below(p, deeper))
         for n, t, s in zip(names, types, start, strict=True):
-            total = padded * rows
-            p.line(f"{SCALAR[register(t)]} {n}[{total}] __attribute__((aligned(64)));")
-            p.line(f"for (int64_t k = 0; k < {total}; ++k) {n}[k] = {s};")
-        self.locals[fold] = Local(names, padded, rows, types)
+            self.make_local(p, n, t, size * rows)
+            p.line(f"for (int64_t k = 0; k < {self.expr(size * rows)}; ++k) {n}[k] = {s};")
+        self.locals[fold] = Local(names, f"({self.expr(size)})", rows, types)
 
     def fold_step(self, p: Printer, fold: Fold) -> None:
         r = fold.value
@@ -334,7 +334,7 @@ class CDialect:
             p.line(combine(r, self.vectors[fold], [p.name(a) for a in r.args], "_s"))
             return
         local = self.locals[fold]
-        axes, _ = self.size_below(p, self.deeper(p, fold))
+        axes = self.axes_below(p, self.deeper(p, fold))
         at = self.place(p, axes)
         if local.rows > 1:
             k = self.axis(r.over)
@@ -399,8 +399,8 @@ class CDialect:
         """Join the lanes of a tree by halves, into the first row."""
         half = local.rows // 2
         while half:
-            p.line(f"for (int64_t k = 0; k < {half * local.size}; ++k) {{")
-            theirs = [f"{n}[k + {half * local.size}]" for n in local.names]
+            p.line(f"for (int64_t k = 0; k < {half} * {local.size}; ++k) {{")
+            theirs = [f"{n}[k + {half} * {local.size}]" for n in local.names]
             p.line("  " + combine(r, [f"{n}[k]" for n in local.names], theirs, "_s"))
             p.line("}")
             half //= 2
@@ -410,7 +410,7 @@ class CDialect:
         if fold not in self.locals:
             return None
         local = self.locals[fold]
-        axes, _ = self.size_below(p, self.deeper(p, fold))
+        axes = self.axes_below(p, self.deeper(p, fold))
         at = self.place(p, axes)
         lanes = p.lanes(r)
         scope = p.scope_of(p.tree.loops_of(r.axes))
@@ -425,14 +425,14 @@ class CDialect:
     # -- row buffers -----------------------------------------------------------------------------
     def hold_begin(self, p: Printer, v: Value) -> None:
         below = tuple(k for k in p.tree.loops_of(v.axes) if p.loops[k].kind != "grid")
-        _, size = self.size_below(p, below)
+        size = product(self.padded(p, a) for a in self.axes_below(p, below))
         name = p.fresh("h")
-        p.line(f"{SCALAR[register(v.dtype)]} {name}[{max(size, LANES)}] __attribute__((aligned(64)));")
-        self.locals[v] = Local((name,), size, 1, (v.dtype,))
+        self.make_local(p, name, v.dtype, size)
+        self.locals[v] = Local((name,), f"({self.expr(size)})", 1, (v.dtype,))
 
     def held_place(self, p: Printer, v: Value) -> str:
         below = tuple(k for k in p.tree.loops_of(v.axes) if p.loops[k].kind != "grid")
-        axes, _ = self.size_below(p, below)
+        axes = self.axes_below(p, below)
         return f"(*(u_{register(v.dtype)}*)({self.locals[v].names[0]} + {self.place(p, axes)}))"
 
     def hold(self, p: Printer, v: Value) -> None:

@@ -45,13 +45,17 @@ class Node:
 
 @dataclass(frozen=True)
 class LoopTree:
-    """`path[item]` is the loops an item runs in; `outer_folds[r]` the fold that finishes a reduction."""
+    """`paths[item]` is the loops an item runs in; `folds[r]` the levels of a reduction, the last one finishes it.
+
+    `late[store]` are loads that stores at the same point still need of what this one overwrites.
+    """
 
     kernel: Kernel
     schedule: Schedule
     root: Node
     paths: dict[Item, tuple[int, ...]]
     folds: dict[Reduce, tuple[Fold, ...]]
+    late: dict[Store, tuple[Load, ...]]
 
     @property
     def loops(self) -> tuple[Loop, ...]:
@@ -97,17 +101,14 @@ def build(kernel: Kernel, schedule: Schedule) -> LoopTree:
         order.append(root)
         paths[root] = loops_of(root.space)
     needs = {item: _needs(item, maker, folds) for item in order}
-    written = {s.param for s in kernel.stores}
-    overwritten = {p for p in kernel.reads if p in written}
-    if overwritten:
-        _stores_last(order, needs, overwritten)
+    late = _stores_last(order, needs, paths, maker, frozenset(kernel.reads))
     grid = tuple(k for k, loop in enumerate(loops) if loop.kind == "grid")
     for item in order:
         if any(k not in paths[item] for k in grid):
             raise ValueError(f"{item} does not run over the grid {[str(loops[k]) for k in grid]}")
     root = Node(None)
     _nest(root, _sorted(order, needs), 0, paths, needs)
-    return LoopTree(kernel, schedule, root, paths, folds)
+    return LoopTree(kernel, schedule, root, paths, folds, late)
 
 
 def _item_values(item: Item) -> tuple[Value, ...]:
@@ -120,33 +121,48 @@ def _needs(item: Item, maker: dict[Value, Item], folds: dict[Reduce, tuple[Fold,
     """Items whose result an item uses directly."""
     if isinstance(item, Fold) and item.level > 0:
         return {folds[item.value][item.level - 1]}
-    found: set[Item] = set()
-    stack = list(_item_values(item))
-    if isinstance(item, Hold):
-        stack = list(item.value.args)
-    seen: set[Value] = set()
+    return {maker[v] for v in _direct(item, maker) if v in maker}
+
+
+def _direct(item: Item, maker: dict[Value, Item]) -> dict[Value, None]:
+    """Values that an item computes or uses, down to the results of other items."""
+    stack = list(item.value.args if isinstance(item, Hold) else _item_values(item))
+    seen: dict[Value, None] = {}
     while stack:
         v = stack.pop()
         if v in seen:
             continue
-        seen.add(v)
-        if v in maker:
-            found.add(maker[v])
-        else:
-            stack.extend(v.args)
-    return found
+        seen[v] = None
+        if v not in maker:
+            stack.extend(reversed(v.args))
+    return seen
 
 
-def _stores_last(order: list[Item], needs: dict[Item, set[Item]], overwritten: set[str]) -> None:
-    """A store over something that the kernel reads waits for every item that reads it."""
-    for item in order:
-        if isinstance(item, Store) and item.param in overwritten:
-            for other in order:
-                if other is item or (isinstance(other, Store) and other.param in overwritten):
-                    continue
-                values = topological(_item_values(other))
-                if any(isinstance(v, Load) and v.param == item.param for v in values):
-                    needs[item].add(other)
+def _stores_last(
+    order: list[Item],
+    needs: dict[Item, set[Item]],
+    paths: dict[Item, tuple[int, ...]],
+    maker: dict[Value, Item],
+    read: frozenset[str],
+) -> dict[Store, tuple[Load, ...]]:
+    """A store over something that the kernel reads waits for every item that reads it.
+
+    Stores that read what another overwrites in turn run over the same axes, for a load is at the
+    stored index: these wait for the same items and run at one point, loads first.
+    """
+    over = [item for item in order if isinstance(item, Store) and item.param in read]
+    loads = {item: [v for v in _direct(item, maker) if isinstance(v, Load)] for item in order if over}
+    for store in over:
+        for other, found in loads.items():
+            together = isinstance(other, Store) and other in over and paths[other] == paths[store]
+            if not together and any(v.param == store.param for v in found):
+                needs[store].add(other)
+    late: dict[Store, tuple[Load, ...]] = {}
+    for store in over:
+        here = [other for other in over if paths[other] == paths[store]]
+        needs[store] |= {n for other in here for n in needs[other]}
+        late[store] = tuple(v for other in here if other is not store for v in loads[other] if v.param == store.param)
+    return late
 
 
 def _sorted(order: list[Item], needs: dict[Item, set[Item]]) -> list[Item]:
@@ -183,7 +199,7 @@ def _nest(
                 continue
             at = place[need]
             finished_by_loop = isinstance(need, Fold) and need.loop == loop
-            inside = segments[at][0] == loop and not finished_by_loop and not isinstance(need, Store)
+            inside = segments[at][0] == loop and not finished_by_loop
             after = max(after, at if inside else at + 1)
         found = next(
             (k for k in range(max(after, 0), len(segments)) if segments[k][0] == loop),
@@ -241,28 +257,22 @@ def _worth_holding(tree: LoopTree) -> tuple[Value, ...]:
             used.setdefault(v, set()).add(k)
             stack.extend(v.args)
     costs = value_costs(tree.kernel.values())
-    written = {s.param for s in tree.kernel.stores}
     room = HOLD_BYTES
     found: list[Value] = []
     covered: set[Value] = set()
     for v in reversed(tree.kernel.values()):
         again = len(used.get(v, ())) > 1
-        overwritten = isinstance(v, Load) and v.param in written
-        if not again or v in covered or lane not in v.axes or isinstance(v, Reduce):
-            continue
-        if costs[v] < HOLD_COST and not overwritten:
+        if not again or v in covered or lane not in v.axes or isinstance(v, Reduce) or costs[v] < HOLD_COST:
             continue
         below = [a for a in v.axes if not _only_grid(tree, a)]
         sizes = [tile_elements(tree.loops, a) for a in below]
         if not all(s.is_const for s in sizes):
-            if overwritten:
-                raise ValueError("an overwritten row of unknown length is needed in two loops")
             continue
         count = 1
         for s in sizes:
             count *= s.value + 15
         nbytes = count * 8
-        if nbytes > room and not overwritten:
+        if nbytes > room:
             continue
         room -= nbytes
         found.append(v)

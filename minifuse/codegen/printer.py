@@ -100,6 +100,8 @@ class Printer:
             if isinstance(item, Node):
                 self.walk_loop(item)
             elif isinstance(item, Store):
+                for load in self.tree.late.get(item, ()):
+                    self.name(load)
                 self.dialect.store(self, item)
             elif isinstance(item, Check):
                 self.dialect.check(self, item)

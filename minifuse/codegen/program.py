@@ -15,6 +15,7 @@ from typing import Any
 
 import torch
 
+from minifuse import compat
 from minifuse.ir.index import Axis, Expr, Sym
 from minifuse.ir.kernel import Buffer, Extern, Free, Launch, Opaque, Plan, TensorRef
 from minifuse.passes.memory import out_overload, unknown_at_start
@@ -39,6 +40,7 @@ class _Writer:
     lines: list[str] = field(default_factory=list)
     objects: dict[str, Any] = field(default_factory=dict)
     views: dict[TensorRef, int] = field(default_factory=dict)
+    known: set[str] = field(default_factory=set)
 
     # -- expressions -----------------------------------------------------------------------------
     def size(self, e: Expr) -> str:
@@ -176,7 +178,7 @@ class _Writer:
                 externs += 1
                 continue
             for name in step.writes:
-                if plan.buffers[name].storage == "output" and name not in made:
+                if plan.buffers[name].storage == "pooled" and name not in made:
                     out.append(self.allocate(plan.buffers[name]))
                     made.add(name)
             run = self.run_of.get(i)
@@ -193,7 +195,7 @@ class _Writer:
             for j, other in self.members(run):
                 assert isinstance(other, Launch)
                 for name in other.writes:
-                    if plan.buffers[name].storage == "output" and name not in made:
+                    if plan.buffers[name].storage == "pooled" and name not in made:
                         out.append(self.allocate(plan.buffers[name]))
                         made.add(name)
             out.append(f"P = frame.pointers[{run}]")
@@ -202,7 +204,7 @@ class _Writer:
                     out.append(f"P[{k}] = {self.var(name)}.data_ptr()")
             launches = ", ".join(plan.steps[j].name for j, _ in self.members(run))  # type: ignore[union-attr]
             for k, symbol in enumerate(self.unit_symbols):
-                if symbol in late:
+                if symbol in late & self.known:
                     out.append(f"frame.sizes[{k}] = sym_{symbol}")
             out.append(f"error = run{run}(P, frame.sizes, threads())  # {launches}")
             out.append(f"if error: fail({run}, error)")
@@ -230,7 +232,7 @@ class _Writer:
         if step.out:
             (name,) = step.writes
             target = out_overload(target)
-            if plan.buffers[name].storage == "output" and name not in made:
+            if plan.buffers[name].storage == "pooled" and name not in made:
                 out.append(self.allocate(plan.buffers[name]))
                 made.add(name)
             out.append(f"{self.constant(target, 'ext')}({', '.join([*args, f'out={self.whole(name)}'])}){comment}")
@@ -243,6 +245,7 @@ class _Writer:
         if step.single:
             if step.sizes:
                 out.append(f"sym_{step.sizes[0][1]} = {call}{comment}")
+                self.derive({step.sizes[0][1]})
                 return
             (name,) = step.writes
             out.append(f"{self.var(name)} = {self.adopt(call, plan.buffers[name], copies, step)}{comment}")
@@ -260,11 +263,30 @@ class _Writer:
                 out.append(f"del {self.var(step.origin)}")
         for i, d, symbol in step.dims:
             out.append(f"sym_{symbol} = {self.var(step.results[i] or '')}.size({d})")
+        self.derive({symbol for _, symbol in step.sizes} | {symbol for _, _, symbol in step.dims})
+        for result in step.results:
+            if step.dims and result in plan.buffers and self.is_late(plan.buffers[result], step):
+                name = self.var(result)
+                out.append(f"{name} = {self.adopt(name, plan.buffers[result], copies, step, known=True)}")
 
-    def adopt(self, call: str, b: Buffer, copies: bool, step: Extern) -> str:
-        how = ", True" if copies else ""
+    def derive(self, known: set[str]) -> None:
+        """Sizes that are computed from ones that a step has just defined."""
+        late = unknown_at_start(self.plan)
+        self.known |= known
+        while more := [n for n in self.used_symbols() & late - self.known
+                       if self.plan.symbols[n].source and self.plan.symbols[n].mentions(late) <= self.known]:
+            for n in sorted(more):
+                self.lines.append(f"sym_{n} = {self.source(self.plan.symbols[n].source, n)}")
+            self.known.update(more)
+
+    def is_late(self, b: Buffer, step: Extern) -> bool:
+        """Whether the sizes of a step's result are known only when it has run."""
         late = {name for _, _, name in step.dims}
-        if any(s.name in late for s in b.extent.symbols()):
+        return any(s.name in late for s in b.extent.symbols())
+
+    def adopt(self, call: str, b: Buffer, copies: bool, step: Extern, known: bool = False) -> str:
+        how = ", True" if copies else ""
+        if not known and self.is_late(b, step):
             return call
         return f"adopt({call}, {self.tuple(b.shape)}, {self.tuple(b.stride)}{how})"
 
@@ -307,7 +329,7 @@ def _opaques(plan: Plan) -> list[Any]:
 
 def returns_alias(target: Any) -> bool:
     """Whether an operator's result may share memory with an argument, by its schema."""
-    if not isinstance(target, torch._ops.OpOverload):
+    if not isinstance(target, compat.OpOverload):
         return False
     return any(r.alias_info is not None for r in target._schema.returns)
 

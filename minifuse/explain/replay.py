@@ -9,13 +9,13 @@ from __future__ import annotations
 import json
 import statistics
 import time
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 
 import torch
 
 from minifuse.ir import dtypes
-from minifuse.ir.index import Expr
+from minifuse.ir.index import Expr, as_expr
 from minifuse.ir.interpret import run_kernel
 from minifuse.ir.kernel import (
     Buffer,
@@ -27,15 +27,16 @@ from minifuse.ir.kernel import (
     Symbol,
     TensorRef,
     Value,
-    as_expr,
     launch_traffic,
     topological,
 )
 from minifuse.ir.text import parse, print_kernel
 from minifuse.options import Options
 from minifuse.passes.context import CompileContext
+from minifuse.passes.memory import place
 from minifuse.runtime.build import build
 
+Settings = Mapping[str, object] | None
 # Largest difference that rounding explains, over the largest magnitude of the result: sums in another order.
 TOLERANCE = {torch.float64: 1e-11, torch.float32: 1e-4, torch.bfloat16: 2e-2, torch.float16: 3e-3}
 # A comparison of values that differ in their last bit may fall either way.
@@ -66,7 +67,7 @@ class Replay:
         return f"{self.name}: {verdict} ({said}); {1e6 * self.seconds:.1f} µs, {rate:.2f} GB/s{how}"
 
 
-def replay(text: str, sizes: Mapping[str, int], device: str = "cpu", options: Mapping[str, object] | None = None) -> Replay:
+def replay(text: str, sizes: Mapping[str, int], device: str = "cpu", options: Settings = None) -> Replay:
     """Run the kernel of a text on random inputs, beside the interpreter.
 
     `sizes` gives each dynamic size. Integers that index another input stay inside it.
@@ -76,8 +77,8 @@ def replay(text: str, sizes: Mapping[str, int], device: str = "cpu", options: Ma
     if parsed.schedule is None:
         raise ValueError(f"the kernel {parsed.name} has no schedule line")
     launch = Launch(parsed.kernel, tuple(p.name for p in parsed.kernel.params), parsed.schedule, parsed.name)
-    plan = plan_of(launch, sizes, torch.device(device))
     ctx = CompileContext(parsed.name, "inference", Options.parse(options))
+    plan = place(plan_of(launch, sizes, torch.device(device)), ctx)
     program = build(plan, ctx)
     torch.manual_seed(0)
     limit = index_limit(parsed.kernel, sizes)
@@ -105,7 +106,7 @@ def plan_of(launch: Launch, sizes: Mapping[str, int], device: torch.device) -> P
     kernel = launch.kernel
     loaded = set(kernel.reads)
     buffers = {
-        p.name: Buffer(p.name, p.dtype, p.shape, p.stride, device, "input" if p.name in loaded else "output")
+        p.name: Buffer(p.name, p.dtype, p.shape, p.stride, device, "input" if p.name in loaded else "pooled")
         for p in kernel.params
     }
     return Plan(
@@ -176,9 +177,8 @@ def difference(found: torch.Tensor, expected: torch.Tensor) -> float:
     return ((a - b).abs().max() / b.abs().max().clamp_min(1e-30)).item()
 
 
-def median_seconds(run: object, device: str, budget: float = 0.5, most: int = 200) -> float:
-    """The median of calls for half a second, after three that warm up."""
-    assert callable(run)
+def median_seconds(run: Callable[[], object], device: str, budget: float = 0.5, most: int = 200) -> float:
+    """The median of calls for `budget` seconds, `most` of them at most, after three that warm up."""
     wait = torch.cuda.synchronize if device.startswith("cuda") else lambda: None
     times: list[float] = []
     for _ in range(3):
@@ -192,7 +192,7 @@ def median_seconds(run: object, device: str, budget: float = 0.5, most: int = 20
     return statistics.median(times)
 
 
-def kernel_script(plan: Plan, launch: Launch, options: Mapping[str, object] | None = None) -> str:
+def kernel_script(plan: Plan, launch: Launch, options: Settings = None) -> str:
     """The script of one launch of a plan. Every text that is not ours stands in it as a literal."""
     sizes = {s.name: plan.symbols[s.name].hint for s in sorted(launch.kernel.symbols(), key=lambda s: s.name)}
     lines = dict.fromkeys(plan.origins[o] for o in launch.kernel.origins if plan.origins.get(o))
@@ -201,15 +201,15 @@ def kernel_script(plan: Plan, launch: Launch, options: Mapping[str, object] | No
     return _SCRIPT.format(
         name=ascii(launch.name),
         graph=ascii(plan.name),
-        lines="".join(f"    {ascii(line)},\n" for line in lines),
-        text="".join(f"    {ascii(line)}\n" for line in text.splitlines(keepends=True)),
+        lines="".join(f"    {line!a},\n" for line in lines),
+        text="".join(f"    {line!a}\n" for line in text.splitlines(keepends=True)),
         sizes=json.dumps(sizes),
         device=ascii(device),
         options=ascii(dict(options or {})),
     )
 
 
-_SCRIPT = '''"""One kernel of a graph: `python` this file to run it on random inputs, check it against the interpreter, and time it.
+_SCRIPT = '''"""One kernel of a graph: run on random inputs, checked against the interpreter, timed.
 
 Edit the kernel or its schedule and run it again. It needs minifuse installed and nothing else of the dump.
 """
@@ -231,7 +231,7 @@ if __name__ == "__main__":
 '''
 
 
-def main(text: str, sizes: Mapping[str, int], device: str = "cpu", options: Mapping[str, object] | None = None) -> int:
+def main(text: str, sizes: Mapping[str, int], device: str = "cpu", options: Settings = None) -> int:
     """Print the kernel and what `replay` found; 1 where it differs from the interpreter."""
     print(text)
     found = replay(text, sizes, device, options)

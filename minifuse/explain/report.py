@@ -28,6 +28,7 @@ from minifuse.passes.remat.plan import RECOMPUTE, SAVE, Choice, RematPlan
 from minifuse.records import RECORDS, Record
 
 SCHEMA = 1
+FIGURES = ("ops", "calls", "read", "written", "bytes", "at least")
 WIDTH = 120
 KERNELS_SHOWN = 8
 EXTERNS_SHOWN = 4
@@ -61,7 +62,7 @@ class LaunchReport:
 
 @dataclass(frozen=True)
 class ExternReport:
-    """One call of an operator that minifuse does not generate: why, for which line of the user, bytes of its operands."""
+    """One call of an operator that minifuse does not generate: why, the user's line, and bytes of its operands."""
 
     op: str
     reason: str
@@ -87,12 +88,12 @@ class Report:
     @property
     def plan(self) -> Plan:
         """The plan that runs."""
-        return self.record.stages["memory"]  # type: ignore[no-any-return]
+        return self.record.stages["memory"]
 
     @property
     def unfused(self) -> Plan:
         """The plan before fusion: a kernel an operator."""
-        return self.record.stages["lower"]  # type: ignore[no-any-return]
+        return self.record.stages["lower"]
 
     # -- figures ---------------------------------------------------------------------------------
     @property
@@ -232,10 +233,10 @@ class Report:
             f"({bytes_text(self.extern_bytes)}); generated code for {self.coverage:.0%} of the fusible operators"
         ]
         if self.remat is not None:
-            lines.append(
-                f"backward, by {self.remat.policy}: loads {len(self.saved)} values ({bytes_text(self.remat.saved_bytes)}),"
-                f" recomputes {len(self.recomputed)} in {1e6 * self.remat.extra_seconds:.3g} us by the model"
-            )
+            model = f"{1e6 * self.remat.extra_seconds:.3g} us by the model"
+            loaded = f"loads {len(self.saved)} values ({bytes_text(self.remat.saved_bytes)})"
+            again = f"recomputes {len(self.recomputed)} in {model}"
+            lines.append(f"backward, by {self.remat.policy}: {loaded}, {again}")
         spent = sorted(self.seconds.items(), key=lambda item: -item[1])[:5]
         total = sum(self.seconds.values())
         lines.append(f"compiled in {total:.2f} s: " + ", ".join(f"{phase} {1e3 * s:.0f} ms" for phase, s in spent))
@@ -260,7 +261,13 @@ class Report:
         table = _table("kernel", "ops", "read", "written", "at least", "bound", "from")
         for r in rows[:KERNELS_SHOWN]:
             bound = "interpreted" if r.interpreted else r.bound
-            figures = (str(len(r.ops)), bytes_text(r.read), bytes_text(r.written), f"{1e6 * r.lower_bound:.3g} us", bound)
+            figures = (
+                str(len(r.ops)),
+                bytes_text(r.read),
+                bytes_text(r.written),
+                f"{1e6 * r.lower_bound:.3g} us",
+                bound,
+            )
             table.add_row(Text(r.name), *figures, Text(_clip("; ".join(r.lines), 56)))
         if len(rows) > KERNELS_SHOWN:
             rest = rows[KERNELS_SHOWN:]
@@ -277,7 +284,7 @@ class Report:
         table = _table("ATen", "calls", "bytes", "because", "first from")
         for (op, reason), calls in rows[:EXTERNS_SHOWN]:
             where = Text(_clip(calls[0].where, 40))
-            table.add_row(Text(op), str(len(calls)), bytes_text(sum(e.nbytes for e in calls)), Text(reason), where)
+            table.add_row(Text(op), str(len(calls)), bytes_text(sum(e.nbytes for e in calls)), Text(_clip(reason, 40)), where)
         if len(rows) > EXTERNS_SHOWN:
             rest = [e for _, calls in rows[EXTERNS_SHOWN:] for e in calls]
             table.add_row(f"{len(rows) - EXTERNS_SHOWN} more", str(len(rest)), bytes_text(sum(e.nbytes for e in rest)))
@@ -328,9 +335,8 @@ def instructions(plan: Plan, values: Iterable[Value]) -> float:
 
 def _table(*headings: str) -> Table:
     table = Table(box=None, pad_edge=False, header_style="bold")
-    for i, heading in enumerate(headings):
-        right = heading in ("ops", "calls", "read", "written", "bytes", "at least")
-        table.add_column(heading, justify="right" if right else "left", no_wrap=True, overflow="ellipsis" if i else "fold")
+    for heading in headings:
+        table.add_column(heading, justify="right" if heading in FIGURES else "left", no_wrap=True)
     return table
 
 

@@ -6,6 +6,7 @@ All loads see the memory as it was before the kernel, checks are judged before a
 
 from __future__ import annotations
 
+import math
 import re
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
@@ -282,19 +283,32 @@ class _Call:
         self.others: dict[tuple[str, int | None], Any] = {
             (name, None): x for name, x in given.items() if name not in self.live
         }
-        self.sizes: dict[str, int] = {
-            s.name: self._size_of(s.name, s.source, given) for s in plan.symbols.values() if s.source or s.name in given
-        }
+        self.sizes: dict[str, int] = {}
+        for s in plan.symbols.values():
+            size = self._given_size(s.name, s.source, given)
+            if size is not None:
+                self.sizes[s.name] = size
+        self._derive()
 
-    def _size_of(self, name: str, source: str, given: Mapping[str, Any]) -> int:
+    def _given_size(self, name: str, source: str, given: Mapping[str, Any]) -> int | None:
         number = given.get(source or name)
         if isinstance(number, int):
             return number
         found = _SOURCE.fullmatch(source)
-        if found is None or found["input"] not in given:
+        if found is None:
+            return None
+        if found["input"] not in given:
             raise ValueError(f"size {name}: expected INPUT, INPUT.size(D) or INPUT.stride(D), found {source!r}")
         tensor, dim = given[found["input"]], int(found["dim"])
         return tensor.size(dim) if found["what"] == "size" else tensor.stride(dim)
+
+    def _derive(self) -> None:
+        """Sizes that are computed from others, as far as these are known."""
+        for s in self.plan.symbols.values():
+            if s.name not in self.sizes and s.source and _SOURCE.fullmatch(s.source) is None:
+                needed = s.mentions(self.plan.symbols)
+                if needed and needed <= self.sizes.keys():
+                    self.sizes[s.name] = int(eval(s.source, {"math": math}, dict(self.sizes)))
 
     def _ints(self, exprs: Iterable[Expr]) -> list[int]:
         return [e.evaluate(self.sizes) for e in exprs]
@@ -338,6 +352,10 @@ class _Call:
         results = (found,) if step.single else tuple(found or ())
         for at, symbol in step.sizes:
             self.sizes[symbol] = results[at]
+        for at, dim, symbol in step.dims:
+            self.sizes[symbol] = results[at].size(dim)
+        if step.sizes or step.dims:
+            self._derive()
         for at, (name, result) in enumerate(zip(step.results, results, strict=False)):
             if name is not None:
                 self._adopt(name, result)

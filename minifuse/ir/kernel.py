@@ -12,6 +12,7 @@ found when they are built. Every constructor checks what it is given; a wrong ke
 from __future__ import annotations
 
 import hashlib
+import re
 import weakref
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
@@ -445,8 +446,8 @@ class Param:
 
 @dataclass(frozen=True)
 class Kernel:
-    """What one launch computes. `body` runs in order; a parameter that is stored is not loaded
-    at another index than the stored one."""
+    """What one launch computes. Every load sees the memory as it was before the launch, wherever in
+    `body` it stands; a parameter that is stored is not loaded at another index than the stored one."""
 
     axes: tuple[Axis, ...]
     params: tuple[Param, ...]
@@ -624,15 +625,15 @@ class Schedule:
 
 
 # -- plans ------------------------------------------------------------------------------------------
-Storage = Literal["input", "constant", "output", "arena", "extern"]
+Storage = Literal["input", "constant", "pooled", "arena", "extern"]
 
 
 @dataclass(frozen=True)
 class Buffer:
     """Memory that steps read and write. Shape in elements, strides in elements.
 
-    `storage`: "input" is the caller's, "constant" the graph's own, "output" is handed to the caller, "arena" lives within the
-    call, "extern" is allocated by an ATen operator and adopted.
+    `storage`: "input" is the caller's, "constant" the graph's own, "pooled" is a block of its own (what the caller
+    gets, and what is large), "arena" shares the call's arena, "extern" is what an ATen operator allocated.
     """
 
     name: str
@@ -739,6 +740,32 @@ class Extern:
     def writes(self) -> tuple[str, ...]:
         return tuple(r for r in self.results if r is not None)
 
+    @property
+    def defines(self) -> tuple[str, ...]:
+        """The names of what is no tensor: the opaque result, and sizes that are known from here on."""
+        return (self.origin, *(name for _, name in self.sizes), *(name for _, _, name in self.dims))
+
+    @property
+    def mentions(self) -> frozenset[str]:
+        """The names of the sizes and of the opaque values among the arguments."""
+        found: set[str] = set()
+        stack: list[Any] = [self.args, [v for _, v in self.kwargs]]
+        while stack:
+            x = stack.pop()
+            if isinstance(x, Opaque):
+                found.add(x.name)
+            elif isinstance(x, Expr):
+                found |= {s.name for s in x.symbols()}
+            elif isinstance(x, TensorRef):
+                stack += [*x.shape, *x.stride, x.offset]
+            elif isinstance(x, slice):
+                stack += [x.start, x.stop, x.step]
+            elif isinstance(x, dict):
+                stack += x.values()
+            elif isinstance(x, (tuple, list)):
+                stack += x
+        return frozenset(found)
+
 
 def _refs(tree: Any) -> Iterator[TensorRef]:
     if isinstance(tree, TensorRef):
@@ -773,6 +800,10 @@ class Symbol:
     name: str
     hint: int
     source: str = ""
+
+    def mentions(self, names: Iterable[str]) -> frozenset[str]:
+        """Those of `names` that the source is computed from."""
+        return frozenset(re.findall(r"[A-Za-z_]\w*", self.source)) & frozenset(names)
 
 
 @dataclass(frozen=True)

@@ -39,7 +39,7 @@ def _list(items: Iterable[object]) -> str:
 # -- kernels ------------------------------------------------------------------------------------------
 def verify_kernel(kernel: Kernel) -> None:
     """Raise VerificationError unless the kernel's accesses are within bounds, its stores write each
-    element once, and what it loads from a parameter that it stores was there before.
+    element once, and what it loads from a parameter that it stores is loaded at the stored index.
     """
     try:
         check_names(kernel)
@@ -55,7 +55,6 @@ def verify_kernel(kernel: Kernel) -> None:
             _verify_bounds("load", kernel.param(load.param), load.index)
     for load in kernel.loads:
         _verify_in_place(load.param, load, stored.get(load.param, []))
-    _verify_load_order(kernel)
 
 
 def _verify_stores(param: Param, stores: list[Store]) -> None:
@@ -118,24 +117,6 @@ def _verify_in_place(what: str, load: Load, stores: Iterable[Store]) -> None:
                 f"{what} is loaded at {_list(load.index)} and stored at {_list(store.index)}: "
                 "what a kernel stores it loads at the stored index only"
             )
-
-
-def _verify_load_order(kernel: Kernel) -> None:
-    """Values are computed root by root: a load first met after the store would see what was stored."""
-    written: set[str] = set()
-    met: set[Value] = set()
-    for root in kernel.body:
-        stack = [root.value]
-        while stack:
-            v = stack.pop()
-            if v in met:
-                continue
-            met.add(v)
-            stack.extend(v.args)
-            if isinstance(v, Load) and v.param in written:
-                raise VerificationError(f"{v.param} is loaded at {_list(v.index)} after it was stored")
-        if isinstance(root, Store):
-            written.add(root.param)
 
 
 # -- schedules ----------------------------------------------------------------------------------------
@@ -210,6 +191,13 @@ class _Memory:
         if unknown:
             raise self.fail(f"size {unknown[0]} is used before an input or an extern defined it")
 
+    def learn(self, names: Iterable[str]) -> None:
+        """Sizes that are known from here on, and those that are computed from known ones."""
+        self.symbols.update(names)
+        given = self.plan.symbols
+        while more := {n for n, s in given.items() if s.source and s.mentions(given) <= self.symbols} - self.symbols:
+            self.symbols |= more
+
     def view(self, ref: TensorRef) -> None:
         self.read(ref.buffer)
         self.know(s for e in (*ref.shape, *ref.stride, ref.offset) for s in e.symbols())
@@ -229,8 +217,8 @@ def verify_plan(plan: Plan) -> None:
     parameters' layout, kernels and schedules hold up, and every output exists at the end.
     """
     given = {b.name for b in plan.buffers.values() if b.storage == "constant" or b.name in plan.inputs}
-    known = {s.name for s in plan.symbols.values() if s.source or s.name in plan.inputs}
-    memory = _Memory(plan, "inputs", given, set(), {}, known)
+    memory = _Memory(plan, "inputs", given, set(), {}, set())
+    memory.learn(s for s in plan.symbols if s in plan.inputs)
     for name, buffer in plan.buffers.items():
         if name != buffer.name:
             raise memory.fail(f"buffer {buffer.name} is listed as {name}")
@@ -306,4 +294,4 @@ def _verify_extern(memory: _Memory, step: Extern) -> None:
         memory.view(ref)
     for name in step.writes:
         memory.write(name)
-    memory.symbols.update(symbol for _, symbol in step.sizes)
+    memory.learn((*(symbol for _, symbol in step.sizes), *(symbol for _, _, symbol in step.dims)))

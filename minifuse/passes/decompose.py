@@ -18,7 +18,7 @@ _KEEP = (
     "addmm addmv addbmm baddbmm embedding_dense_backward embedding_bag _scaled_dot_product_flash_attention_for_cpu"
     " _scaled_dot_product_flash_attention_for_cpu_backward _scaled_dot_product_efficient_attention"
     " _scaled_dot_product_flash_attention max_pool2d_with_indices _cdist_forward upsample_nearest2d upsample_bilinear2d"
-    " grid_sampler_2d linear matmul rand_like randn_like randint_like bernoulli native_dropout"
+    " grid_sampler_2d linear matmul rand_like randn_like randint_like bernoulli native_dropout select_scatter"
 ).split()
 # Not core ATen's to decompose, but parts fuse: norms, softmax, activations and losses.
 _ALSO = (

@@ -11,11 +11,15 @@ from dataclasses import dataclass, replace
 
 import torch
 
+from minifuse import compat
 from minifuse.ir import dtypes
 from minifuse.ir.kernel import Buffer, Extern, Free, Launch, Plan, Step, TensorRef
 from minifuse.passes.context import CompileContext
 
 ALIGN = 64
+# A buffer of this size has a block of its own, which returns to the pool when its last reader has run: one
+# arena for all would be held from the first step to the last. Smaller ones share the arena.
+LARGE_BYTES = 1 << 20
 
 
 @dataclass(frozen=True)
@@ -39,8 +43,8 @@ def place(plan: Plan, ctx: CompileContext) -> Plan:
             buffers[name] = b
         elif b.storage == "extern" and name not in real:
             buffers[name] = b
-        elif name in outputs or any(s.name in late for s in b.extent.symbols()):
-            buffers[name] = replace(b, storage="output")
+        elif name in outputs or large(plan, b) or any(s.name in late for s in b.extent.symbols()):
+            buffers[name] = replace(b, storage="pooled")
         else:
             buffers[name] = replace(b, storage="arena")
     last: dict[str, int] = {}
@@ -60,9 +64,16 @@ def place(plan: Plan, ctx: CompileContext) -> Plan:
     return replace(plan, buffers=buffers, steps=tuple(steps))
 
 
+def large(plan: Plan, b: Buffer) -> bool:
+    return plan.hint(b.extent) * dtypes.itemsize(b.dtype) >= LARGE_BYTES
+
+
 def unknown_at_start(plan: Plan) -> set[str]:
-    """Symbols that a step of the plan defines: sizes that depend on data."""
-    return {name for s in plan.externs for _, name in s.sizes} | {name for s in plan.externs for _, _, name in s.dims}
+    """Symbols that a step of the plan defines, sizes that depend on data, and those computed from them."""
+    late = {name for s in plan.externs for _, name in s.sizes} | {name for s in plan.externs for _, _, name in s.dims}
+    while more := {n for n, s in plan.symbols.items() if n not in late and s.mentions(late)}:
+        late |= more
+    return late
 
 
 def has_real_out(step: Extern, plan: Plan) -> bool:
@@ -71,7 +82,7 @@ def has_real_out(step: Extern, plan: Plan) -> bool:
     A generated overload computes elsewhere and copies.
     """
     target = step.target
-    if not step.single or step.effect or len(step.writes) != 1 or not isinstance(target, torch._ops.OpOverload):
+    if not step.single or step.effect or step.dims or len(step.writes) != 1 or not isinstance(target, compat.OpOverload):
         return False
     buffer = plan.buffers[step.writes[0]]
     if target.namespace != "aten" or not buffer.is_contiguous or not dtypes.supported(buffer.dtype):
@@ -79,7 +90,7 @@ def has_real_out(step: Extern, plan: Plan) -> bool:
     return out_overload(target) is not None
 
 
-def out_overload(target: torch._ops.OpOverload) -> torch._ops.OpOverload | None:
+def out_overload(target: compat.OpOverload) -> compat.OpOverload | None:
     """The overload that takes `out=` with the same arguments, where ATen has a real one."""
     packet = target.overloadpacket
     wanted = [a.name for a in target._schema.arguments]

@@ -23,13 +23,17 @@ SMALL = 1 << 20
 # Blocks unused for this many seconds go back to the system when the pool next asks it for memory.
 MAX_AGE = 30.0
 _STEPS = 8
+# A free block of one of the next sizes serves a request that has none of its own.
+NEAR_CLASSES = 4
 
 
 def size_class(nbytes: int) -> int:
-    """The bytes of the block that serves a request: eight sizes an octave, so that at most 1/8 is waste."""
+    """The bytes of the block that serves a request: eight sizes an octave, so that at most 1/8 is waste; 32 for
+    large ones, whose waste would show."""
     if nbytes <= 512:
         return -(-max(nbytes, 1) // 64) * 64
-    step = 1 << ((nbytes - 1).bit_length() - 1 - _STEPS.bit_length() + 1)
+    steps = _STEPS if nbytes < SMALL else 4 * _STEPS
+    step = 1 << ((nbytes - 1).bit_length() - steps.bit_length())
     return -(-nbytes // step) * step
 
 
@@ -104,6 +108,7 @@ class Pool:
         self.limit_bytes = limit_bytes
         self._free: dict[int, list[_Block]] = {}
         self._held = 0
+        self._most_used = 0
         self._lock = threading.Lock()
         if hasattr(os, "register_at_fork"):
             this = weakref.ref(self)
@@ -176,8 +181,20 @@ class Pool:
             return free.pop()  # last in, first out: the warmest
         except IndexError:
             pass
+        near = size
+        for _ in range(NEAR_CLASSES):
+            near = size_class(near + 1)
+            blocks = self._free.get(near)
+            try:
+                if blocks:
+                    return blocks.pop()
+            except IndexError:
+                continue
         if self._held:
-            self.trim(MAX_AGE, self.limit_bytes)
+            # What is held never exceeds what was once in use together: blocks of other sizes make room first.
+            used = self.used_bytes
+            self._most_used = max(self._most_used, used + size)
+            self.trim(MAX_AGE, min(self.limit_bytes, self._most_used - used - size))
         block = _Block(size, free)
         with self._lock:
             self._held += size

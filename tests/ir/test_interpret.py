@@ -371,7 +371,7 @@ def scaled(src, dst, by):
 def test_a_plan_runs_launches_and_externs_over_dynamic_sizes():
     s0, s1 = Sym("s0", 1).expr, Sym("s1", 1).expr
     x, w = buffer("x", (s0, s1), "input"), buffer("w", (s1, 3), "input")
-    y, m, z = buffer("y", (s0, s1)), buffer("m", (s0, 3), "extern"), buffer("z", (s0, 3), "output", stride=(1, s0))
+    y, m, z = buffer("y", (s0, s1)), buffer("m", (s0, 3), "extern"), buffer("z", (s0, 3), "pooled", stride=(1, s0))
     steps = (
         Launch(scaled(x, y, 2.0), ("x", "y")),
         Extern(torch.ops.aten.mm.default, (whole(y), whole(w)), (), ("m",), "a matmul"),
@@ -456,7 +456,7 @@ def test_an_extern_result_of_another_layout_is_brought_into_the_planned_one():
 
 
 def test_a_plan_reads_the_graphs_own_constants():
-    c, y = buffer("c", (2, 2), "constant"), buffer("y", (2, 2), "output")
+    c, y = buffer("c", (2, 2), "constant"), buffer("y", (2, 2), "pooled")
     plan = Plan("p", (), {"c": c, "y": y}, (Launch(scaled(c, y, 2.0), ("c", "y")),), (whole(y),))
     assert run_plan(plan, [], {"c": torch.ones(2, 2)})[0].tolist() == [[2, 2], [2, 2]]
 

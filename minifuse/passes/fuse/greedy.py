@@ -15,6 +15,7 @@ from math import prod
 from minifuse.ir.index import Axis, Expr
 from minifuse.ir.kernel import Buffer, Extern, Free, Launch, Plan, Step, Store, TensorRef
 from minifuse.passes.context import CompileContext
+from minifuse.passes.memory import unknown_at_start
 
 from .group import Group, NotInvertible, build, forward, grid_axes, innermost
 from .unify import Equation, Refusal, Unified, unify
@@ -61,8 +62,11 @@ class Fuser:
             self.readers.setdefault(b, set()).add(i)
 
     def link(self) -> None:
-        """Edges: a reader after its writer, a writer of an input after those that read it, effects in order."""
+        """Edges: a reader after its writer, a writer of an input after those that read it, effects in order,
+        and what depends on a number after the step that finds it."""
         effect: int | None = None
+        late = unknown_at_start(self.plan)
+        numbers: dict[str, int] = {}
         seen: dict[str, list[int]] = {}
         for i, step in self.steps.items():
             if isinstance(step, Extern) and step.effect:
@@ -70,6 +74,11 @@ class Fuser:
                     self.edge(effect, i)
                 effect = i
             assert isinstance(step, (Launch, Extern))
+            for name in self.numbers(step, late):
+                if name in numbers:
+                    self.edge(numbers[name], i)
+            if isinstance(step, Extern):
+                numbers |= dict.fromkeys(step.defines, i)
             for b in step.reads:
                 if b in self.writer:
                     self.edge(self.writer[b], i)
@@ -78,6 +87,19 @@ class Fuser:
                 for r in [*seen.get(b, []), *([self.writer[b]] if b in self.writer else [])]:
                     self.edge(r, i)
                 self.writer[b] = i
+
+    def numbers(self, step: Step, late: set[str]) -> set[str]:
+        """The sizes that depend on data and the opaque results that a step mentions."""
+        if isinstance(step, Extern):
+            found = set(step.mentions)
+        elif isinstance(step, Launch) and late:
+            found = {s.name for s in step.kernel.symbols()}
+        else:
+            return set()
+        symbols = self.plan.symbols
+        while more := {n for name in found & late for n in symbols[name].mentions(late)} - found:
+            found |= more
+        return found
 
     def mutates(self, step: Step) -> list[str]:
         """Inputs that an extern writes into: everything mutated that it mentions."""
@@ -381,7 +403,7 @@ class Fuser:
                     maker = self.groups.get(self.writer.get(name, -1))
                     if maker is None or maker.fixed or not maker.pure or maker.checks or name in self.plan.mutated:
                         continue
-                    if not any(not isinstance(i, Expr) for at in places for i in at):
+                    if self.reads_overwritten(maker) or not any(not isinstance(i, Expr) for at in places for i in at):
                         continue
                     picked = sum(self.extent(a for i in at for a in (i.axes() if isinstance(i, Expr) else i.axes))
                                  for at in places)  # fmt: skip
@@ -412,7 +434,7 @@ class Fuser:
         Pays when all of a's readers are kernels, a is cheap, and what they would read moves fewer
         bytes than storing a's result and reading it back.
         """
-        if not a.pure or a.checks or len(a.writes) != 1 or self.path(a, b):
+        if not a.pure or a.checks or len(a.writes) != 1 or self.reads_overwritten(a) or self.path(a, b):
             return False
         (name,) = a.writes
         if name in self.kept or name not in b.reads or name in self.plan.mutated:
@@ -446,6 +468,10 @@ class Fuser:
             self.push_neighbours(r)
         self.bury(a)
         return True
+
+    def reads_overwritten(self, a: Group) -> bool:
+        """Whether a group reads an input that some step writes: its reader may run after the write."""
+        return not self.plan.mutated.isdisjoint(a.reads)
 
     def inline_into(self, a: Group, reader: Group) -> None:
         stores = {r.param: r for r in forward(a.body, a.inlined) if isinstance(r, Store) and r.param in reader.reads}

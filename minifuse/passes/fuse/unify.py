@@ -102,7 +102,7 @@ def unify(
         axis = c.atom
         if free and isinstance(axis, Axis) and axis not in to_second and not _used(axis, to_first):
             for a in free:
-                own.setdefault(a, _fresh(a, second, own.values()))
+                own.setdefault(a, _fresh(a, (*second, *(b for b in first if b is not a)), own.values()))
                 to_first[a] = own[a].expr
             to_second[axis] = p.substitute({a: to_first[a] for a in p.axes()})
             continue
@@ -140,7 +140,8 @@ def unify(
             pair(a, match)
             left.remove(a)
     for a in left:
-        to_first[a] = _fresh(a, second, own.values()).expr
+        own[a] = _fresh(a, (*second, *(b for b in first if b is not a)), own.values())
+        to_first[a] = own[a].expr
     return Unified(
         {a: e for a, e in to_first.items() if e.atom is not a},
         {a: e for a, e in to_second.items() if e.atom is not a},

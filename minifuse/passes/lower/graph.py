@@ -42,6 +42,7 @@ from minifuse.ir.kernel import (
 )
 from minifuse.passes.context import CompileContext
 
+from .externs import expected
 from .pointwise import DIVISIONS, ROWS, Unsupported, to_compute, truth
 from .structural import STRUCTURAL
 from .view import View
@@ -80,6 +81,9 @@ class Lowering:
     def sizes(self, many: Sequence[Any]) -> tuple[Expr, ...]:
         return tuple(self.size(s) for s in many)
 
+    def strides(self, many: Sequence[Any]) -> tuple[Expr, ...]:
+        return tuple(compat.expr_of_stride(s, self.symbols) for s in many)
+
     def shape(self, node: fx.Node) -> tuple[Expr, ...]:
         return self.sizes(node.meta["val"].shape)
 
@@ -89,14 +93,14 @@ class Lowering:
     ) -> Buffer:
         shape = self.sizes(val.shape)
         if stride is None:
-            stride = self.sizes(val.stride())
+            stride = self.strides(val.stride())
         made = Buffer(name, val.dtype, shape, stride, val.device, storage)
         self.buffers[name] = made
         return made
 
     def dense_stride(self, val: torch.Tensor) -> tuple[Expr, ...]:
         """The strides of a fresh result: those that torch gives it where they are dense."""
-        shape, stride = self.sizes(val.shape), self.sizes(val.stride())
+        shape, stride = self.sizes(val.shape), self.strides(val.stride())
         expected = ONE
         left = [(s, d) for s, d in zip(shape, stride, strict=True) if s is not ONE]
         while left:
@@ -187,7 +191,7 @@ class Lowering:
         found = view.strided()
         if found is not None:
             if isinstance(val, torch.Tensor):
-                pairs = zip(found.shape, found.stride, self.sizes(val.stride()), strict=True)
+                pairs = zip(found.shape, found.stride, self.strides(val.stride()), strict=True)
                 return replace(found, stride=tuple(seen if s is ONE else d for s, d, seen in pairs))
             return found
         shape = view.shape
@@ -394,7 +398,7 @@ class Lowering:
                 return STRUCTURAL[target](self, node, *node.args, **node.kwargs)
             if target in ROWS:
                 return self.pointwise(node)
-            reason = "no lowering for this operator"
+            reason = expected(target) or "no lowering for this operator"
         except Unsupported as why:
             del self.steps[mark[0] :]
             self.buffers.clear()
@@ -446,7 +450,7 @@ class Lowering:
             if isinstance(value, View):
                 self.node = arg
                 want = strides.get(i)
-                wanted = self.sizes(want) if want is not None else self.sizes(arg.meta["val"].stride())
+                wanted = self.strides(arg.meta["val"].stride() if want is None else want)
                 outs.append(self.output_ref(value, wanted))
             elif isinstance(value, (Expr, *Number)) or value is None:
                 outs.append(value)
@@ -499,16 +503,16 @@ def is_effect(node: fx.Node) -> bool:
     if node.op != "call_function":
         return False
     target = node.target
-    if isinstance(target, torch._ops.OpOverload):
+    if isinstance(target, compat.OpOverload):
         if torch.Tag.nondeterministic_seeded in target.tags or target._schema.is_mutable:
             return True
         return target.namespace in ("minifuse", "_c10d_functional", "c10d") or "assert" in target.name()
-    return isinstance(target, torch._ops.HigherOrderOperator) or not target.__module__.startswith("_operator")
+    return isinstance(target, compat.HigherOrderOperator) or not target.__module__.startswith("_operator")
 
 
 def mutated_arguments(node: fx.Node) -> list[fx.Node]:
     """The arguments that a call writes into, by its schema."""
-    if not isinstance(node.target, torch._ops.OpOverload):
+    if not isinstance(node.target, compat.OpOverload):
         return []
     found = []
     for arg, spec in zip(node.args, node.target._schema.arguments, strict=False):

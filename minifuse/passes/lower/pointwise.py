@@ -13,6 +13,7 @@ from dataclasses import dataclass
 
 import torch
 
+from minifuse import compat
 from minifuse.ir import dtypes
 from minifuse.ir.kernel import Cast, Const, Op, Value
 
@@ -270,7 +271,7 @@ def _relu6_like(x: Value, low: float = -1.0, high: float = 1.0) -> Value:
     return _clamp(x, low, high)
 
 
-ROWS: dict[torch._ops.OpOverload, Row] = {
+ROWS: dict[compat.OpOverload, Row] = {
     aten.add.Tensor: Row(_scaled("add")),
     aten.add.Scalar: Row(_scaled("add")),
     aten.sub.Tensor: Row(_scaled("sub")),

@@ -57,8 +57,8 @@ class View:
                 strides.append(ONE)
                 continue
             c = offset.coefficient(a)
-            if c is None or any(other in c.atoms() for other in self.at):
-                return None
+            if c is None or not c.is_nonneg() or any(other in c.atoms() for other in self.at):
+                return None  # torch has no negative strides
             strides.append(c)
             offset = offset.substitute({a: ZERO})
         # a dimension of one element may have any stride: give it the one of a dense layout

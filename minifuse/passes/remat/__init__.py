@@ -2,7 +2,7 @@
 
 from .build import build_problem
 from .partition import partition
-from .plan import RECOMPUTE, SAVE, Choice, RematPlan, RematPolicy
+from .plan import RECOMPUTE, SAVE, Choice, RematPlan, RematPolicy, assemble
 from .policies import POLICIES, resolve
 from .problem import Problem, Value
 from .verify import verify_plan
@@ -16,6 +16,7 @@ __all__ = [
     "RematPlan",
     "RematPolicy",
     "Value",
+    "assemble",
     "build_problem",
     "partition",
     "resolve",

@@ -86,7 +86,7 @@ def _in_backward(n: fx.Node) -> bool:
 
 
 def schema_of(n: fx.Node) -> torch.FunctionSchema | None:
-    return n.target._schema if isinstance(n.target, torch._ops.OpOverload) else None
+    return n.target._schema if isinstance(n.target, compat.OpOverload) else None
 
 
 def op_name(n: fx.Node) -> str:
