@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import argparse
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -50,7 +51,7 @@ def gradients(model: nn.Module, x: Tensor, backend: str, policy: str | RematPoli
     torch._dynamo.reset()
     torch.manual_seed(1)
     model.zero_grad()
-    options = {"remat": policy} if backend == "minifuse" else {}
+    options: dict[str, Any] = {"remat": policy} if backend == "minifuse" else {}
     torch.compile(model, backend=backend, options=options)(x).square().mean().backward()
     return [p.grad.clone() for p in model.parameters() if p.grad is not None]
 

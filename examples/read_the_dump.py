@@ -10,6 +10,7 @@ import subprocess
 import sys
 import tempfile
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -43,7 +44,7 @@ def main() -> None:
 
     with tempfile.TemporaryDirectory() as temporary:
         root = Path(options.dir or temporary)
-        debug = {"debug_dir": str(root)} if options.backend == "minifuse" else {}
+        debug: dict[str, Any] = {"debug_dir": str(root)} if options.backend == "minifuse" else {}
         model = torch.compile(Block(), backend=options.backend, options=debug)
         model(torch.randn(64, 256, requires_grad=True)).sum().backward()
         print(f"{options.backend} wrote {len(list(root.iterdir()))} folders into {root}")

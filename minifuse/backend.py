@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import functools
 import itertools
+import os
 import re
 import threading
 import warnings
@@ -39,6 +40,16 @@ from .runtime.build import build
 Boxed = Callable[[list[Any]], Any]
 _numbers = itertools.count()
 _compiling = threading.RLock()
+
+
+def _after_fork() -> None:
+    """In a forked child: another thread may have been compiling at the fork."""
+    global _compiling
+    _compiling = threading.RLock()
+
+
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(after_in_child=_after_fork)
 
 
 def minifuse_backend(
@@ -284,6 +295,8 @@ def module_name(gm: fx.GraphModule) -> str:
         name = f"{kind if isinstance(kind, str) else kind.__name__}_{inner}"
     else:
         trace = next((n.stack_trace for n in calls if n.stack_trace), "")
-        frame = re.search(r'File "(?:.*[\\/])?([^"]*?)(?:\.py)?", line \d+, in (\S+)', trace)
-        name = "_".join(frame.groups()) if frame else "function"
+        frames = re.findall(r'File "(?:.*[\\/])?([^"]*?)(?:\.py)?", line \d+, in (\S+)', trace)
+        # a decorator may stand in front of the module's own function
+        frame = next((f for f in frames if f[1] == "forward"), frames[0] if frames else ("function",))
+        name = "_".join(frame)
     return re.sub(r"[^A-Za-z0-9]+", "_", name).strip("_")[:80]

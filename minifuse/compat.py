@@ -271,3 +271,69 @@ def extract_forward_backward(
 def count_mutated_inputs(meta: Any) -> int:
     """How many outputs of a forward graph are new values of inputs, before the user's own outputs."""
     return int(meta.num_mutated_inp_runtime_indices)  # 2.11-2.13
+
+
+# -- triton, imported where it is used: it is not there on every system ----------------------------------------------
+def triton_interprets() -> bool:
+    """Whether `@triton.jit` gives interpreted functions: TRITON_INTERPRET=1 when triton was imported. 3.6-3.9."""
+    import triton
+
+    return bool(triton.knobs.runtime.interpret)
+
+
+def gpu_target(backend: str, arch: int | str, warp_size: int) -> Any:
+    """A GPU to compile for, present or not: ("cuda", 90, 32), ("hip", "gfx942", 64). 3.6-3.9."""
+    from triton.backends.compiler import GPUTarget
+
+    return GPUTarget(backend, arch, warp_size)
+
+
+def triton_compile(
+    function: Any, signature: Mapping[str, str], divisible: Sequence[int], warps: int, target: Any = None
+) -> Any:
+    """A compiled kernel; arguments at `divisible` are multiples of 16. Without fused multiply-adds. 3.6-3.9.
+
+    `compiled[(x, y, z)]` is a function of the arguments and `stream=`.
+    """
+    import triton
+    from triton.compiler import ASTSource
+
+    target = target or triton.runtime.driver.active.get_current_target()
+    source = ASTSource(function, dict(signature), {}, {(k,): [["tt.divisibility", 16]] for k in divisible})
+    warps = max(warps * 32 // target.warp_size, 1)
+    return triton.compile(source, target=target, options={"num_warps": warps, "enable_fp_fusion": False})
+
+
+def triton_errors() -> tuple[type[BaseException], ...]:
+    """What compiling a kernel raises when it cannot be: in the front end, the passes, or the assembler. 3.6-3.9."""
+    from triton.compiler.errors import CompilationError
+    from triton.runtime.errors import OutOfResources, PTXASError
+
+    return CompilationError, OutOfResources, PTXASError, RuntimeError
+
+
+def current_raw_stream(device: int) -> int:
+    """The current CUDA stream of a device as the driver's handle. torch 2.11-2.13."""
+    return int(torch._C._cuda_getCurrentRawStream(device))
+
+
+def is_triton_tensor(x: Any) -> bool:
+    """Whether a value is a tensor of Triton's language."""
+    import triton.language
+
+    return isinstance(x, triton.language.tensor)
+
+
+def triton_array(x: Any) -> Any:
+    """The numpy array of an interpreted tensor. 3.6-3.9."""
+    return x.handle.data
+
+
+def triton_tensor(array: Any, dtype: Any) -> Any:
+    """An interpreted tensor of a scalar dtype over a numpy array. 3.6-3.9."""
+    import triton.language as tl
+    from triton.runtime.interpreter import TensorHandle
+
+    shape = [int(n) for n in array.shape]
+    scalar = dtype.scalar
+    return tl.tensor(TensorHandle(array, scalar), tl.block_type(scalar, shape) if shape else scalar)

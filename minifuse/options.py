@@ -35,7 +35,7 @@ class Options:
 
     remat: Any = "mincut"
     """How the backward gets an activation, loaded or recomputed: a policy's name, or an object with
-    `plan(problem) -> RematPlan`."""
+    a `name` and `plan(problem) -> RematPlan`."""
 
     memory_budget: float = 1.0
     """Bytes saved for the backward, as a share (above 0, to 1) of what `remat` saves unconstrained."""

@@ -152,6 +152,7 @@ def test_flex_attention() -> None:
 
 def test_sizes_that_depend_on_data() -> None:
     with torch._dynamo.config.patch(capture_dynamic_output_shape_ops=True, capture_scalar_outputs=True):
+
         def nonzero(x: Tensor) -> tuple[Tensor, Tensor]:
             i = (x > 0).nonzero()
             return i * 2 + 1, x[x > 0].sin()

@@ -18,7 +18,7 @@ from minifuse.ir.kernel import LANES, Cast, Check, Kernel, Load, Op, Param, Rand
 from minifuse.passes.schedule import affine_offset, tile_elements
 
 from .looptree import Fold
-from .printer import CodegenError, Printer, Scope
+from .printer import CodegenError, Printer, Scope, floors
 
 REGISTER = {torch.bfloat16: torch.float32, torch.float16: torch.float32}
 SCALAR = {
@@ -53,7 +53,7 @@ class CDialect:
         return ("x_" if isinstance(a, Axis) else "z_") + a.name
 
     def expr(self, e: Expr) -> str:
-        return e.render(self.axis, "/", "%")
+        return e.render(self.axis, *divisions(e))
 
     def ctype(self, dtype: torch.dtype, lanes: bool) -> str:
         name = register(dtype)
@@ -155,7 +155,7 @@ class CDialect:
             step = "mf_iota_i64()" if c is ONE else f"mf_iota_i64() * ({self.expr(c)})"
             return f"(mf_splat_i64({base}) + {step})"
         lane = f"(mf_splat_i64({self.axis(p.lane)}) + mf_iota_i64())"
-        return "(" + expr.render(lambda a: lane if a is p.lane else self.axis(a), "/", "%") + ")"
+        return "(" + expr.render(lambda a: lane if a is p.lane else self.axis(a), *divisions(expr)) + ")"
 
     def op(self, p: Printer, v: Op, lanes: bool) -> str:
         row = ops.row(v.name)
@@ -433,12 +433,12 @@ class CDialect:
     def held_place(self, p: Printer, v: Value) -> str:
         below = tuple(k for k in p.tree.loops_of(v.axes) if p.loops[k].kind != "grid")
         axes = self.axes_below(p, below)
-        return f"(*(u_{register(v.dtype)}*)({self.locals[v].names[0]} + {self.place(p, axes)}))"
+        buffer, at = self.locals[v].names[0], self.place(p, axes)
+        return f"(*(u_{register(v.dtype)}*)({buffer} + {at}))" if p.lanes(v) else f"{buffer}[{at}]"
 
     def hold(self, p: Printer, v: Value) -> None:
         name = p.name(v)
         p.line(f"{self.held_place(p, v)} = {name};")
-        p.filled = p.filled | {v}
 
     def held(self, p: Printer, v: Value) -> str:
         return self.held_place(p, v)
@@ -458,6 +458,11 @@ class CDialect:
         body = [f"  {text}" for text in lines[:counted]]
         body += [f"  {opening}", *(f"    {text}" for text in lines[counted:]), "  }"]
         return "\n".join([head, "{", *body, "}"])
+
+
+def divisions(e: Expr) -> tuple[str, str]:
+    """C's own division and remainder where they round as Python's do, else helpers that do."""
+    return ("MF_FLOORDIV(", "MF_MOD(") if floors(e) else ("/", "%")
 
 
 def register(dtype: torch.dtype) -> str:

@@ -22,6 +22,9 @@ typedef __UINT32_TYPE__ uint32_t; typedef __UINT64_TYPE__ uint64_t;
 #define MF_ONCE static __attribute__((noinline))
 #define MF_SIMD _Pragma("omp simd")
 #define MF_LANES MF_SIMD for (int l = 0; l < 16; l++)
+/* Rounding down, by a positive divisor; on scalars and vectors. */
+#define MF_FLOORDIV(a, b) (((a) / (b)) + (((a) % (b)) >> 63))
+#define MF_MOD(a, b) (((a) % (b)) + ((((a) % (b)) >> 63) & (b)))
 """
 
 

@@ -12,7 +12,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass, field, replace
 
 from minifuse.ir.index import Axis
-from minifuse.ir.kernel import Check, Kernel, Load, Loop, Reduce, Root, Schedule, Store, Value, topological
+from minifuse.ir.kernel import Check, Kernel, Load, Loop, Pick, Reduce, Root, Schedule, Store, Value, topological
 from minifuse.passes.schedule import HOLD_BYTES, HOLD_COST, tile_elements, value_costs
 
 
@@ -68,7 +68,10 @@ class LoopTree:
 
 
 def build(kernel: Kernel, schedule: Schedule) -> LoopTree:
-    """Nest the roots; deterministic. Raises ValueError when a root cannot run under the grid."""
+    """Nest the roots; deterministic. A reduction whose axis has no loop is an expression, with no folds.
+
+    Raises ValueError when a root cannot run under the grid.
+    """
     loops = schedule.loops
 
     def loops_of(axes: Iterable[Axis]) -> tuple[int, ...]:
@@ -87,11 +90,13 @@ def build(kernel: Kernel, schedule: Schedule) -> LoopTree:
             path = loops_of(v.axes | {v.over})
             for depth, k in enumerate(reversed(levels)):
                 fold = Fold(v, k, depth)
-                paths[fold] = tuple(p for p in path if loops[p].axis is not v.over or p <= k)
+                # partial results are joined as a whole, outside of the loops that they vary over
+                paths[fold] = tuple(p for p in path if p <= k or depth == 0)
                 order.append(fold)
                 made.append(fold)
             folds[v] = tuple(made)
-            maker[v] = made[-1]
+            if made:
+                maker[v] = made[-1]
         if v in held:
             hold = Hold(v)
             order.append(hold)
@@ -121,6 +126,8 @@ def _needs(item: Item, maker: dict[Value, Item], folds: dict[Reduce, tuple[Fold,
     """Items whose result an item uses directly."""
     if isinstance(item, Fold) and item.level > 0:
         return {folds[item.value][item.level - 1]}
+    if isinstance(item, Hold) and isinstance(item.value, Reduce):
+        return {folds[item.value][-1]}
     return {maker[v] for v in _direct(item, maker) if v in maker}
 
 
@@ -222,12 +229,43 @@ def _nest(
 
 # -- row buffers ------------------------------------------------------------------------------------
 def with_held(kernel: Kernel, schedule: Schedule) -> LoopTree:
-    """The tree, with values that several loops over one row need, and that are dear, kept in a buffer."""
+    """The tree, with values kept in a buffer that several loops over one row need: results of
+    reductions, and what is dear to compute again."""
     tree = build(kernel, schedule)
-    held = _worth_holding(tree)
+    held = _lost(tree)
+    held += tuple(v for v in _worth_holding(tree) if v not in held)
     if not held:
         return tree
     return build(kernel, replace(schedule, held=held))
+
+
+def _lost(tree: LoopTree) -> tuple[Value, ...]:
+    """Results of reductions that are used in another loop over the rows than the one that makes them."""
+    inside: dict[Item, tuple[int, ...]] = {}
+
+    def visit(node: Node, above: tuple[int, ...]) -> None:
+        for item in node.items:
+            if isinstance(item, Node):
+                visit(item, (*above, id(item)))
+            else:
+                inside[item] = above
+
+    visit(tree.root, (id(tree.root),))
+    maker: dict[Value, Item] = {r: folds[-1] for r, folds in tree.folds.items()}
+    found: dict[Value, None] = {}
+    for item in inside:
+        if isinstance(item, Fold) and item.level > 0:
+            continue
+        values = _direct(item, maker)
+        for v in values:
+            r = v.value if isinstance(v, Pick) else v
+            if not isinstance(r, Reduce) or len(r.args) > 1 and v is r:
+                continue
+            last = tree.folds[r][-1]
+            depth = sum(k < last.loop for k in tree.paths[last])
+            if inside[last][: depth + 1] != inside[item][: depth + 1]:
+                found[v] = None
+    return tuple(found)
 
 
 def _leaves(node: Node, out: list[list[Item]]) -> None:

@@ -13,7 +13,7 @@ from typing import Protocol
 
 import torch
 
-from minifuse.ir.index import Axis, Expr, Sym
+from minifuse.ir.index import Axis, Expr, FloorDiv, Mod, Sym
 from minifuse.ir.kernel import (
     Cast,
     Check,
@@ -75,9 +75,9 @@ class Dialect(Protocol):
 class Printer:
     """Writes one kernel in one dialect."""
 
-    def __init__(self, kernel: Kernel, schedule: Schedule, dialect: Dialect) -> None:
+    def __init__(self, kernel: Kernel, schedule: Schedule, dialect: Dialect, tree: LoopTree | None = None) -> None:
         self.kernel = kernel
-        self.tree: LoopTree = with_held(kernel, schedule)
+        self.tree: LoopTree = tree or with_held(kernel, schedule)
         self.loops = self.tree.loops
         self.schedule = self.tree.schedule
         self.dialect = dialect
@@ -86,6 +86,7 @@ class Printer:
         self.lane = self.schedule.lane
         self.serial = 0
         self.holding: set[Value] = set()
+        self.filled: set[Value] = set()
         self.symbols: tuple[Sym, ...] = tuple(sorted(kernel.symbols(), key=lambda s: s.name))
 
     def write(self, name: str) -> str:
@@ -107,6 +108,7 @@ class Printer:
                 self.dialect.check(self, item)
             elif isinstance(item, Hold):
                 self.dialect.hold(self, item.value)
+                self.filled.add(item.value)
             else:
                 self.dialect.fold_step(self, item)
 
@@ -177,17 +179,7 @@ class Printer:
 
     def uses(self, v: Value) -> tuple[Value, ...]:
         """Values whose names the text of v mentions. A finished reduction and a held row need none."""
-        if isinstance(v, Reduce) or (v in self.schedule.held and v in self.holding and not self.making(v)):
-            return ()
-        if isinstance(v, Pick):
-            return ()
-        return v.args
-
-    def making(self, v: Value) -> bool:
-        """Whether a held value is being computed in the loop that fills its buffer."""
-        return v not in self.filled
-
-    filled: frozenset[Value] = frozenset()
+        return () if isinstance(v, (Reduce, Pick)) or v in self.filled else v.args
 
     def find(self, v: Value) -> tuple[str, ...] | None:
         for scope in reversed(self.scopes):
@@ -199,13 +191,13 @@ class Printer:
         scope = self.scope_of(self.tree.loops_of(v.axes))
         lanes = self.lanes(v)
         d = self.dialect
-        if isinstance(v, Reduce):
+        if isinstance(v, Reduce) and v not in self.filled:
             names = d.fold_read(self, v)
             if names is None:
                 raise CodegenError(f"{v.kind} over {v.over} is read before it is finished")
             scope.names[v] = names
             return
-        if isinstance(v, Pick):
+        if isinstance(v, Pick) and v not in self.filled:
             if self.find(v.value) is None:
                 self.emit(v.value)
             names = self.find(v.value) or ()
@@ -214,7 +206,7 @@ class Printer:
         if isinstance(v, Const):
             self.scopes[0].names[v] = (d.const(self, v.value, v.dtype),)
             return
-        if v in self.schedule.held and v in self.filled:
+        if v in self.filled:
             text = d.held(self, v)
         elif isinstance(v, IndexOf):
             text = d.index(self, v.expr, v.dtype, lanes)
@@ -248,6 +240,13 @@ class Printer:
 
     def last_loop(self, axis: Axis) -> int:
         return max(k for k, loop in enumerate(self.loops) if loop.axis is axis)
+
+
+def floors(expr: Expr) -> bool:
+    """Whether a division in an expression may have a negative numerator, where a target's own
+    division and remainder would round towards zero."""
+    parts = [a for mono, _ in expr.terms for a in mono if isinstance(a, (FloorDiv, Mod))]
+    return any(not a.num.is_nonneg() or floors(a.num) or floors(a.den) for a in parts)
 
 
 def _items(node: Node) -> list[object]:

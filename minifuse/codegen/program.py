@@ -265,7 +265,7 @@ class _Writer:
             out.append(f"sym_{symbol} = {self.var(step.results[i] or '')}.size({d})")
         self.derive({symbol for _, symbol in step.sizes} | {symbol for _, _, symbol in step.dims})
         for result in step.results:
-            if step.dims and result in plan.buffers and self.is_late(plan.buffers[result], step):
+            if result is not None and result in plan.buffers and self.is_late(plan.buffers[result], step):
                 name = self.var(result)
                 out.append(f"{name} = {self.adopt(name, plan.buffers[result], copies, step, known=True)}")
 

@@ -9,7 +9,7 @@ from minifuse.ir.index import Expr, cdiv, product
 from minifuse.ir.kernel import Launch
 from minifuse.ir.text import kernel_hash
 
-from .c import kernel_source
+from .c import divisions, kernel_source
 from .c_prelude import MathLibrary, prelude
 
 # A thread is woken for at least this many bytes of a kernel's work.
@@ -102,7 +102,7 @@ def write_unit(
             sizes = [f"Z[{at[s.name]}]" for s in sorted(launch.kernel.symbols(), key=lambda s: s.name)]
             pointers = ", ".join(f"B[{k}]" for k in slots)
             count = grid_count(launch)
-            text = count.render(lambda a: f"Z[{at[a.name]}]", "/", "%")
+            text = count.render(lambda a: f"Z[{at[a.name]}]", *divisions(count))
             hint = max(bytes_of(launch), 1)
             most = max(hint // GRAIN_BYTES, 1)
             lines.append(f"  {{ // {launch.name}")

@@ -227,10 +227,11 @@ class Report:
     @cached_property
     def headline(self) -> list[str]:
         """The figures in sentences."""
+        calls = _count(len(self.externs), "ATen call")
         lines = [
-            f"{self.name}: {self.kernels_unfused} operators in {self.kernels} kernels, "
-            f"{bytes_text(self.bytes_unfused)} -> {bytes_text(self.kernel_bytes)}; {len(self.externs)} calls of ATen "
-            f"({bytes_text(self.extern_bytes)}); generated code for {self.coverage:.0%} of the fusible operators"
+            f"{self.name}: {_count(self.kernels_unfused, 'operator')} in {_count(self.kernels, 'kernel')}, "
+            f"{bytes_text(self.bytes_unfused)} -> {bytes_text(self.kernel_bytes)}; "
+            f"{calls} ({bytes_text(self.extern_bytes)}); {self.coverage:.0%} of what can fuse is generated code"
         ]
         if self.remat is not None:
             model = f"{1e6 * self.remat.extra_seconds:.3g} us by the model"
@@ -283,8 +284,9 @@ class Report:
         rows = sorted(by_op.items(), key=lambda item: -sum(e.nbytes for e in item[1]))
         table = _table("ATen", "calls", "bytes", "because", "first from")
         for (op, reason), calls in rows[:EXTERNS_SHOWN]:
-            where = Text(_clip(calls[0].where, 40))
-            table.add_row(Text(op), str(len(calls)), bytes_text(sum(e.nbytes for e in calls)), Text(_clip(reason, 40)), where)
+            texts = (Text(_clip(reason, 36)), Text(_clip(calls[0].where, 26)))
+            nbytes = sum(e.nbytes for e in calls)
+            table.add_row(Text(_clip(op, 36)), str(len(calls)), bytes_text(nbytes), *texts)
         if len(rows) > EXTERNS_SHOWN:
             rest = [e for _, calls in rows[EXTERNS_SHOWN:] for e in calls]
             table.add_row(f"{len(rows) - EXTERNS_SHOWN} more", str(len(rest)), bytes_text(sum(e.nbytes for e in rest)))
@@ -338,6 +340,10 @@ def _table(*headings: str) -> Table:
     for heading in headings:
         table.add_column(heading, justify="right" if heading in FIGURES else "left", no_wrap=True)
     return table
+
+
+def _count(n: int, noun: str) -> str:
+    return f"{n} {noun}" if n == 1 else f"{n} {noun}s"
 
 
 def _clip(text: str, width: int) -> str:

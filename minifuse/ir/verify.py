@@ -122,7 +122,7 @@ def _verify_in_place(what: str, load: Load, stores: Iterable[Store]) -> None:
 # -- schedules ----------------------------------------------------------------------------------------
 def verify_schedule(kernel: Kernel, schedule: Schedule) -> None:
     """Raise VerificationError unless the loops run every point of every root once, grid loops first
-    and over no reduced axis, one lane loop at most and that the last, and the held values exist.
+    and over no reduced axis, lane loops last, and the held values exist.
     """
     reduced = {r.over for r in kernel.reductions}
     needed = reduced.union(*(root.space for root in kernel.body))
@@ -132,8 +132,9 @@ def verify_schedule(kernel: Kernel, schedule: Schedule) -> None:
     kinds = [loop.kind for loop in schedule.loops]
     if "grid" in kinds[len(schedule.grid) :]:
         raise VerificationError(f"schedule {schedule}: grid loops come first")
-    if "lane" in kinds[:-1]:
-        raise VerificationError(f"schedule {schedule}: there is one lane loop, and it is the last")
+    lanes = kinds.count("lane")
+    if "lane" in kinds[: len(kinds) - lanes]:
+        raise VerificationError(f"schedule {schedule}: lane loops are the last")
     for n, loop in enumerate(schedule.loops):
         if loop.axis not in kernel.axes:
             raise VerificationError(f"schedule {schedule}: {loop.axis} is not an axis of {_list(kernel.axes)}")

@@ -19,7 +19,7 @@ from minifuse.passes.context import CompileContext
 ALIGN = 64
 # A buffer of this size has a block of its own, which returns to the pool when its last reader has run: one
 # arena for all would be held from the first step to the last. Smaller ones share the arena.
-LARGE_BYTES = 1 << 20
+LARGE_BYTES = 1 << 18
 
 
 @dataclass(frozen=True)

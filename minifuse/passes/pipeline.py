@@ -15,7 +15,9 @@ from .context import CompileContext
 from .fuse import fuse
 from .lower import lower
 from .memory import place
+from . import schedule_triton
 from .schedule import schedule
+from .widen import widen
 
 
 @dataclass(frozen=True)
@@ -28,6 +30,7 @@ class Pass:
 
 PASSES = (
     Pass("fuse", fuse),
+    Pass("widen", widen),
     Pass("schedule", schedule),
     Pass("memory", place),
 )

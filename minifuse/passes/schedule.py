@@ -211,10 +211,10 @@ def split_reduction(kernel: Kernel, name: str, hint: Hint, buffers: dict[str, Bu
         buffer = Buffer(f"{name}_part{k}", r.dtype, shape, tuple(reversed(stride)), device)
         buffers[buffer.name] = buffer
         partial[r] = first_params[buffer.name] = buffer.as_param()
-        value = _at_part(r.args[0], over, whole, inside, ops.REDUCTIONS[r.kind].identity(r.dtype))
+        value = at_part(r.args[0], over, whole, inside, ops.REDUCTIONS[r.kind].identity(r.dtype))
         made = Reduce.of(r.kind, (value,), inner, r.lanes)
         first.append(Store(buffer.name, (part.expr, *(a.expr for a in rest)), made))
-    first_kernel = _closed(Kernel((part, *rest, inner), tuple(first_params.values()), tuple(first), kernel.origins))
+    first_kernel = closed(Kernel((part, *rest, inner), tuple(first_params.values()), tuple(first), kernel.origins))
 
     def joined(v: Value) -> Value | None:
         if isinstance(v, Reduce) and v in partial:
@@ -224,10 +224,10 @@ def split_reduction(kernel: Kernel, name: str, hint: Hint, buffers: dict[str, Bu
 
     body: tuple[Root, ...] = rewrite(kernel.body, None, joined)
     params = (*kernel.params, *partial.values())
-    return [first_kernel, _closed(Kernel((part, *rest), params, body, kernel.origins))]
+    return [first_kernel, closed(Kernel((part, *rest), params, body, kernel.origins))]
 
 
-def _at_part(value: Value, over: Axis, whole: Expr, inside: Value | None, identity: object) -> Value:
+def at_part(value: Value, over: Axis, whole: Expr, inside: Value | None, identity: object) -> Value:
     """A reduction's argument at an element of a chunk, the identity past the end."""
     out: dict[Value, Value] = {}
     for v in topological([value]):
@@ -241,7 +241,7 @@ def _at_part(value: Value, over: Axis, whole: Expr, inside: Value | None, identi
     return Op.of("where", inside, out[value], Const.of(identity, value.dtype))
 
 
-def _closed(kernel: Kernel) -> Kernel:
+def closed(kernel: Kernel) -> Kernel:
     """Without the parameters that the body does not touch."""
     used = {*kernel.reads, *kernel.writes}
     return replace(kernel, params=tuple(p for p in kernel.params if p.name in used))

@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
 import functools
+import os
+import tempfile
 import threading
+import warnings
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -22,6 +26,16 @@ from .program import Program
 Run = list[tuple[int, Launch, KernelText]]
 _loaded: dict[str, Any] = {}
 _lock = threading.Lock()
+
+
+def _after_fork() -> None:
+    """In a forked child: another thread may have held the lock at the fork."""
+    global _lock
+    _lock = threading.Lock()
+
+
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(after_in_child=_after_fork)
 
 
 def build(plan: Plan, ctx: CompileContext) -> Program:
@@ -146,12 +160,26 @@ def load_unit(source: str, tools: toolchain.Toolchain, ctx: CompileContext) -> A
         except OSError:
             path = None
     if library is None:
-        data = toolchain.compile_shared(source, tools)
-        path = cache.put(key, data)
-        library = toolchain.load(path)
+        library = load_bytes(key, toolchain.compile_shared(source, tools), cache)
     with _lock:
         _loaded[key] = library
     return library
+
+
+def load_bytes(key: str, data: bytes, cache: DiskCache) -> Any:
+    """The library of these bytes, loaded from its entry in the cache, or, where nothing can be mapped
+    there (no space, a mount without execution), from a file that is gone once it is mapped."""
+    path = cache.put(key, data)
+    if path is not None:
+        with contextlib.suppress(OSError):
+            return toolchain.load(path)
+    try:
+        with tempfile.NamedTemporaryFile(prefix="minifuse-", suffix=".so") as file:
+            file.write(data)
+            file.flush()
+            return toolchain.load(file.name)
+    except OSError as error:
+        raise CompileError(("load", key), str(error), "") from error
 
 
 def without_broken(
@@ -172,5 +200,7 @@ def without_broken(
             ctx.record("interpreted", step.name, taken=True, reason="the C compiler refused it: {why}",
                        why=str(why)[:2000], where=plan.origins.get(step.name, ""))  # fmt: skip
     if not broken:
-        raise error
+        warnings.warn(f"minifuse runs a graph op by op: {error}", stacklevel=2)
+        ctx.record("interpreted", ctx.name, taken=True, reason="the C compiler fails: {why}", why=str(error)[:2000])
+        return {}
     return {i: text for i, text in texts.items() if text.name not in broken}

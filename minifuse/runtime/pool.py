@@ -12,6 +12,7 @@ import time
 import weakref
 from collections.abc import Sequence
 from types import TracebackType
+from typing import Any
 
 import numpy as np
 import torch
@@ -25,6 +26,8 @@ MAX_AGE = 30.0
 _STEPS = 8
 # A free block of one of the next sizes serves a request that has none of its own.
 NEAR_CLASSES = 4
+# Beyond what was in use at most, one part in so many may be held.
+SLACK = 32
 
 
 def size_class(nbytes: int) -> int:
@@ -47,20 +50,41 @@ class _Tenant(np.ndarray):
 
 
 class _Block:
-    """A 64-byte aligned piece of memory, in use or in its pool's free list of its size."""
+    """A 64-byte aligned piece of memory, in use or in its pool's free list of its size.
 
-    __slots__ = ("array", "free", "since", "tensor")
+    `memo` is for what a user of the block wants to find again with it, by user; it dies with either.
+    """
 
-    def __init__(self, size: int, free: list[_Block]) -> None:
+    __slots__ = ("array", "free", "memo", "since", "tensor", "usage")
+
+    def __init__(self, size: int, free: list[_Block], usage: _Usage) -> None:
         self.tensor = torch.empty(size, dtype=torch.uint8)
         self.array = self.tensor.numpy()
         self.free = free
+        self.usage = usage
         self.since = 0.0
+        self.memo: weakref.WeakKeyDictionary[Any, Any] = weakref.WeakKeyDictionary()
 
     def give_back(self) -> None:
-        # Runs in finalisers, on any thread, perhaps inside the pool's own code: one atomic append, no lock.
+        # Runs in finalisers, on any thread, perhaps inside the pool's own code: the lock is reentrant.
         self.since = time.monotonic()
+        self.usage.change(-self.tensor.nbytes)
         self.free.append(self)
+
+
+class _Usage:
+    """Bytes in use, now and at most."""
+
+    __slots__ = ("lock", "most", "now")
+
+    def __init__(self) -> None:
+        self.now = self.most = 0
+        self.lock = threading.RLock()
+
+    def change(self, nbytes: int) -> None:
+        with self.lock:
+            self.now += nbytes
+            self.most = max(self.most, self.now)
 
 
 class Lease:
@@ -81,6 +105,13 @@ class Lease:
         if self._block is None:
             raise RuntimeError("this lease has been released; its memory may serve another call")
         return self._block.tensor
+
+    @property
+    def memo(self) -> weakref.WeakKeyDictionary[Any, Any]:
+        """What users of this memory left to be found with it."""
+        if self._block is None:
+            raise RuntimeError("this lease has been released; its memory may serve another call")
+        return self._block.memo
 
     def release(self) -> None:
         block, self._block = self._block, None
@@ -108,7 +139,7 @@ class Pool:
         self.limit_bytes = limit_bytes
         self._free: dict[int, list[_Block]] = {}
         self._held = 0
-        self._most_used = 0
+        self._usage = _Usage()
         self._lock = threading.Lock()
         if hasattr(os, "register_at_fork"):
             this = weakref.ref(self)
@@ -127,7 +158,7 @@ class Pool:
     @property
     def used_bytes(self) -> int:
         """Bytes of blocks under leases and living tensors."""
-        return self._held - self.free_bytes
+        return self._usage.now
 
     def lease(self, nbytes: int) -> Lease:
         """An arena of at least `nbytes` bytes, contents undefined."""
@@ -173,29 +204,32 @@ class Pool:
 
     def _take(self, nbytes: int) -> _Block:
         size = size_class(nbytes)
-        free = self._free.get(size)
-        if free is None:
-            with self._lock:
-                free = self._free.setdefault(size, [])
-        try:
-            return free.pop()  # last in, first out: the warmest
-        except IndexError:
-            pass
-        near = size
-        for _ in range(NEAR_CLASSES):
-            near = size_class(near + 1)
-            blocks = self._free.get(near)
+        block = self._reuse(size) or self._new(size)
+        self._usage.change(block.tensor.nbytes)
+        return block
+
+    def _reuse(self, size: int) -> _Block | None:
+        """A free block of this size, the warmest, or of one of the next sizes."""
+        for _ in range(1 + NEAR_CLASSES):
+            free = self._free.get(size)
             try:
-                if blocks:
-                    return blocks.pop()
+                if free:
+                    return free.pop()
             except IndexError:
-                continue
+                pass  # another thread took it
+            size = size_class(size + 1)
+        return None
+
+    def _new(self, size: int) -> _Block:
+        """A block from the system. What is held stays near what was once in use together: unused blocks of
+        other sizes go first."""
+        with self._lock:
+            free = self._free.setdefault(size, [])
         if self._held:
-            # What is held never exceeds what was once in use together: blocks of other sizes make room first.
-            used = self.used_bytes
-            self._most_used = max(self._most_used, used + size)
-            self.trim(MAX_AGE, min(self.limit_bytes, self._most_used - used - size))
-        block = _Block(size, free)
+            used = self._usage.now + size
+            most = max(self._usage.most, used)
+            self.trim(MAX_AGE, min(self.limit_bytes, most + most // SLACK - used))
+        block = _Block(size, free, self._usage)
         with self._lock:
             self._held += size
         return block
@@ -206,3 +240,4 @@ def _renew_lock(pool: weakref.ref[Pool]) -> None:
     found = pool()
     if found is not None:
         found._lock = threading.Lock()
+        found._usage.lock = threading.RLock()

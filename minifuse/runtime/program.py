@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
 import os
-import threading
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -21,7 +21,6 @@ from minifuse.passes.memory import arena_intervals, pack
 from .pool import Lease, Pool
 
 POOL = Pool()
-KEPT_FRAMES = 4
 
 
 class _Threads:
@@ -59,7 +58,6 @@ class Frame:
     """What one call needs that does not change between calls over the same memory."""
 
     key: tuple[int, ...]
-    address: int
     pointers: list[Any]
     views: list[torch.Tensor]
     sizes: Any
@@ -89,7 +87,6 @@ class Program:
         self.intervals = arena_intervals(plan)
         self.layouts: dict[tuple[int, ...], Layout] = {}
         self.frames: dict[tuple[tuple[int, ...], int], Frame] = {}
-        self.lock = threading.Lock()
         namespace: dict[str, Any] = {
             "torch": torch, "enter": self.enter, "leave": self.leave, "view": view, "new": new, "adopt": adopt,
             "fail": self.fail, "threads": threads, "interpret": self.interpret, **host.objects,
@@ -120,23 +117,16 @@ class Program:
         """Lease an arena for a call with these sizes."""
         layout = self.layouts.get(key) or self.layout(key)
         lease = POOL.lease(layout.nbytes)
-        base = lease.tensor
-        address = base.data_ptr()
-        frame = self.frames.pop((key, address), None)
-        if frame is None:
-            frame = self.make_frame(key, layout, base)
+        kept = lease.memo.get(self)
+        frame = kept if kept is not None and kept.key == key else self.make_frame(key, layout, lease.tensor)
         frame.lease = lease
         return frame
 
     def leave(self, frame: Frame) -> None:
-        """Give the arena back; the frame waits for a call over the same memory."""
+        """Give the arena back; the frame stays with the memory for the next call over it."""
         lease, frame.lease = frame.lease, None
-        if len(self.frames) >= KEPT_FRAMES:
-            with self.lock:
-                while len(self.frames) >= KEPT_FRAMES:
-                    self.frames.pop(next(iter(self.frames)), None)
-        self.frames[(frame.key, frame.address)] = frame
         if lease is not None:
+            lease.memo[self] = frame
             lease.release()
 
     def make_frame(self, key: tuple[int, ...], layout: Layout, base: torch.Tensor) -> Frame:
@@ -154,7 +144,7 @@ class Program:
         for k, name in enumerate(self.unit_symbols):
             sizes[k] = layout.env.get(name, 0)
         views = [self.arena_view(r, layout, base) for r in self.host.views]
-        return Frame(key, address, pointers, views, sizes)
+        return Frame(key, pointers, views, sizes)
 
     def arena_view(self, r: TensorRef, layout: Layout, base: torch.Tensor) -> torch.Tensor:
         buffer = self.plan.buffers[r.buffer]

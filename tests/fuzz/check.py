@@ -241,11 +241,22 @@ def other_sizes(case: Case) -> dict[int, int] | None:
             continue
         try:
             expect(case.recipe, sizes)
-            if case.gm.shape_env.evaluate_guards_for_args(holders, case.recipe.arguments(sizes)):  # type: ignore[union-attr]
+            given = case.recipe.arguments(sizes)
+            if case.gm.shape_env.evaluate_guards_for_args(holders, given) and laid_out(holders, given):  # type: ignore[union-attr]
                 return sizes
         except (RuntimeError, IndexError, ValueError, TypeError):
             continue
     return None
+
+
+def laid_out(holders: Tensors, given: Tensors) -> bool:
+    """Whether inputs have the strides that were traced, which guards of a bare trace say nothing of."""
+    env = {s.node.expr: n for h, x in zip(holders, given, strict=True) for s, n in zip(h.shape, x.shape) if isinstance(s, torch.SymInt)}
+    for h, x in zip(holders, given, strict=True):
+        wanted = [s.node.expr.xreplace(env) if isinstance(s, torch.SymInt) else s for s in h.stride()]
+        if [int(w) if str(w).isdigit() else w for w in wanted] != list(x.stride()):
+            return False
+    return True
 
 
 def call(program: Program, recipe: Recipe, sizes: dict[int, int] | None) -> tuple[Tensors, Tensors]:

@@ -106,7 +106,7 @@ def make(spec: Input, seed: int, before: Tensor | None = None) -> Tensor:
     if spec.layout == "permuted":
         base = base[::-1]
     elif spec.layout in ("strided", "offset") and base:
-        base[-1] = base[-1] * 2 + 3
+        base[-1] = base[-1] * 6 + 3
     elif spec.layout == "expanded" and base:
         base[0] = 1
     elif spec.layout == "overlapping" and len(base) > 1:
@@ -115,7 +115,7 @@ def make(spec: Input, seed: int, before: Tensor | None = None) -> Tensor:
     if spec.layout == "permuted":
         return x.permute(list(reversed(range(len(base)))))
     if spec.layout == "strided" and base:
-        return x[..., 1 : 1 + 2 * shape[-1] : 2]
+        return x[..., 1 : 1 + 6 * shape[-1] : 6]
     if spec.layout == "offset" and base:
         return x[..., 3 : 3 + shape[-1]]
     if spec.layout == "expanded" and base:
@@ -149,7 +149,7 @@ FLOAT_UNARY = (
     ("{0}.abs()", "same"), ("-{0}", "same"), ("torch.relu({0})", "same"), ("{0} * 2", "same"), ("{0} + 0.5", "same"),
     ("1 - {0}", "same"), ("{0} * 0.1", "loose"), ("{0} / 3", "loose"), ("torch.square({0})", "same"),
     ("{0}.clamp(-1.5, 2)", "same"), ("{0}.clamp(min=0.25)", "same"), ("{0}.clamp(max=1)", "same"),
-    ("1.0 / ({0}.abs() + 1)", "same"), ("torch.sqrt({0}.abs())", "same"), ("{0}.neg().clone()", "same"),
+    ("1.0 / ({0}.abs() + 1)", "same"), ("torch.sqrt({0}.abs())", "loose"), ("{0}.neg().clone()", "same"),
     ("torch.floor({0})", "jump"), ("torch.ceil({0})", "jump"), ("torch.round({0})", "jump"), ("torch.trunc({0})", "jump"),
     ("torch.sign({0})", "jump"), ("{0} > 0.25", "jump"), ("{0} <= 0", "jump"), ("{0} == 0.5", "jump"), ("0.5 < {0}", "jump"),
     ("torch.isnan({0})", "jump"), ("torch.isinf({0})", "jump"), ("{0}.logical_not()", "jump"), ("{0}.bool()", "jump"),
@@ -418,9 +418,9 @@ class Maker:
             self.add(f"F.pad({{0}}, {pads}, value={rng.choice((0, 1, 3))})", [x])
         elif kind == "scatter":
             if self.rng.random() < 0.5:
-                self.add(f"torch.select_scatter({{0}}, {{0}}.select({d}, -1) * 2, {d}, 0)", [x])
+                self.add(f"torch.select_scatter({{0}}.contiguous(), {{0}}.select({d}, -1) * 2, {d}, 0)", [x])
             else:
-                self.add(f"torch.slice_scatter({{0}}, {{0}}.narrow({d}, 0, 2) + 1, {d}, 1, 3)", [x])
+                self.add(f"torch.slice_scatter({{0}}.contiguous(), {{0}}.narrow({d}, 0, 2) + 1, {d}, 1, 3)", [x])
         else:
             def like(t: Tensor) -> bool:
                 return t.dim() == v.dim() and all(a == b or kind == "cat" and k == d for k, (a, b) in enumerate(zip(t.shape, v.shape)))
@@ -482,7 +482,7 @@ class Maker:
         v, rng = self.values[x], self.rng
         d = rng.randrange(v.dim())
         n = self.size(x, d)
-        like = [n for n, t in self.values.items() if t.dtype in (torch.int64, torch.int32) and n in self.exact and t.numel() < 600]
+        like = [n for n, t in self.values.items() if t.dtype in (torch.int64, torch.int32) and t.dim() and t.numel() < 600]
         i = rng.choice(like) if like and rng.random() < 0.5 else self.new_input(
             [rng.choice(self.palette) for _ in range(rng.choice((1, 1, 2)))], rng.choice((torch.int64, torch.int64, torch.int32)), "index")
         at = f"({{1}}.long() % {n})"

@@ -175,8 +175,8 @@ def test_a_tensor_may_die_on_another_thread() -> None:
 def test_trim_gives_unused_blocks_back_and_leaves_used_ones() -> None:
     pool = Pool()
     held = pool.lease(1 << 20)
-    for n in (1 << 16, 1 << 17):
-        pool.lease(n).release()
+    for lease in [pool.lease(1 << 16), pool.lease(1 << 17)]:
+        lease.release()
     assert pool.trim(max_age=1000, limit_bytes=1 << 30) == 0
     assert pool.trim(max_age=1000, limit_bytes=1 << 17) == 1 << 16
     assert pool.trim() == 1 << 17
@@ -218,3 +218,10 @@ def test_a_forked_child_has_its_own_pool() -> None:
             pool.lease(5000)
             os._exit(0 if t[0, 0] == 1 else 1)
     assert os.waitpid(child, 0)[1] == 0 and (t == 1).all()
+
+
+def test_what_is_held_stays_near_what_was_once_in_use_together() -> None:
+    pool = Pool()
+    for megabytes in (8, 16, 32, 24, 12):
+        pool.lease(megabytes << 20).release()
+    assert pool.held_bytes <= 34 << 20

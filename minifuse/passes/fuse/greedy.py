@@ -26,6 +26,8 @@ MIN_GRID = 32
 SMALL_WORK = 16_384
 CHEAP = 24.0
 READERS_CONSIDERED = 4
+NEAR_STEPS = 24
+LONG_BYTES = 65_536
 
 
 class Fuser:
@@ -270,7 +272,29 @@ class Fuser:
         found = unify(hard if vertical else self.sibling_equations(a, b, soft), soft, a.axes, b.axes, a.reduced)
         if isinstance(found, Refusal):
             return found
-        return self.parallel(a, b, found) or found
+        return self.parallel(a, b, found) or self.lengthens(a, b) or found
+
+    def lengthens(self, a: Group, b: Group) -> Refusal | None:
+        """One kernel runs when the earlier of the two is needed; what the other writes then waits for its reader.
+
+        Bytes that wait over more than a few steps must be paid for by inputs that die earlier.
+        """
+        need_a, need_b = self.first_use(a, b), self.first_use(b, a)
+        late = b if need_b > need_a else a
+        distance = abs(need_a - need_b)
+        if distance <= NEAR_STEPS:
+            return None
+        other = a if late is b else b
+        waits = sum(self.bytes[n] for n in late.writes if not self.readers.get(n, set()) <= {a.id, b.id})
+        dies = sum(self.bytes[n] for n in late.reads if self.readers[n] <= {a.id, b.id} and n not in other.writes)
+        if waits <= dies or waits < LONG_BYTES:
+            return None
+        return Refusal("lengthens memory", "{waiting_bytes} more would wait over {steps} steps",
+                       {"waiting_bytes": waits - dies, "steps": distance})  # fmt: skip
+
+    def first_use(self, g: Group, but: Group) -> int:
+        """The rank of the first step that waits for a group, itself where none does."""
+        return min((self.rank[s] for s in g.succs if s != but.id), default=self.rank[g.id])
 
     def sibling_equations(self, a: Group, b: Group, soft: list[Equation]) -> list[Equation]:
         """Siblings must agree on how they walk what they share, or sharing saves nothing."""

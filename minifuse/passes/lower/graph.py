@@ -66,6 +66,7 @@ class Lowering:
         self.origin: dict[str, str] = {}
         self.node_names = {n.name for n in graph.nodes}
         self.node: fx.Node = next(iter(graph.nodes))
+        self.written_inputs = {m.name for n in graph.nodes for m in mutated_arguments(n) if m.op == "placeholder"}
 
     # -- sizes -----------------------------------------------------------------------------------
     def size(self, s: Any) -> Expr:
@@ -395,7 +396,7 @@ class Lowering:
         try:
             mark = len(self.steps), dict(self.buffers)
             if target in STRUCTURAL:
-                return STRUCTURAL[target](self, node, *node.args, **node.kwargs)
+                return self.apart(node, STRUCTURAL[target](self, node, *node.args, **node.kwargs))
             if target in ROWS:
                 return self.pointwise(node)
             reason = expected(target) or "no lowering for this operator"
@@ -405,6 +406,14 @@ class Lowering:
             self.buffers.update(mark[1])
             reason = str(why)
         return self.extern(node, reason)
+
+    def apart(self, node: fx.Node, result: Any) -> Any:
+        """A result that ATen copies is copied here too where it reads an input that the graph writes."""
+        if not isinstance(result, View) or result.buffer.name not in self.written_inputs or is_alias(node):
+            return result
+        if mutated_arguments(node):
+            return result
+        return self.emit(result.read, node.meta["val"])
 
     def symbolic(self, node: fx.Node) -> Expr | None:
         """Arithmetic on sizes is done when a call begins, not by a step."""
@@ -508,6 +517,12 @@ def is_effect(node: fx.Node) -> bool:
             return True
         return target.namespace in ("minifuse", "_c10d_functional", "c10d") or "assert" in target.name()
     return isinstance(target, compat.HigherOrderOperator) or not target.__module__.startswith("_operator")
+
+
+def is_alias(node: fx.Node) -> bool:
+    """Whether a result is a view of an argument, by the operator's schema."""
+    target = node.target
+    return isinstance(target, compat.OpOverload) and any(r.alias_info is not None for r in target._schema.returns)
 
 
 def mutated_arguments(node: fx.Node) -> list[fx.Node]:

@@ -57,7 +57,9 @@ class View:
                 strides.append(ONE)
                 continue
             c = offset.coefficient(a)
-            if c is None or not c.is_nonneg() or any(other in c.atoms() for other in self.at):
+            if c is None or any(other in c.atoms() for other in self.at):
+                return None
+            if not c.is_nonneg() and any(factor < 0 for _, factor in c.terms):
                 return None  # torch has no negative strides
             strides.append(c)
             offset = offset.substitute({a: ZERO})

@@ -213,7 +213,7 @@ def build_problem(
         kind = _kind(n, is_kernel)
         base = n.all_input_nodes[0] if kind == "view" else n
         storage[n] = storage.get(base, base)
-        stored[n] = stored.get(base, False) or kind in ("extern", "item") or _stored(n, graph, is_kernel)
+        stored[n] = stored.get(base, False) or kind in ("extern", "item") or _stored(n, graph, is_kernel, groups)
         random, effect, collective, binds = pin_of(n)
         tag = tags[n]
         priced = phase in ("forward", "either")
@@ -354,8 +354,11 @@ def _read_by_extern(n: fx.Node, graph: JointGraph, is_kernel: Callable[[fx.Node]
     return False
 
 
-def _stored(n: fx.Node, graph: JointGraph, is_kernel: Callable[[fx.Node], bool]) -> bool:
-    """Whether the forward writes a kernel's value to memory anyway: for an extern of its own, or for the caller."""
+def _stored(
+    n: fx.Node, graph: JointGraph, is_kernel: Callable[[fx.Node], bool], groups: Mapping[str, int]
+) -> bool:
+    """Whether the forward writes a kernel's value to memory anyway: for an extern or another kernel of its own, or
+    for the caller."""
     stack = [n]
     while stack:
         here = stack.pop()
@@ -364,8 +367,9 @@ def _stored(n: fx.Node, graph: JointGraph, is_kernel: Callable[[fx.Node], bool])
         for user in here.users:
             if user in graph.forward and is_view(user):
                 stack.append(user)
-            elif user in graph.forward and _kind(user, is_kernel) == "extern":
-                return True
+            elif user in graph.forward:
+                if _kind(user, is_kernel) == "extern" or groups.get(user.name) != groups.get(n.name):
+                    return True
     return False
 
 

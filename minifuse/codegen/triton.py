@@ -1,0 +1,480 @@
+"""The Triton dialect: kernels as `@triton.jit` functions over blocks.
+
+A lane axis is a block of a Triton program: `i1 = tl.arange(0, 1024)`, along one dimension of all the
+kernel's blocks, with a mask `m_i1` where the extent does not fill it. A value that varies over no lane
+is a number. So a reduction over a lane is an expression, not a loop, and the loop tree that the
+printer walks has the schedule's other loops alone. Text calls helpers of `triton_prelude`.
+"""
+
+from __future__ import annotations
+
+import math
+import re
+from dataclasses import dataclass, replace
+
+import torch
+
+from minifuse.ir import dtypes, ops
+from minifuse.ir.index import ONE, Axis, Expr, cdiv
+from minifuse.ir.kernel import (
+    Cast,
+    Check,
+    Const,
+    Kernel,
+    Launch,
+    Load,
+    Op,
+    Param,
+    Random,
+    Reduce,
+    Schedule,
+    Store,
+    Value,
+)
+from minifuse.ir.text import kernel_hash
+from minifuse.passes.schedule import affine_offset
+from minifuse.passes.schedule_triton import blocks, grid_size, power_of_2, problem
+
+from .looptree import Fold, build
+from .printer import CodegenError, Printer, Scope
+
+LIMIT = 1 << 31
+UNROLL = 8
+INLINE_CHARS = 88
+# tl.div_rn and tl.sqrt_rn are float32's; on float64 the plain operations round correctly
+F64 = {"div": "({0} / {1})", "sqrt": "tl.sqrt({0})"}
+LAST_INDEX = (1 << 63) - 1
+
+
+@dataclass(frozen=True)
+class TritonKernel:
+    """A kernel's text and what a launch must know.
+
+    `symbols` are its size arguments after the parameters, `grid` the number of programs; `extents` (elements)
+    and `counts` bound every offset: one over 2**31 asks for 64-bit sizes. `messages` are its checks' by code.
+    """
+
+    name: str
+    text: str
+    symbols: tuple[str, ...]
+    grid: Expr
+    warps: int
+    extents: tuple[Expr, ...]
+    messages: tuple[str, ...]
+
+
+class TritonDialect:
+    """Text of one kernel in Triton."""
+
+    def __init__(self, kernel: Kernel, schedule: Schedule) -> None:
+        self.blocks = blocks(schedule)
+        self.dims = list(self.blocks)
+        self.messages: list[str] = []
+        self.accumulators: dict[Fold, tuple[str, ...]] = {}
+        self.parts: dict[Fold, int] = {}
+        self.extents = _extents(kernel)
+        symbols = sorted(s.name for s in kernel.symbols())
+        wide = any(e.is_const and e.value >= LIMIT for e in self.extents)
+        # sizes are passed in the width that their offsets need, so they say what the rest is computed in
+        self.width = f".to({symbols[0]}.dtype)" if symbols else ".to(tl.int64)" if wide else ""
+        if symbols and wide:
+            self.width = ".to(tl.int64)"
+
+    # -- names and expressions -------------------------------------------------------------------
+    def expr(self, e: Expr) -> str:
+        return e.render(lambda a: a.name)
+
+    def lane_axes(self, axes: frozenset[Axis] | set[Axis]) -> list[Axis]:
+        return [a for a in self.dims if a in axes]
+
+    def shape(self, axes: frozenset[Axis] | set[Axis]) -> str:
+        """The block that a value over these axes is: 1 along the dimensions that it does not vary over."""
+        if not any(a in axes for a in self.dims):
+            return "[]"
+        return "[" + ", ".join(str(self.blocks[a]) if a in axes else "1" for a in self.dims) + "]"
+
+    def ragged(self, axis: Axis) -> bool:
+        rest = axis.size % self.blocks[axis]
+        return not (rest.is_const and rest.value == 0)
+
+    def mask(self, axes: frozenset[Axis] | set[Axis]) -> str:
+        """Which lanes over these axes exist; empty where all do."""
+        return " & ".join(f"m_{a.name}" for a in self.lane_axes(axes) if self.ragged(a))
+
+    def declare(self, p: Printer, scope: Scope, name: str, dtype: torch.dtype, text: str, lanes: bool) -> None:
+        scope.lines.append(f"{name} = {text}")
+
+    def lane(self, axis: Axis, start: str = "") -> list[str]:
+        """The lines that define a lane axis, from where its block begins."""
+        if self.ragged(axis):
+            return [self.arange(axis, start), f"m_{axis.name} = {axis.name} < {self.expr(axis.size)}"]
+        return [self.arange(axis, start)]
+
+    def arange(self, axis: Axis, start: str) -> str:
+        at = "" if len(self.dims) == 1 else "[" + ", ".join(":" if a is axis else "None" for a in self.dims) + "]"
+        lanes = f"tl.arange(0, {self.blocks[axis]}){at}"
+        return f"{axis.name} = {start} + {lanes}" if start else f"{axis.name} = {lanes}{self.width}"
+
+    # -- loops -----------------------------------------------------------------------------------
+    def begin(self, p: Printer) -> None:
+        grid = [loop for loop in p.loops if loop.kind == "grid"]
+        if grid:
+            p.line(f"pid = tl.program_id(0){self.width}")
+        tiled = {loop.axis for loop in p.loops}
+        for axis in self.dims:
+            if axis not in tiled:
+                p.scopes[0].lines += self.lane(axis)
+
+    def open_loop(self, p: Printer, k: int) -> None:
+        """The lines of a loop are placed where it is closed."""
+
+    def close_loop(self, p: Printer, k: int, inner: Scope) -> None:
+        loop, axis = p.loops[k], p.loops[k].axis
+        inside = any(other.axis is axis for other in p.loops[k + 1 :])
+        start = axis.name if loop.step == 1 and axis not in self.blocks else f"{axis.name}_{k}"
+        if loop.kind == "grid":
+            at = self.point(p, k)
+            if loop.step == 1:
+                head = [f"{start} = {at}"]
+            else:
+                head = self.lane(axis, at if at == "pid" and loop.step == 1 else f"{at} * {loop.step}")
+            p.here.lines += [*head, *inner.lines]
+            return
+        outer = [j for j in range(k) if p.loops[j].axis is axis]
+        size, low, stop = self.expr(axis.size), "0", self.expr(axis.size)
+        if outer:
+            low = f"{axis.name}_{outer[-1]}"
+            stop = f"{low} + {p.loops[outer[-1]].step}"
+            if not axis.size.is_const or axis.size.value % p.loops[outer[-1]].step:
+                stop = f"min({stop}, {size})"
+        lines = inner.lines if loop.step == 1 or inside else [*self.lane(axis, start), *inner.lines]
+        plain = loop.step == 1 and not any(re.match(r"\s*(for |tl\.store)", line) for line in lines)
+        bounds = f"{low}, {stop}" + (f", {loop.step}" if loop.step > 1 else "")
+        head_text = f"tl.range({bounds}, loop_unroll_factor={UNROLL})" if plain else f"range({bounds})"
+        p.here.lines.append(f"for {start} in {head_text}:")
+        p.here.lines += ["    " + line for line in lines]
+
+    def point(self, p: Printer, k: int) -> str:
+        """The position of a program along one grid loop; the last loop runs fastest."""
+        grid = [j for j, loop in enumerate(p.loops) if loop.kind == "grid"]
+        counts = {j: cdiv(p.loops[j].axis.size, p.loops[j].step) for j in grid}
+        below = ONE
+        for j in grid:
+            below = below * counts[j] if j > k else below
+        at = "pid" if below is ONE else f"(pid // {self.factor(below)})"
+        return at if k == grid[0] else f"({at} % {self.factor(counts[k])})"
+
+    def factor(self, e: Expr) -> str:
+        return self.expr(e) if e.is_const or e.atom is not None else f"({self.expr(e)})"
+
+    # -- values ----------------------------------------------------------------------------------
+    def const(self, p: Printer, value: object, dtype: torch.dtype) -> str:
+        return typed(value, dtype)
+
+    def index(self, p: Printer, expr: Expr, dtype: torch.dtype, lanes: bool) -> str:
+        name = dtypes.row(dtype).triton
+        return typed(expr.value, dtype) if expr.is_const else f"({self.expr(expr)}).to({name})"
+
+    def op(self, p: Printer, v: Op, lanes: bool) -> str:
+        row = ops.row(v.name)
+        template = F64.get(v.name, row.triton) if v.args[-1].dtype is torch.float64 else row.triton
+        values = v.args[1:] if v.name == "where" else v.args
+        infix = template.startswith("({0}") and not all(isinstance(a, Const) for a in values)
+        # beside a float32 a bare literal is a float32; a helper asks its first argument for its dtype
+        bare = infix or (register(values[0].dtype) is torch.float32 and not isinstance(values[0], Const))
+        bare = bare and values[0].dtype is not torch.bool
+        args = [literal(a.value, a.dtype) if bare and isinstance(a, Const) else p.name(a) for a in v.args]
+        return template.replace("mf.", "mf_").format(*args)
+
+    def cast(self, p: Printer, v: Cast, lanes: bool) -> str:
+        arg, source, target = p.name(v.arg), register(v.arg.dtype), v.dtype
+        if target is torch.bool:
+            return f"({arg} != 0)"
+        if dtypes.is_half(target):
+            x = arg if source is torch.float32 else f"{arg}.to(tl.float32)"
+            return f"mf_{dtypes.name(target)}({x})"
+        if source is target:
+            return arg
+        narrow = target in (torch.int8, torch.int16, torch.uint8) and source.is_floating_point
+        return (
+            f"{arg}.to(tl.int32).to({dtypes.row(target).triton})"
+            if narrow
+            else f"{arg}.to({dtypes.row(target).triton})"
+        )
+
+    def random(self, p: Printer, v: Random, lanes: bool) -> str:
+        index = self.index(p, v.index, torch.int64, lanes)
+        return f"mf_{v.kind}({p.name(v.seed)}, {v.offset}, {index})"
+
+    # -- memory ----------------------------------------------------------------------------------
+    def pointer(self, p: Printer, param: Param, index: tuple[Expr | Value, ...], affine: Expr) -> str:
+        parts = [self.expr(affine)] if affine.terms or len(index) == 0 else []
+        for i, stride in zip(index, param.stride, strict=True):
+            if isinstance(i, Value):
+                parts.append(p.name(i) if stride is ONE else f"{p.name(i)} * {self.factor(stride)}")
+        text = " + ".join(parts)
+        if not text or text == "0":
+            return param.name
+        return f"{param.name} + {text}" if text.isidentifier() else f"{param.name} + ({text})"
+
+    def load(self, p: Printer, v: Load, lanes: bool) -> str:
+        param = p.param(v.param)
+        affine = affine_offset(param, v)
+        over = affine.axes().union(*(i.axes for i in v.index if isinstance(i, Value)))
+        text = self.pointer(p, param, v.index, affine)
+        masks = [m for m in [self.mask(over)] if m]
+        if v.mask is not None:
+            masks.insert(0, p.name(v.mask))
+            beyond = [a for a in self.lane_axes(v.mask.axes) if a not in over]
+            if beyond and not any(a in over for a in self.dims):
+                text = f"{text} + tl.zeros({self.shape(set(beyond))}, tl.int32)"
+            else:
+                text += "".join(f" + 0 * {a.name}" for a in beyond)
+        found = f"tl.load({text}, mask={' & '.join(masks)})" if masks else f"tl.load({text})"
+        if dtypes.is_half(v.dtype):
+            found += ".to(tl.float32)"
+        if v.mask is None or v.other is None:
+            return found
+        return f"tl.where({p.name(v.mask)}, {found}, {p.name(v.other)})"
+
+    def store(self, p: Printer, root: Store) -> None:
+        param = p.param(root.param)
+        offset = param.offset(root.index)
+        at = self.pointer(p, param, root.index, offset)
+        # an axis of size one may be missing from the offset, and a lane of it in the value
+        mask = self.mask(root.space)
+        missing = [a for a in self.lane_axes(root.space) if a not in offset.axes()]
+        for a in missing:
+            at += f" + 0 * {a.name}"
+        value = p.name(root.value)
+        if dtypes.is_half(param.dtype):
+            value += f".to({dtypes.row(param.dtype).triton})"
+        p.line(f"tl.store({at}, {value}, mask={mask})" if mask else f"tl.store({at}, {value})")
+
+    def check(self, p: Printer, root: Check) -> None:
+        if root.message not in self.messages:
+            self.messages.append(root.message)
+        code = self.messages.index(root.message) + 1
+        bad = f"mf_invert({p.name(root.condition)})"
+        mask = self.mask(root.condition.axes)
+        bad = f"{bad} & {mask}" if mask else bad
+        shape = self.shape(root.condition.axes)
+        at = "err" if shape == "[]" else f"err + tl.zeros({shape}, tl.int32)"
+        p.line(f"tl.store({at}, {code}, mask={bad})")
+
+    # -- reductions ------------------------------------------------------------------------------
+    def fold_read(self, p: Printer, r: Reduce) -> tuple[str, ...] | None:
+        """A reduction over a lane alone is an expression."""
+        if p.tree.folds[r]:
+            return None
+        scope = p.scope_of(p.tree.loops_of(r.axes))
+        names = tuple(p.fresh() for _ in r.args)
+        scope.lines += self.across(p, r, names)
+        return names
+
+    def across(self, p: Printer, r: Reduce, names: tuple[str, ...]) -> list[str]:
+        """The lines that reduce the arguments over their lane."""
+        whole = r.axes | {r.over}
+        mask = f"m_{r.over.name}" if self.ragged(r.over) else ""
+        args = []
+        for a, identity in zip(r.args, self.identities(r), strict=True):
+            x = p.name(a)
+            if mask:
+                x = f"tl.where({mask}, {x}, {identity})"
+            if not set(self.lane_axes(whole)) <= set(a.axes):
+                x = f"tl.broadcast_to({x}, {self.shape(whole)})"
+            args.append(x)
+        at = self.dims.index(r.over)
+        before = math.prod(self.blocks[a] for a in self.dims[:at] if a in whole)
+        after = math.prod(self.blocks[a] for a in self.dims[at + 1 :] if a in whole)
+        helper = f"mf_row{r.kind}" if len(r.args) > 1 else f"mf_{r.kind}"
+        lines = [f"{', '.join(names)} = {helper}({', '.join(args)}, {before}, {self.blocks[r.over]}, {after})"]
+        if self.lane_axes(r.axes):
+            return [*lines, *(f"{n} = tl.reshape({n}, {self.shape(r.axes)})" for n in names)]
+        return lines
+
+    def identities(self, r: Reduce) -> tuple[str, ...]:
+        """What an empty reduction holds, and for an argument reduction an index that never wins."""
+        identity = ops.REDUCTIONS[r.kind].identity(r.dtype)
+        first = literal(float(identity), r.dtype) if r.dtype is torch.float32 else typed(identity, r.dtype)
+        return (first,) if len(r.args) == 1 else (first, typed(LAST_INDEX, r.args[1].dtype))
+
+    def fold_begin(self, p: Printer, fold: Fold) -> None:
+        r, loop = fold.value, p.loops[fold.loop]
+        name = p.fresh("a")
+        names = tuple(f"{name}_{k}" for k in range(len(r.args))) if len(r.args) > 1 else (name,)
+        shape = self.shape(r.axes)
+        if fold.level == 0 and r.over in self.blocks and r.over.size.is_const and r.kind in ("sum", "prod"):
+            # the results of the blocks are a row in turn: each has its place in a block of its own
+            self.parts[fold] = power_of_2(-(-r.over.size.value // loop.step))
+            if shape != "[]" or self.parts[fold] > LIMIT // 65_536:
+                raise CodegenError(f"a row of {r.over.size} elements beside other lanes")
+            shape = f"[{self.parts[fold]}]"
+        for n, a, identity in zip(names, r.args, self.identities(r), strict=True):
+            p.line(f"{n} = tl.full({shape}, {identity}, {dtypes.row(register(a.dtype)).triton})")
+        self.accumulators[fold] = names
+
+    def fold_step(self, p: Printer, fold: Fold) -> None:
+        r, into = fold.value, self.accumulators[fold]
+        if fold.level > 0:
+            args = self.accumulators[p.tree.folds[r][fold.level - 1]]
+        elif r.over in self.blocks:
+            for a in r.args:
+                p.name(a)
+            args = tuple(p.fresh() for _ in r.args)
+            p.here.lines += self.across(p, r, args)
+        else:
+            args = tuple(p.name(a) for a in r.args)
+        if fold in self.parts:
+            step, start = p.loops[fold.loop].step, f"{r.over.name}_{fold.loop}"
+            p.line(f"{into[0]} = tl.where(tl.arange(0, {self.parts[fold]}) == {start} // {step}, {args[0]}, {into[0]})")
+            return
+        p.line(f"{', '.join(into)} = {combine(r, into, args)}")
+
+    def fold_end(self, p: Printer, fold: Fold) -> tuple[str, ...]:
+        if fold in self.parts:
+            name = p.fresh()
+            p.line(f"{name} = mf_{fold.value.kind}({self.accumulators[fold][0]}, 1, {self.parts[fold]}, 1)")
+            self.accumulators[fold] = (name,)
+        return self.accumulators[fold]
+
+    def hold_begin(self, p: Printer, v: Value) -> None:
+        """Blocks stay in registers: nothing is kept in a row buffer."""
+
+    def hold(self, p: Printer, v: Value) -> None:
+        raise CodegenError("a row buffer in registers")
+
+    def held(self, p: Printer, v: Value) -> str:
+        raise CodegenError("a row buffer in registers")
+
+    # -- the function ----------------------------------------------------------------------------
+    def finish(self, p: Printer, name: str) -> str:
+        args = [param.name for param in p.kernel.params] + [s.name for s in p.symbols]
+        if self.messages:
+            args.append("err")
+        body = inline(p.scopes[0].lines)
+        return "\n".join(
+            ["@triton.jit", f"def {name}({', '.join(args)}):", *(f"    {line}" for line in body or ["pass"])]
+        )
+
+
+def _extents(kernel: Kernel) -> tuple[Expr, ...]:
+    """Upper bounds of what a kernel computes in integers of index width."""
+    found = [a.size for a in kernel.axes]
+    for param in kernel.params:
+        last = ONE
+        for size, stride in zip(param.shape, param.stride, strict=True):
+            last = last + (size - 1) * stride
+        found.append(last)
+    for v in kernel.values():
+        if isinstance(v, Random) or (hasattr(v, "expr") and isinstance(v, Value)):
+            e = v.index if isinstance(v, Random) else v.expr  # type: ignore[attr-defined]
+            top = e.upper()
+            found.append(Expr.of({(): LIMIT}) if top is None else top)
+    return tuple(dict.fromkeys(found))
+
+
+def register(dtype: torch.dtype) -> torch.dtype:
+    """The dtype that a value is held in: half types are float32 already rounded."""
+    return torch.float32 if dtypes.is_half(dtype) else dtype
+
+
+def literal(value: object, dtype: torch.dtype) -> str:
+    """A constant as a Python literal, which takes the dtype of what it meets."""
+    if isinstance(value, bool):
+        return "1" if value else "0"
+    if isinstance(value, float):
+        if math.isnan(value) or math.isinf(value):
+            return f'float("{value}")'
+        if dtypes.is_half(dtype):
+            value = torch.tensor(value, dtype=dtype).item()
+            return literal(value, torch.float32)
+    return repr(value)
+
+
+def typed(value: object, dtype: torch.dtype) -> str:
+    """A constant as a number of its own dtype."""
+    return f"tl.full([], {literal(value, dtype)}, {dtypes.row(register(dtype)).triton})"
+
+
+def combine(r: Reduce, into: tuple[str, ...], args: tuple[str, ...]) -> str:
+    """An expression that joins what is there with more."""
+    if len(r.args) > 1:
+        return f"mf_{r.kind}({into[0]}, {into[1]}, {args[0]}, {args[1]})"
+    text = ops.row(ops.REDUCTIONS[r.kind].combine).triton.replace("mf.", "mf_").format(into[0], args[0])
+    return text[1:-1] if text.startswith("(") else text
+
+
+_ASSIGN = re.compile(r"(\s*)(v\d+) = (.*)")
+
+
+def inline(lines: list[str]) -> list[str]:
+    """Put a value that is used once, soon and in the same block where it is used: fewer names to follow.
+
+    Loads keep their place and their name.
+    """
+    lines = list(lines)
+    uses: dict[str, int] = {}
+    for line in lines:
+        for name in re.findall(r"\bv\d+\b", line):
+            uses[name] = uses.get(name, 0) + 1
+    for k, line in enumerate(lines):
+        found = _ASSIGN.fullmatch(line)
+        if found is None or uses[found[2]] != 2 or "tl.load" in found[3] or "mf_sum(" in found[3]:
+            continue
+        indent, name, text = found.groups()
+        word = re.compile(rf"\b{name}\b")
+        for j in range(k + 1, len(lines)):
+            depth = len(lines[j]) - len(lines[j].lstrip())
+            if depth < len(indent):
+                break
+            if word.search(lines[j]):
+                longer = len(lines[j].lstrip()) + len(text) > INLINE_CHARS
+                if depth == len(indent) and not longer and not lines[j].lstrip().startswith("for "):
+                    lines[j] = word.sub(lambda _, text=text: text, lines[j])  # type: ignore[misc]
+                    lines[k] = ""
+                break
+    return [re.sub(r"= \((.*)\)$", _unwrap, line) for line in lines if line]
+
+
+def _unwrap(found: re.Match[str]) -> str:
+    """`= (a + b)` without its parentheses, where they are one pair."""
+    depth = 0
+    for c in found[1]:
+        depth += (c == "(") - (c == ")")
+        if depth < 0:
+            return found[0]
+    return f"= {found[1]}"
+
+
+def write_kernel(launch: Launch) -> TritonKernel:
+    """The Triton of one launch's kernel. Raises CodegenError where Triton cannot express it."""
+    kernel, schedule = launch.kernel, launch.schedule
+    assert schedule is not None
+    dialect = TritonDialect(kernel, schedule)
+    if why := problem(kernel, schedule):
+        raise CodegenError(why)
+    loops = replace(schedule, loops=tuple(loop for loop in schedule.loops if loop.kind != "lane"), held=())
+    try:
+        tree = build(kernel, loops)
+    except ValueError as why:
+        raise CodegenError(str(why)) from None
+    name = "k_" + kernel_hash(kernel, schedule)
+    text = Printer(kernel, loops, dialect, tree).write(name)
+    symbols = tuple(sorted(s.name for s in kernel.symbols()))
+    return TritonKernel(
+        name,
+        text,
+        symbols,
+        grid_size(schedule),
+        warps(math.prod(dialect.blocks.values())),
+        dialect.extents,
+        tuple(dialect.messages),
+    )
+
+
+def warps(elements: int) -> int:
+    """Warps of a program: 8 to 32 elements a thread, so that a row's values fit registers without spills."""
+    if elements <= 4096:
+        return min(max(elements // 64, 1), 4)
+    return 8 if elements <= 8192 else 16

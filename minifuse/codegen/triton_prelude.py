@@ -1,0 +1,246 @@
+"""What Triton kernels call: `mf_…` functions as source, of which a module holds those that it uses.
+
+Every function is short and stands in the generated file beside the kernels, so that the file can be
+read, run and changed on its own. Types follow the arguments; float16 and bfloat16 values are float32
+already rounded to their format.
+"""
+
+from __future__ import annotations
+
+import re
+
+HEAD = """import triton
+import triton.language as tl
+from triton.language.extra import libdevice
+"""
+
+_SOURCES = '''
+@triton.jit
+def mf_truncdiv(a, b):
+    """a / b towards zero; 0 where b is 0, and the wrapped -a where b is -1."""
+    safe = tl.where((b == 0) | (b + 1 == 0), b * 0 + 1, b)
+    if a.dtype.is_int_unsigned():
+        return tl.where(b == 0, a * 0, a // tl.where(b == 0, b * 0 + 1, b))
+    return tl.where(b == 0, a * 0, tl.where(b + 1 == 0, 0 - a, a // safe))
+
+@triton.jit
+def mf_rem(a, b):
+    """The remainder of mf_truncdiv, with the sign of a."""
+    if a.dtype.is_int_unsigned():
+        return tl.where(b == 0, a * 0, a % tl.where(b == 0, b * 0 + 1, b))
+    bad = (b == 0) | (b + 1 == 0)
+    return tl.where(bad, a * 0, a % tl.where(bad, b * 0 + 1, b))
+
+@triton.jit
+def mf_floordiv(a, b):
+    """a / b towards minus infinity; 0 where b is 0."""
+    q = mf_truncdiv(a, b)
+    if a.dtype.is_int_unsigned():
+        return q
+    r = mf_rem(a, b)
+    return tl.where((r != 0) & ((r < 0) != (b < 0)), q - 1, q)
+
+@triton.jit
+def mf_mod(a, b):
+    """The remainder of mf_floordiv, with the sign of b."""
+    r = mf_rem(a, b)
+    if a.dtype.is_int_unsigned():
+        return r
+    return tl.where((r != 0) & ((r < 0) != (b < 0)), r + b, r)
+
+@triton.jit
+def mf_maximum(a, b):
+    """The greater; NaN where either is NaN."""
+    if a.dtype.is_floating():
+        return tl.maximum(a, b, propagate_nan=tl.PropagateNan.ALL)
+    if a.dtype.is_int1():
+        return a | b
+    return tl.where(a > b, a, b)
+
+@triton.jit
+def mf_minimum(a, b):
+    """The lesser; NaN where either is NaN."""
+    if a.dtype.is_floating():
+        return tl.minimum(a, b, propagate_nan=tl.PropagateNan.ALL)
+    if a.dtype.is_int1():
+        return a & b
+    return tl.where(a < b, a, b)
+
+@triton.jit
+def mf_invert(a):
+    """Every bit turned; the other truth of a bool."""
+    if a.dtype.is_int1():
+        return a == 0
+    return ~a
+
+@triton.jit
+def mf_shl(a, b):
+    """a * 2**b modulo the width; 0 where b is no bit of it."""
+    bad = (b < 0) | (b >= a.dtype.primitive_bitwidth)
+    return tl.where(bad, a * 0, a << tl.where(bad, b * 0, b))
+
+@triton.jit
+def mf_shr(a, b):
+    """a / 2**b rounded down; the sign alone where b is no bit of the width."""
+    bad = (b < 0) | (b >= a.dtype.primitive_bitwidth)
+    sign = tl.where(a < 0, a * 0 - 1, a * 0)
+    return tl.where(bad, sign, a >> tl.where(bad, b * 0, b))
+
+@triton.jit
+def mf_bf16(x):
+    """Round float32 to bfloat16, to nearest even."""
+    return x.to(tl.bfloat16).to(tl.float32)
+
+@triton.jit
+def mf_f16(x):
+    """Round float32 to float16, to nearest even."""
+    return x.to(tl.float16).to(tl.float32)
+
+@triton.jit
+def mf_words(seed, offset, index):
+    """The first two words of Philox4x32-10: key `seed`, counter (index, offset), each 64 bits as two halves."""
+    i = index.to(tl.int64)
+    o = tl.full([], offset, tl.int64)
+    w0, w1, _, _ = tl.philox(
+        seed, i.to(tl.uint32), (i >> 32).to(tl.uint32), (i * 0 + o).to(tl.uint32), (i * 0 + (o >> 32)).to(tl.uint32)
+    )
+    return w0, w1
+
+@triton.jit
+def mf_uniform(seed, offset, index):
+    """A float32 in [0, 1) of 24 random bits."""
+    w0, w1 = mf_words(seed, offset, index)
+    return (w0 >> 8).to(tl.float32) * 5.9604644775390625e-08
+
+@triton.jit
+def mf_normal(seed, offset, index):
+    """A float32 of the normal distribution, by Box and Muller."""
+    w0, w1 = mf_words(seed, offset, index)
+    u1 = ((w0 >> 8) + 1).to(tl.float32) * 5.9604644775390625e-08
+    u2 = (w1 >> 8).to(tl.float32) * 5.9604644775390625e-08
+    return tl.sqrt_rn(-2.0 * libdevice.log(u1)) * libdevice.cos(6.2831854820251465 * u2)
+
+@triton.jit
+def mf_bits(seed, offset, index):
+    """64 random bits as an int64."""
+    w0, w1 = mf_words(seed, offset, index)
+    return w0.to(tl.int64) | (w1.to(tl.int64) << 32)
+
+@triton.jit
+def mf_argmax(v, i, w, j):
+    """The pair (value, index) of the greater value, the first index among equals; NaN is the greatest."""
+    wins = (w > v) | ((w != w) & (v == v))
+    ties = (w == v) | ((w != w) & (v != v))
+    take = wins | (ties & (j < i))
+    return tl.where(take, w, v), tl.where(take, j, i)
+
+@triton.jit
+def mf_argmin(v, i, w, j):
+    """The pair (value, index) of the lesser value, the first index among equals; NaN is the least."""
+    wins = (w < v) | ((w != w) & (v == v))
+    ties = (w == v) | ((w != w) & (v != v))
+    take = wins | (ties & (j < i))
+    return tl.where(take, w, v), tl.where(take, j, i)
+
+@triton.jit
+def mf_mul(a, b):
+    return a * b
+
+@triton.jit
+def mf_or(a, b):
+    return a | b
+
+@triton.jit
+def mf_and(a, b):
+    return a & b
+
+@triton.jit
+def mf_last(x, A: tl.constexpr, C: tl.constexpr):
+    """What is left of [A, N, C] once N is 1: a number, or the A * C of them."""
+    if A * C == 1:
+        return tl.sum(tl.reshape(x, [1]), 0)
+    return tl.reshape(x, [A * C])
+
+@triton.jit
+def mf_sum(x, A: tl.constexpr, N: tl.constexpr, C: tl.constexpr):
+    """Sum over the middle of [A, N, C]. The order is fixed, whichever thread holds what: halves are
+    added down to a quarter of a long row (at least 1024), then neighbours: each step adds two numbers."""
+    x = tl.reshape(x, [A, N, C])
+    for _ in tl.static_range(N.bit_length() - 1):
+        if x.shape[1] > 1024 and x.shape[1] * 4 > N:
+            x = tl.sum(tl.reshape(x, [A, 2, x.shape[1] // 2, C]), 1)
+        else:
+            x = tl.sum(tl.reshape(x, [A, x.shape[1] // 2, 2, C]), 2)
+    return mf_last(x, A, C)
+
+@triton.jit
+def mf_prod(x, A: tl.constexpr, N: tl.constexpr, C: tl.constexpr):
+    """Product over the middle of [A, N, C], in the order of mf_sum."""
+    x = tl.reshape(x, [A, N, C])
+    for _ in tl.static_range(N.bit_length() - 1):
+        if x.shape[1] > 1024 and x.shape[1] * 4 > N:
+            x = tl.reduce(tl.reshape(x, [A, 2, x.shape[1] // 2, C]), 1, mf_mul)
+        else:
+            x = tl.reduce(tl.reshape(x, [A, x.shape[1] // 2, 2, C]), 2, mf_mul)
+    return mf_last(x, A, C)
+
+@triton.jit
+def mf_max(x, A: tl.constexpr, N: tl.constexpr, C: tl.constexpr):
+    """The greatest over the middle of [A, N, C]; NaN where there is one."""
+    if A * C == 1:
+        return tl.reduce(tl.reshape(x, [N]), 0, mf_maximum)
+    return tl.reshape(tl.reduce(tl.reshape(x, [A, N, C]), 1, mf_maximum), [A * C])
+
+@triton.jit
+def mf_min(x, A: tl.constexpr, N: tl.constexpr, C: tl.constexpr):
+    """The least over the middle of [A, N, C]; NaN where there is one."""
+    if A * C == 1:
+        return tl.reduce(tl.reshape(x, [N]), 0, mf_minimum)
+    return tl.reshape(tl.reduce(tl.reshape(x, [A, N, C]), 1, mf_minimum), [A * C])
+
+@triton.jit
+def mf_any(x, A: tl.constexpr, N: tl.constexpr, C: tl.constexpr):
+    """Whether any is true over the middle of [A, N, C]."""
+    if A * C == 1:
+        return tl.reduce(tl.reshape(x, [N]), 0, mf_or)
+    return tl.reshape(tl.reduce(tl.reshape(x, [A, N, C]), 1, mf_or), [A * C])
+
+@triton.jit
+def mf_all(x, A: tl.constexpr, N: tl.constexpr, C: tl.constexpr):
+    """Whether all are true over the middle of [A, N, C]."""
+    if A * C == 1:
+        return tl.reduce(tl.reshape(x, [N]), 0, mf_and)
+    return tl.reshape(tl.reduce(tl.reshape(x, [A, N, C]), 1, mf_and), [A * C])
+
+@triton.jit
+def mf_rowargmax(x, i, A: tl.constexpr, N: tl.constexpr, C: tl.constexpr):
+    """mf_argmax over the middle of [A, N, C]."""
+    if A * C == 1:
+        return tl.reduce((tl.reshape(x, [N]), tl.reshape(i, [N])), 0, mf_argmax)
+    v, j = tl.reduce((tl.reshape(x, [A, N, C]), tl.reshape(i, [A, N, C])), 1, mf_argmax)
+    return tl.reshape(v, [A * C]), tl.reshape(j, [A * C])
+
+@triton.jit
+def mf_rowargmin(x, i, A: tl.constexpr, N: tl.constexpr, C: tl.constexpr):
+    """mf_argmin over the middle of [A, N, C]."""
+    if A * C == 1:
+        return tl.reduce((tl.reshape(x, [N]), tl.reshape(i, [N])), 0, mf_argmin)
+    v, j = tl.reduce((tl.reshape(x, [A, N, C]), tl.reshape(i, [A, N, C])), 1, mf_argmin)
+    return tl.reshape(v, [A * C]), tl.reshape(j, [A * C])
+'''
+
+_NAME = re.compile(r"\bmf_\w+")
+SOURCES: dict[str, str] = {
+    re.search(r"def (mf_\w+)", text)[1]: f"@triton.jit{text}".rstrip()  # type: ignore[index]
+    for text in _SOURCES.split("@triton.jit")[1:]
+}
+
+
+def helpers(text: str) -> list[str]:
+    """The sources of the helpers that a text calls, and of those that these call, in a fixed order."""
+    wanted = set(_NAME.findall(text))
+    while True:
+        more = {n for name in wanted if name in SOURCES for n in _NAME.findall(SOURCES[name])} | wanted
+        if more == wanted:
+            return [SOURCES[name] for name in SOURCES if name in wanted]
+        wanted = more

@@ -1,0 +1,403 @@
+"""Schedules for Triton: what is a program of the grid, what is a block of lanes, what is a loop.
+
+Where C has one vector of 16 lanes, Triton has blocks of up to three axes. A grid axis with a tile is a
+block of that many points a program; an axis that is a lane alone lies in one block whole, padded to a
+power of two and masked; a lane behind a tiled loop walks its axis block by block.
+
+The tree of a reduction on this target, a function of its kind, its extent and its dtype:
+
+* A row (`Reduce.lanes` > 1) of at most `ROW_BLOCK` elements is one block: partial results join by
+  halves, then by neighbours, in the order that `triton_prelude.mf_sum` writes down.
+* A longer row is cut into blocks of `ROW_BLOCK`; their results are a row in turn. One whose length is
+  not known until the call is cut into blocks of a size taken from its hint; their results are a column.
+* A column folds its elements in order, `COLUMN_BLOCK` at a time; the results are a column in turn.
+
+So a reduction with too few independent points for a GPU is split into a launch over the blocks of its
+own tree and one that joins their results, and no bit changes.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, replace
+
+import torch
+
+from minifuse.ir import ops
+from minifuse.ir.index import ZERO, Axis, Expr, cdiv, contiguous_strides, product
+from minifuse.ir.kernel import (
+    LANES,
+    Buffer,
+    IndexOf,
+    Kernel,
+    Launch,
+    Load,
+    Loop,
+    Op,
+    Param,
+    Plan,
+    Reduce,
+    Root,
+    Schedule,
+    Step,
+    Store,
+    Value,
+    rewrite,
+    topological,
+)
+from minifuse.options import Options
+from minifuse.passes.context import CompileContext
+from minifuse.passes.schedule import (
+    Hint,
+    at_part,
+    canonical,
+    closed,
+    collapse,
+    lane_axis,
+    main_strides,
+    split_axes,
+    transposed_axis,
+    unit_weights,
+)
+
+ROW_BLOCK = 16_384
+COLUMN_BLOCK = 32
+SHORTEST_DYNAMIC, LONGEST_DYNAMIC = 256, 4096
+POINTS = 1024
+"""Elements that a program has at hand where it can choose: eight a thread of four warps."""
+COLUMNS = 256
+TRANSPOSE = 64
+NESTED = 4096
+HELD = 32_768
+"""The most elements a program holds: a row of as many float32 fits the registers of 16 warps."""
+PROGRAMS = 512
+"""Fewer programs than this leave parts of a large GPU idle."""
+SPLIT_WORK = 65_536
+
+
+def target(plan: Plan, options: Options) -> str:
+    """What a plan's kernels are written in: the option's target, `auto` by the device of its buffers."""
+    if options.target != "auto":
+        return options.target
+    return "triton" if any(b.device.type == "cuda" for b in plan.buffers.values()) else "c"
+
+
+def schedule(plan: Plan, ctx: CompileContext) -> Plan:
+    """Give each launch a schedule; a reduction with too few points is split along its own tree."""
+    steps: list[Step] = []
+    buffers = dict(plan.buffers)
+    for step in plan.steps:
+        if not isinstance(step, Launch):
+            steps.append(step)
+            continue
+        made = pieces(collapse(split_axes(step.kernel)), step.name, plan.hint, buffers)
+        for k, kernel in enumerate(made):
+            final = canonical(kernel)
+            name = step.name if k == 0 else f"{step.name}_{k}"
+            steps.append(Launch(final, tuple(p.name for p in kernel.params), choose(final, plan.hint), name))
+        if len(made) > 1:
+            ctx.record("split", step.name, taken=True, reason="{launches} launches along the trees of its reductions",
+                       launches=len(made), where=plan.origins.get(step.name, ""))  # fmt: skip
+    return replace(plan, steps=tuple(steps), buffers=buffers)
+
+
+def pieces(kernel: Kernel, name: str, hint: Hint, buffers: dict[str, Buffer]) -> list[Kernel]:
+    """The kernels that one launch becomes: one where it can be, else one a root that is split in turn."""
+    made = split(kernel, name, hint, buffers)
+    good = all(problem(k, choose(k, hint)) is None for k in made)
+    if good or len(kernel.body) == 1 or set(kernel.reads) & set(kernel.writes):
+        return made
+    alone = [closed(replace(kernel, axes=_axes_of(kernel, r), body=(r,))) for r in kernel.body]
+    return [k for n, one in enumerate(alone) for k in split(one, f"{name}_{n}", hint, buffers)]
+
+
+def _axes_of(kernel: Kernel, root: Root) -> tuple[Axis, ...]:
+    used = root.space.union(*((v.axes | {v.over}) for v in topological([root.value]) if isinstance(v, Reduce)))
+    return tuple(a for a in kernel.axes if a in used)
+
+
+def problem(kernel: Kernel, s: Schedule) -> str | None:
+    """Why Triton cannot run a kernel in these loops, or None: what a program keeps must be blocks of known size."""
+    held = blocks(s)
+    elements = 1
+    for n in held.values():
+        elements *= n
+    if elements > HELD or len(held) > 3:
+        return f"a block of {elements} elements in {len(held)} dimensions"
+    for r in kernel.reductions:
+        if (r.over in held) != (r.lanes > 1):
+            return f"{r.over} is reduced as a row and as a column"
+        first = next((k for k, loop in enumerate(s.loops) if loop.axis is r.over and loop.kind == "loop"), None)
+        if first is not None and any(loop.kind == "loop" and loop.axis in r.axes for loop in s.loops[first:]):
+            return f"a {r.kind} over {r.over} keeps a row that no block holds"
+    return None
+
+
+# -- trees ------------------------------------------------------------------------------------------
+@dataclass(frozen=True)
+class Tree:
+    """How a reduction is cut: blocks of `block` elements, whose results are reduced with `lanes` in turn."""
+
+    block: int
+    lanes: int
+
+
+def power_of_2(n: int) -> int:
+    """The least power of two that is at least n, and at least 1."""
+    return 1 << max(n - 1, 0).bit_length()
+
+
+def tree(r: Reduce, hint: Hint) -> Tree:
+    """The tree of a reduction (see the module's head)."""
+    size = r.over.size
+    if r.lanes == 1:
+        return Tree(COLUMN_BLOCK, 1)
+    if size.is_const:
+        return Tree(min(power_of_2(size.value), ROW_BLOCK), LANES)
+    return Tree(min(max(power_of_2(hint(size)), SHORTEST_DYNAMIC), LONGEST_DYNAMIC), 1)
+
+
+def tile_steps(r: Reduce, hint: Hint) -> list[int]:
+    """Steps, outermost first, of the tiled loops that a reduction's blocks need."""
+    size, t = r.over.size, tree(r, hint)
+    if t.lanes > 1:
+        return [t.block] if size.value > t.block else []
+    steps, step, limit = [], t.block, size.value if size.is_const else hint(size)
+    while step < limit:
+        steps.append(step)
+        step *= COLUMN_BLOCK
+    if r.lanes > 1 and not steps:
+        steps = [t.block]
+    return list(reversed(steps))
+
+
+# -- splitting reductions ---------------------------------------------------------------------------
+def split(kernel: Kernel, name: str, hint: Hint, buffers: dict[str, Buffer]) -> list[Kernel]:
+    """The launches of a kernel: itself, or blocks of a reduction's tree, then the rest over their results.
+
+    The first launch also runs the stores that walk the reduced axis and need no result of it (the
+    input gradient beside the weight gradient of a norm), where the blocks divide the axis.
+    """
+    if inner := _nested(kernel, hint):
+        return _inner_first(kernel, inner, name, hint, buffers)
+    found = _splittable(kernel, hint)
+    if not found:
+        return [kernel]
+    over, cut = found[0].over, tree(found[0], hint)
+    part, inner = Axis("p", cdiv(over.size, cut.block)), Axis("q", cut.block)
+    whole = part.expr * cut.block + inner.expr
+    even = (over.size % cut.block) is ZERO
+    inside = None if even else Op.of("lt", IndexOf.of(whole), IndexOf.of(over.size))
+    needs: set[Value] = set(found)
+    for v in kernel.values():
+        if any(a in needs for a in v.args):
+            needs.add(v)
+    beside = [r for r in kernel.body if even and over in r.space and r.value not in needs]
+    params = {p.name: p for p in kernel.params}
+    first: list[Root] = list(rewrite(beside, {over: whole}))
+    partial: dict[Reduce, Load] = {}
+    for k, r in enumerate(found):
+        rest = [part, *(a for a in kernel.axes if a in r.axes)]
+        at = tuple(a.expr for a in rest)
+        buffer = _buffer(f"{name}_part{k}", r.dtype, rest, kernel, buffers)
+        params[buffer.name] = buffer.as_param()
+        identity = ops.REDUCTIONS[r.kind].identity(r.dtype)
+        value = at_part(r.args[0], over, whole, inside, identity)
+        first.append(Store(buffer.name, at, Reduce.of(r.kind, (value,), inner, r.lanes)))
+        partial[r] = Load.of(buffer.name, at, r.dtype)
+    axes = [part, *(a for a in kernel.axes if a is not over), inner]
+    started = closed(Kernel(tuple(axes), tuple(params.values()), tuple(first), kernel.origins))
+
+    def joined(v: Value) -> Value | None:
+        if isinstance(v, Reduce) and v in partial:
+            return Reduce.of(v.kind, (partial[v],), part, cut.lanes)
+        return None
+
+    body = rewrite([r for r in kernel.body if r not in beside], None, joined)
+    rest_axes = (part, *(a for a in kernel.axes if a is not over))
+    if not any(over in r.space for r in body) and not any(
+        isinstance(v, Reduce) and v.over is over for v in topological(r.value for r in body)
+    ):
+        last = closed(Kernel(rest_axes, tuple(params.values()), body, kernel.origins))
+        return [started, *split(last, f"{name}_join", hint, buffers)]
+    return [started, *_join_first(kernel, body, part, name, params, hint, buffers)]
+
+
+def _join_first(
+    kernel: Kernel,
+    body: tuple[Root, ...],
+    part: Axis,
+    name: str,
+    params: dict[str, Param],
+    hint: Hint,
+    buffers: dict[str, Buffer],
+) -> list[Kernel]:
+    """Where the axis is walked again with the result: join in a launch of its own, then the rest."""
+    joins = [v for v in topological(r.value for r in body) if isinstance(v, Reduce) and v.over is part]
+    whole = Kernel((part, *kernel.axes), tuple(params.values()), body, kernel.origins)
+    return _inner_first(whole, joins, name, hint, buffers)
+
+
+def _inner_first(
+    kernel: Kernel, inner: Sequence[Reduce], name: str, hint: Hint, buffers: dict[str, Buffer]
+) -> list[Kernel]:
+    """A launch that stores the results of some reductions, and the rest, which loads them."""
+    stores: list[Root] = []
+    results: dict[Value, Load] = {}
+    params = {p.name: p for p in kernel.params}
+    for k, r in enumerate(inner):
+        rest = [a for a in kernel.axes if a in r.axes]
+        at = tuple(a.expr for a in rest)
+        buffer = _buffer(f"{name}_whole{k}", r.dtype, rest, kernel, buffers)
+        params[buffer.name] = buffer.as_param()
+        stores.append(Store(buffer.name, at, r))
+        results[r] = Load.of(buffer.name, at, r.dtype)
+    over = {r.over for v in topological(inner) if isinstance(v, Reduce) for r in [v]}
+    first_axes = tuple(a for a in kernel.axes if a in over or any(a in r.axes for r in inner))
+    first = closed(Kernel(first_axes, tuple(params.values()), tuple(stores), kernel.origins))
+    after = rewrite(kernel.body, None, lambda v: results.get(v))
+    used = frozenset[Axis]().union(*(r.space for r in after))
+    used = used.union(*({v.over} for v in topological(r.value for r in after) if isinstance(v, Reduce)))
+    last = closed(Kernel(tuple(a for a in kernel.axes if a in used), tuple(params.values()), after, kernel.origins))
+    return [*split(first, f"{name}_a", hint, buffers), *split(last, f"{name}_b", hint, buffers)]
+
+
+def _buffer(name: str, dtype: torch.dtype, axes: Sequence[Axis], kernel: Kernel, buffers: dict[str, Buffer]) -> Buffer:
+    """A new buffer of the plan with one dimension an axis."""
+    while name in buffers:
+        name += "_"
+    shape = tuple(a.size for a in axes)
+    device = buffers[kernel.params[0].name].device
+    buffers[name] = Buffer(name, dtype, shape, contiguous_strides(shape), device)
+    return buffers[name]
+
+
+def _nested(kernel: Kernel, hint: Hint) -> list[Reduce]:
+    """Reductions inside a row's reduction over another axis, where the two blocks are too many elements."""
+    for r in kernel.reductions:
+        if r.lanes == 1:
+            continue
+        found = [v for v in topological(r.args) if isinstance(v, Reduce) and v.over is not r.over and r.over in v.axes]
+        outer = [v for v in found if not any(v is not w and v in topological([w]) for w in found)]
+        if any(tree(v, hint).block * tree(r, hint).block > NESTED for v in outer):
+            return outer
+    return []
+
+
+def _splittable(kernel: Kernel, hint: Hint) -> list[Reduce]:
+    """The reductions over one axis that are worth a launch over blocks, those needing no other of them."""
+    if hint(product(a.size for a in kernel.axes)) < SPLIT_WORK:
+        return []
+    reductions = list(kernel.reductions)
+    grid = _common(kernel)
+    for over in dict.fromkeys(r.over for r in reductions):
+        mine = [r for r in reductions if r.over is over]
+        if len({r.lanes for r in mine}) > 1 or any(len(r.args) > 1 for r in mine):
+            continue
+        points = hint(product(a.size for a in grid))
+        programs = points if mine[0].lanes > 1 else points // COLUMNS
+        if programs >= PROGRAMS or hint(over.size) <= tree(mine[0], hint).block:
+            continue
+        return [r for r in mine if not any(v in mine for v in topological(r.args))]
+    return []
+
+
+def _common(kernel: Kernel) -> list[Axis]:
+    """The axes that every root and reduction runs over and none reduces: those that can be a grid."""
+    reductions = list(kernel.reductions)
+    spaces = [r.space for r in kernel.body] + [r.axes | {r.over} for r in reductions]
+    common = frozenset.intersection(*spaces) if spaces else frozenset()
+    reduced = {r.over for r in reductions}
+    return [a for a in kernel.axes if a in common and a not in reduced]
+
+
+# -- choosing loops ---------------------------------------------------------------------------------
+def choose(kernel: Kernel, hint: Hint) -> Schedule:
+    """The grid, the loops and the blocks of a kernel, from its strides and extents."""
+    reductions = list(kernel.reductions)
+    rows = {r.over: r for r in reductions if r.lanes > 1}
+    columns = {r.over: r for r in reductions if r.lanes == 1 and r.over not in rows}
+    weight, stride = unit_weights(kernel, hint), main_strides(kernel, hint)
+    grid = sorted(_common(kernel), key=lambda a: (-stride.get(a, 0), a.name))
+    inner = [a for a in kernel.axes if a not in grid]
+    inner.sort(key=lambda a: (a not in columns, -_depth(a, reductions), -stride.get(a, 0), a.name))
+    fast = lane_axis(kernel, {**rows, **columns}, weight, hint)
+    loops: list[Loop] = []
+    blocks: dict[Axis, int] = {}
+    held = 1
+    for a in inner:
+        if a in columns:
+            loops += [Loop(a, "loop", step) for step in tile_steps(columns[a], hint)]
+            loops.append(Loop(a, "loop"))
+            continue
+        steps = tile_steps(rows[a], hint) if a in rows else _walk(a, HELD // held)
+        block = steps[-1] if steps else power_of_2(a.size.value)
+        if a not in rows and (block == 1 or len(blocks) == 2):
+            loops.append(Loop(a, "loop"))
+            continue
+        loops += [Loop(a, "loop", step) for step in steps]
+        blocks[a] = block
+        held *= block
+    tiles = _tiles(
+        grid, fast, held, bool(columns), hint, transposed_axis(grid, fast, weight) if not reductions else None
+    )
+    blocks.update(tiles)
+    lanes = sorted(blocks, key=lambda a: (a is fast, -stride.get(a, 0), a.name))
+    return Schedule((
+        *(Loop(a, "grid", tiles.get(a, 1)) for a in grid),
+        *loops,
+        *(Loop(a, "lane") for a in lanes),
+    ))  # fmt: skip
+
+
+def _walk(axis: Axis, room: int) -> list[int]:
+    """The tiled loop of an axis that a program walks without reducing it: none where one block holds it."""
+    block = max(min(room, POINTS), 1)
+    whole = axis.size.is_const and power_of_2(axis.size.value) <= max(block, min(room, ROW_BLOCK))
+    return [] if whole else [block]
+
+
+def _tiles(
+    grid: Sequence[Axis], fast: Axis | None, held: int, columns: bool, hint: Hint, across: Axis | None
+) -> dict[Axis, int]:
+    """How many points of each grid axis a program takes, where that is more than one."""
+    tiles: dict[Axis, int] = {}
+    room = max(POINTS // held, 1)
+    if across is not None and fast is not None and fast in grid:
+        wide = {a: min(TRANSPOSE, power_of_2(hint(a.size))) for a in (fast, across)}
+        return {a: n for a, n in wide.items() if n > 1}
+    if columns:
+        room = min(room, COLUMNS)
+    order = sorted(reversed(grid), key=lambda a: a is not fast)
+    programs = hint(product(a.size for a in grid))
+    least = LANES if columns or fast in grid else 1
+    while room > least and programs // room < PROGRAMS:
+        room //= 2
+    for a in order:
+        n = min(room, power_of_2(hint(a.size)))
+        if n > 1 and len(tiles) < (3 if held == 1 else 1):
+            tiles[a] = n
+            room //= n
+    return tiles
+
+
+def _depth(axis: Axis, reductions: Iterable[Reduce]) -> int:
+    """1 for an axis that is reduced after others were, which is then an outer loop."""
+    return max(
+        (1 for r in reductions if r.over is axis and any(isinstance(v, Reduce) for v in topological(r.args))), default=0
+    )
+
+
+def blocks(s: Schedule) -> dict[Axis, int]:
+    """The lanes of a schedule in order, with how many elements of each are a block."""
+    found: dict[Axis, int] = {}
+    for loop in s.loops:
+        if loop.kind == "lane":
+            steps = [before.step for before in s.loops if before.axis is loop.axis and before.step > 1]
+            found[loop.axis] = steps[-1] if steps else power_of_2(loop.axis.size.value)
+    return found
+
+
+def grid_size(s: Schedule) -> Expr:
+    """How many programs a launch has."""
+    return product(cdiv(loop.axis.size, loop.step) for loop in s.grid)

@@ -1,0 +1,369 @@
+"""Triton programs: a plan's kernels as one readable module, compiled once by content, launched plainly.
+
+The module lies in the cache directory, named by its content. On a GPU each kernel is compiled for the
+alignment of its pointers and the divisibility of its sizes, at most a few variants, and launched
+through the compiled object: no dispatch by argument types on a call. With `TRITON_INTERPRET=1`, set
+before triton is imported, the same module runs on CPU tensors, one program after another.
+
+A failed check (an index out of range) sets a flag of its launch. Reading it on a GPU would wait for the
+device, so it is copied to the host behind the call and read when the program is next called: the error
+is raised one call late. Loads are safe meanwhile: a checked index that is out of range is taken as 0.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import ctypes
+import importlib.util
+import os
+import sys
+import tempfile
+import textwrap
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import torch
+
+from minifuse import compat
+from minifuse.codegen import triton
+from minifuse.codegen.printer import CodegenError
+from minifuse.codegen.program import HostProgram, write_program
+from minifuse.codegen.triton import TritonKernel
+from minifuse.codegen.triton_prelude import HEAD, helpers
+from minifuse.errors import MinifuseError
+from minifuse.ir import dtypes
+from minifuse.ir.interpret import run_kernel
+from minifuse.ir.kernel import Kernel, Launch, Plan, content_hash
+from minifuse.passes.context import CompileContext
+
+from . import triton_interpret
+from .cache import DiskCache
+from .program import Frame, Layout, Program
+
+LIMIT = 1 << 31
+ALIGNED = 15
+KEPT_SIZES = 256
+POINTERS = {"f64": "fp64", "f32": "fp32", "bool": "i1"}
+
+
+def build(plan: Plan, ctx: CompileContext) -> Program:
+    """Compile a placed plan to Triton. A kernel that Triton cannot express is interpreted, alone, and
+    the decisions say so. Raises MinifuseError for CPU tensors where Triton does not interpret."""
+    device = main_device(plan)
+    plan = at_home(plan, device)
+    with ctx.phase("codegen"):
+        kernels = write_all(plan, device, ctx)
+        text = module_text(plan, kernels)
+    with ctx.phase("compile"):
+        module = load_module(text, ctx.options.cache_dir) if kernels else None
+        if device.type == "cpu" and module is not None and not compat.triton_interprets():
+            raise MinifuseError(
+                'target="triton" on CPU tensors runs in Triton\'s interpreter: set TRITON_INTERPRET=1 before triton is imported'
+            )
+        if module is not None and device.type == "cpu":
+            triton_interpret.install(module)
+        launches = [
+            launched(module, plan.steps[i], kernel, device, slot)  # type: ignore[arg-type]
+            for slot, (i, kernel) in enumerate(kernels.items())
+        ]
+        if device.type != "cpu":
+            launches = [compiled(one, ctx, plan) for one in launches]
+    ctx.stages["triton"] = text
+    steps = [i for i, one in zip(kernels, launches, strict=True) if one is not None]
+    kept = [one for one in launches if one is not None]
+    symbols = tuple(sorted({s for one in kept for s in one.kernel.symbols}))
+    for one in kept:
+        one.at = tuple(symbols.index(s) for s in one.kernel.symbols)
+    binding = tuple(plan.steps[i].binding for i in steps)  # type: ignore[union-attr]
+    host = ctx.stages["program"] = write_program(plan, binding, symbols, {i: k for k, i in enumerate(steps)})
+    return TritonProgram(plan, host, kept, binding, symbols, ctx.stages.get("constants", {}), device)
+
+
+def main_device(plan: Plan) -> torch.device:
+    """Where a plan's kernels run: the GPU of its buffers, or the CPU where none is on one."""
+    found = [b.device for b in plan.buffers.values() if b.device.type != "cpu"]
+    if not found:
+        return torch.device("cpu")
+    return found[0] if found[0].index is not None else torch.device(found[0].type, torch.cuda.current_device())
+
+
+def at_home(plan: Plan, device: torch.device) -> Plan:
+    """The arena is the main device's: buffers on another are allocated one by one."""
+    away = {n: replace(b, storage="output") for n, b in plan.buffers.items()
+            if b.storage == "arena" and b.device.type != device.type}  # fmt: skip
+    return replace(plan, buffers={**plan.buffers, **away}) if away else plan
+
+
+# -- modules ----------------------------------------------------------------------------------------
+def write_all(plan: Plan, device: torch.device, ctx: CompileContext) -> dict[int, TritonKernel]:
+    """The Triton of each launch, by step. Launches of one kernel share their text."""
+    found: dict[int, TritonKernel] = {}
+    known: dict[Any, TritonKernel | str] = {}
+    for i, step in enumerate(plan.steps):
+        if not isinstance(step, Launch):
+            continue
+        key = (step.kernel, step.schedule)
+        if key not in known:
+            try:
+                known[key] = triton.write_kernel(step)
+            except CodegenError as why:
+                known[key] = str(why)
+        kernel = known[key]
+        if any(plan.buffers[b].device.type != device.type for b in step.binding):
+            kernel = "its buffers are on several devices"
+        if isinstance(kernel, TritonKernel):
+            found[i] = kernel
+        else:
+            ctx.record("interpreted", step.name, taken=True, reason="{why}", why=kernel,
+                       where=plan.origins.get(step.name, ""))  # fmt: skip
+    return found
+
+
+def module_text(plan: Plan, kernels: dict[int, TritonKernel]) -> str:
+    """The source of a plan's kernels, each once, below the helpers that they call."""
+    bodies: dict[str, str] = {}
+    for i, kernel in kernels.items():
+        step = plan.steps[i]
+        if kernel.name not in bodies and isinstance(step, Launch):
+            bodies[kernel.name] = f"{_comment(plan, step, kernel)}\n{kernel.text}"
+    text = "\n\n\n".join(bodies.values())
+    return "\n\n".join([f"{HEAD}", *("\n" + h for h in helpers(text)), f"\n{text}\n"])
+
+
+def _comment(plan: Plan, step: Launch, kernel: TritonKernel) -> str:
+    """What a kernel computes and where that was written."""
+    lines = [f"{step.name}: {step.schedule}; {kernel.warps} warps, grid {kernel.grid}"]
+    lines += textwrap.wrap("from " + ", ".join(step.kernel.origins), 110) if step.kernel.origins else []
+    lines += list(dict.fromkeys(plan.origins[o] for o in step.kernel.origins if plan.origins.get(o)))[:8]
+    return "\n".join(f"# {line}" for line in lines)
+
+
+def load_module(text: str, cache_dir: str | None) -> ModuleType:
+    """The module of a source, imported once by its content from a file in the cache directory.
+
+    `@triton.jit` reads its functions from their file.
+    """
+    name = f"minifuse_kernels_{content_hash(text)}"
+    if name in sys.modules:
+        return sys.modules[name]
+    folder = Path(DiskCache(cache_dir).dir) / "triton"
+    folder.mkdir(mode=0o700, exist_ok=True)
+    path = folder / f"{name}.py"
+    if not path.exists() or path.read_text() != text:
+        handle, temporary = tempfile.mkstemp(prefix=".new-", dir=folder)
+        try:
+            with os.fdopen(handle, "w") as file:
+                file.write(text)
+            os.replace(temporary, path)
+        except BaseException:
+            with contextlib.suppress(OSError):
+                os.unlink(temporary)
+            raise
+    spec = importlib.util.spec_from_file_location(name, path)
+    assert spec is not None and spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    sys.modules[name] = module
+    try:
+        spec.loader.exec_module(module)
+    except BaseException:
+        del sys.modules[name]
+        raise
+    return module
+
+
+# -- launches ---------------------------------------------------------------------------------------
+@dataclass(frozen=True)
+class Variant:
+    """What a kernel is compiled for: pointers on 16 bytes, sizes of 64 bits, which sizes 16 divides."""
+
+    aligned: bool
+    wide: bool
+    divisible: tuple[bool, ...]
+
+
+class Launched:
+    """One launch of a program: called with addresses and sizes, it puts its kernel on a stream."""
+
+    def __init__(self, function: Any, step: Launch, kernel: TritonKernel, device: torch.device, slot: int) -> None:
+        self.function = function
+        self.step = step
+        self.kernel = kernel
+        self.device = device
+        self.slot = slot
+        self.at: tuple[int, ...] = ()
+        self.flag = 0
+        self.variants: dict[Variant, Any] = {}
+        self.runners: dict[Any, Callable[..., None] | None] = {}
+
+    def __call__(self, pointers: Sequence[int], sizes: Sequence[int], stream: int) -> int:
+        bits = 0
+        for address in pointers:
+            bits |= address
+        values = tuple([sizes[k] for k in self.at])
+        key = (bits & ALIGNED == 0, values)
+        if key not in self.runners:
+            if len(self.runners) >= KEPT_SIZES:
+                self.runners.clear()
+            self.runners[key] = self.runner(*key)
+        run = self.runners[key]
+        if run is not None:
+            run(*pointers, *values, *self.last, stream=stream)
+        return 0
+
+    @property
+    def last(self) -> tuple[int, ...]:
+        """The argument behind the sizes: where a failed check is noted."""
+        return (self.flag + 4 * self.slot,) if self.kernel.messages else ()
+
+    def env(self, values: Sequence[int]) -> dict[str, int]:
+        return dict(zip(self.kernel.symbols, values, strict=True))
+
+    def runner(self, aligned: bool, values: tuple[int, ...]) -> Callable[..., None] | None:
+        """The compiled kernel with its grid at these sizes; None where there is nothing to do."""
+        env = self.env(values)
+        programs = self.kernel.grid.evaluate(env)
+        if programs == 0:
+            return None
+        wide = any(e.evaluate(env) >= LIMIT for e in self.kernel.extents)
+        variant = Variant(aligned, wide, tuple(v % 16 == 0 for v in values))
+        return self.compile(variant)[(programs, 1, 1)]  # type: ignore[no-any-return]
+
+    def compile(self, variant: Variant, target: Any = None) -> Any:
+        """The kernel compiled for a variant; for another GPU than this machine's with `target`."""
+        if variant not in self.variants or target is not None:
+            kernel, params = self.kernel, self.step.kernel.params
+            signature = {p.name: "*" + POINTERS.get(dtypes.name(p.dtype), dtypes.name(p.dtype)) for p in params}
+            signature.update(dict.fromkeys(kernel.symbols, "i64" if variant.wide else "i32"))
+            if kernel.messages:
+                signature["err"] = "*i32"
+            divisible = [variant.aligned] * len(params) + list(variant.divisible)
+            self.variants[variant] = compat.triton_compile(
+                self.function, signature, [k for k, yes in enumerate(divisible) if yes], kernel.warps, target
+            )
+        return self.variants[variant]
+
+    def usual(self) -> Variant:
+        """The variant that most calls have."""
+        wide = any(e.is_const and e.value >= LIMIT for e in self.kernel.extents)
+        return Variant(True, wide, (False,) * len(self.kernel.symbols))
+
+
+class Interpreted(Launched):
+    """A launch in Triton's interpreter: the same kernel function over tensors at the same addresses."""
+
+    def __call__(self, pointers: Sequence[int], sizes: Sequence[int], stream: int) -> int:
+        values = [sizes[k] for k in self.at]
+        env = self.env(values)
+        programs = self.kernel.grid.evaluate(env)
+        if programs == 0:
+            return 0
+        args: list[Any] = []
+        for p, address in zip(self.step.kernel.params, pointers, strict=True):
+            count = 1 + sum((s.evaluate(env) - 1) * d.evaluate(env) for s, d in zip(p.shape, p.stride, strict=True))
+            empty = any(s.evaluate(env) == 0 for s in p.shape)
+            args.append(torch.empty(0, dtype=p.dtype) if empty else tensor_at(address, count, p.dtype))
+        flag = torch.zeros(1, dtype=torch.int32)
+        self.function[(programs,)](*args, *values, *([flag] if self.kernel.messages else []))
+        return int(flag)
+
+
+def tensor_at(address: int, count: int, dtype: torch.dtype) -> torch.Tensor:
+    """`count` elements at an address of this process, whose owner outlives the tensor."""
+    memory = (ctypes.c_char * (count * dtype.itemsize)).from_address(address)
+    return torch.frombuffer(memory, dtype=dtype)
+
+
+def launched(module: ModuleType, step: Launch, kernel: TritonKernel, device: torch.device, slot: int) -> Launched:
+    kind = Interpreted if device.type == "cpu" else Launched
+    return kind(getattr(module, kernel.name), step, kernel, device, slot)
+
+
+def compiled(one: Launched, ctx: CompileContext, plan: Plan) -> Launched | None:
+    """The launch with its usual variant compiled; None, with a decision, where Triton refuses the kernel."""
+    try:
+        if not one.kernel.symbols:
+            one.compile(one.usual())
+    except compat.triton_errors() as why:
+        ctx.record("interpreted", one.step.name, taken=True, reason="Triton refused it: {why}", why=str(why)[:2000],
+                   where=plan.origins.get(one.step.name, ""))  # fmt: skip
+        return None
+    return one
+
+
+# -- programs ---------------------------------------------------------------------------------------
+class TritonProgram(Program):
+    """Runs a plan with Triton kernels: on a GPU over memory of PyTorch's caching allocator, on its current stream."""
+
+    def __init__(
+        self,
+        plan: Plan,
+        host: HostProgram,
+        launches: Sequence[Launched],
+        binding: tuple[tuple[str, ...], ...],
+        symbols: tuple[str, ...],
+        constants: dict[str, torch.Tensor],
+        device: torch.device,
+    ) -> None:
+        self.device = device
+        self.on_gpu = device.type != "cpu"
+        messages = tuple(one.kernel.messages for one in launches)
+        super().__init__(plan, host, launches, binding, symbols, messages, constants)
+        self.checked = [k for k, one in enumerate(launches) if one.kernel.messages]
+        if self.on_gpu:
+            self.call.__globals__["threads"] = self.stream
+            self.flags = torch.zeros(len(launches), dtype=torch.int32, device=device)
+            self.seen = torch.zeros(len(launches), dtype=torch.int32, pin_memory=True)
+            for k, one in enumerate(launches):
+                one.flag, one.slot = self.flags.data_ptr(), k
+
+    def __call__(self, args: list[Any]) -> Any:
+        if not self.on_gpu or torch.cuda.current_device() == self.device.index:
+            return self.call(args)
+        with torch.cuda.device(self.device):
+            return self.call(args)
+
+    def stream(self) -> int:
+        return compat.current_raw_stream(self.device.index)
+
+    def enter(self, key: tuple[int, ...]) -> Frame:
+        """An arena for a call with these sizes; on a GPU the allocator's, in the order of the current stream."""
+        if not self.on_gpu:
+            return super().enter(key)
+        if self.checked:
+            self.raise_late()
+        layout = self.layouts.get(key) or self.layout(key)
+        return self.make_frame(key, layout, torch.empty(layout.nbytes, dtype=torch.uint8, device=self.device))
+
+    def leave(self, frame: Frame) -> None:
+        if not self.on_gpu:
+            super().leave(frame)
+        elif self.checked:
+            self.seen.copy_(self.flags, non_blocking=True)
+
+    def raise_late(self) -> None:
+        """Raise what a check of an earlier call found, if its flags have arrived."""
+        for k in self.checked:
+            if code := int(self.seen[k]):
+                self.seen.zero_()
+                self.flags.zero_()
+                self.fail(k, code)
+
+    def make_frame(self, key: tuple[int, ...], layout: Layout, base: torch.Tensor) -> Frame:
+        if not self.on_gpu:
+            return super().make_frame(key, layout, base)
+        address = base.data_ptr()
+        pointers = [[address + layout.offsets.get(name, 0) for name in names] for names in self.binding]
+        for names, row in zip(self.binding, pointers, strict=True):
+            for k, name in enumerate(names):
+                if name in self.constants:
+                    row[k] = self.constants[name].data_ptr()
+        sizes = [layout.env.get(name, 0) for name in self.unit_symbols]
+        return Frame(key, pointers, [self.arena_view(r, layout, base) for r in self.host.views], sizes)
+
+    def interpret(self, kernel: Kernel, tensors: list[torch.Tensor], sizes: dict[str, int]) -> None:
+        """A kernel by torch operations; a number on the CPU that it reads is taken to the device."""
+        home = [t.to(self.device) if self.on_gpu and t.dim() == 0 and t.device.type == "cpu" else t for t in tensors]
+        run_kernel(kernel, {p.name: t for p, t in zip(kernel.params, home, strict=True)}, sizes)

@@ -1,0 +1,117 @@
+"""What the README and the docs say works as written."""
+
+from __future__ import annotations
+
+import importlib
+import importlib.util
+import re
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+import torch
+
+from benchmarks import readme
+from minifuse.ir import ops
+from minifuse.passes import pipeline
+from minifuse.passes.lower import pointwise
+from minifuse.records import RECORDS
+
+ROOT = Path(__file__).resolve().parent.parent
+README = (ROOT / "README.md").read_text()
+PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
+# Blocks of one page run together where a later one uses names of an earlier one.
+TOGETHER = {"writing-a-remat-policy"}
+EXTENSIONS = ("A pointwise operator", "A pass", "A rematerialisation policy", "A target")
+
+
+def blocks(path: Path) -> list[str]:
+    found = re.findall(r"^```python\n(.*?)^```", path.read_text(), re.MULTILINE | re.DOTALL)
+    return ["\n".join(found)] if path.stem in TOGETHER else found
+
+
+CASES = [pytest.param(code, id=f"{path.stem}-{i}") for path in PAGES for i, code in enumerate(blocks(path))]
+
+
+@pytest.fixture(autouse=True)
+def _restored(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    monkeypatch.setattr(pipeline, "PASSES", pipeline.PASSES)
+    table, rows = dict(ops.TABLE), dict(pointwise.ROWS)
+    torch._dynamo.reset()
+    RECORDS.clear()
+    yield
+    for now, then in ((ops.TABLE, table), (pointwise.ROWS, rows)):
+        now.clear()
+        now.update(then)  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("code", CASES)
+def test_a_block_of_python_runs_as_written(code: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    # A module of its own: torch.library reads the annotations and the source of what it is given.
+    name = f"readme_block_{abs(hash(code))}"
+    (tmp_path / f"{name}.py").write_text(code)
+    monkeypatch.syspath_prepend(tmp_path)
+    monkeypatch.setitem(sys.modules, name, None)  # type: ignore[arg-type]
+    del sys.modules[name]
+    importlib.import_module(name)
+
+
+@pytest.mark.parametrize("what", EXTENSIONS)
+def test_an_extension_takes_fewer_than_twenty_lines(what: str) -> None:
+    code = re.search(rf"\*\*{what}\*\*.*?```python\n(.*?)```", README, re.DOTALL)
+    assert code is not None
+    assert len([line for line in code[1].splitlines() if line.strip()]) < 20
+
+
+def test_every_make_target_that_is_named_exists() -> None:
+    rules = re.findall(r"^(\w+):", (ROOT / "Makefile").read_text(), re.MULTILINE)
+    named = set(re.findall(r"`make (\w+)`|^    make (\w+)", README, re.MULTILINE))
+    assert {a or b for a, b in named} <= set(rules)
+
+
+def test_every_module_and_file_that_is_named_exists() -> None:
+    for page in PAGES:
+        text = page.read_text()
+        for module in re.findall(r"python -m ([\w.]+)", text):
+            assert importlib.util.find_spec(module), f"{page.name} names {module}"
+        for path in re.findall(r"`((?:passes|codegen|docs|examples|tests|ir|runtime|explain)/[\w./-]+)`", text):
+            assert (ROOT / path).exists() or (ROOT / "minifuse" / path).exists(), f"{page.name} names {path}"
+
+
+def test_every_link_leads_to_a_file() -> None:
+    for page in PAGES:
+        for target in re.findall(r"\]\((?!http)([^)#]+)", page.read_text()):
+            assert (page.parent / target).exists(), f"{page.name} links to {target}"
+
+
+def test_the_figures_are_those_of_the_stored_results() -> None:
+    assert readme.updated(README) == README
+
+
+def test_a_stored_result_becomes_a_table() -> None:
+    sample = {"median": 0.0123, "low": 0.012, "high": 0.0125, "count": 9}
+    result = {
+        "schema": 1,
+        "title": "Steps",
+        "targets": {"vs eager": ">= 1"},
+        "rows": {"bert": {"step": sample, "vs eager": 1.25, "bytes": 2_000_000}, "vit": {"step": sample}},
+        "errors": {},
+        "verdict": "verdict: met",
+        "versions": {"torch": "2.13.0"},
+        "machine": {"gpu": None, "processor": "a processor", "threads": 2},
+    }
+    text = readme.table("cpu", result)
+    assert "| bert | 12.3 ms ±2% | 1.25x | 2 MB |" in text
+    assert "| vit | 12.3 ms ±2% | - | - |" in text
+    assert "`python -m benchmarks.cpu`; a processor, 2 threads; torch 2.13.0" in text
+    assert "vs eager (>= 1)" in text
+
+
+def test_the_page_of_options_is_current() -> None:
+    spec = importlib.util.spec_from_file_location("make_options", ROOT / "docs" / "make_options.py")
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    assert (ROOT / "docs" / "options.md").read_text() == module.page(), "run python docs/make_options.py"
