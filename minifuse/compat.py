@@ -330,10 +330,10 @@ def triton_array(x: Any) -> Any:
 
 
 def triton_tensor(array: Any, dtype: Any) -> Any:
-    """An interpreted tensor of a scalar dtype over a numpy array. 3.6-3.9."""
+    """An interpreted tensor over a numpy array, of a block's scalar dtype; a number is an array of one. 3.6-3.9."""
     import triton.language as tl
     from triton.runtime.interpreter import TensorHandle
 
     shape = [int(n) for n in array.shape]
     scalar = dtype.scalar
-    return tl.tensor(TensorHandle(array, scalar), tl.block_type(scalar, shape) if shape else scalar)
+    return tl.tensor(TensorHandle(array.reshape(shape or [1]), scalar), tl.block_type(scalar, shape) if shape else scalar)

@@ -352,10 +352,12 @@ MF v_f32 mf_rounded_f16(v_f32 x) {{
 #endif
 }}""",
     "mf_scratch": """
-extern void* malloc(__SIZE_TYPE__); extern void free(void*); extern void abort(void);
+extern void* aligned_alloc(__SIZE_TYPE__, __SIZE_TYPE__); extern void free(void*); extern void abort(void);
 #define MF_SCRATCH __attribute__((cleanup(mf_release)))
 static void mf_release(void* p) { free(*(void**)p); }
-MF void* mf_scratch(int64_t bytes) { void* p = malloc(bytes > 0 ? bytes : 1); if (!p) abort(); return p; }""",
+MF void* mf_scratch(int64_t bytes) {
+  void* p = aligned_alloc(64, (bytes + 64) / 64 * 64); if (!p) abort(); return p;
+}""",
     "mf_philox": _PHILOX,
     "mf_uniform": """
 MF_ONCE v_f32 mf_uniform(int64_t seed, uint64_t offset, v_i64 index) {

@@ -462,15 +462,9 @@ def write_kernel(launch: Launch) -> TritonKernel:
     name = "k_" + kernel_hash(kernel, schedule)
     text = Printer(kernel, loops, dialect, tree).write(name)
     symbols = tuple(sorted(s.name for s in kernel.symbols()))
-    return TritonKernel(
-        name,
-        text,
-        symbols,
-        grid_size(schedule),
-        warps(math.prod(dialect.blocks.values())),
-        dialect.extents,
-        tuple(dialect.messages),
-    )
+    count = warps(math.prod(dialect.blocks.values()))
+    messages = tuple(dialect.messages)
+    return TritonKernel(name, text, symbols, grid_size(schedule), count, dialect.extents, messages)
 
 
 def warps(elements: int) -> int:

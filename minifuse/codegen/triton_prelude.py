@@ -21,15 +21,17 @@ def mf_truncdiv(a, b):
     safe = tl.where((b == 0) | (b + 1 == 0), b * 0 + 1, b)
     if a.dtype.is_int_unsigned():
         return tl.where(b == 0, a * 0, a // tl.where(b == 0, b * 0 + 1, b))
-    return tl.where(b == 0, a * 0, tl.where(b + 1 == 0, 0 - a, a // safe))
+    else:
+        return tl.where(b == 0, a * 0, tl.where(b + 1 == 0, 0 - a, a // safe))
 
 @triton.jit
 def mf_rem(a, b):
     """The remainder of mf_truncdiv, with the sign of a."""
     if a.dtype.is_int_unsigned():
         return tl.where(b == 0, a * 0, a % tl.where(b == 0, b * 0 + 1, b))
-    bad = (b == 0) | (b + 1 == 0)
-    return tl.where(bad, a * 0, a % tl.where(bad, b * 0 + 1, b))
+    else:
+        bad = (b == 0) | (b + 1 == 0)
+        return tl.where(bad, a * 0, a % tl.where(bad, b * 0 + 1, b))
 
 @triton.jit
 def mf_floordiv(a, b):
@@ -37,8 +39,9 @@ def mf_floordiv(a, b):
     q = mf_truncdiv(a, b)
     if a.dtype.is_int_unsigned():
         return q
-    r = mf_rem(a, b)
-    return tl.where((r != 0) & ((r < 0) != (b < 0)), q - 1, q)
+    else:
+        r = mf_rem(a, b)
+        return tl.where((r != 0) & ((r < 0) != (b < 0)), q - 1, q)
 
 @triton.jit
 def mf_mod(a, b):
@@ -46,32 +49,38 @@ def mf_mod(a, b):
     r = mf_rem(a, b)
     if a.dtype.is_int_unsigned():
         return r
-    return tl.where((r != 0) & ((r < 0) != (b < 0)), r + b, r)
+    else:
+        return tl.where((r != 0) & ((r < 0) != (b < 0)), r + b, r)
 
 @triton.jit
 def mf_maximum(a, b):
     """The greater; NaN where either is NaN."""
     if a.dtype.is_floating():
         return tl.maximum(a, b, propagate_nan=tl.PropagateNan.ALL)
-    if a.dtype.is_int1():
-        return a | b
-    return tl.where(a > b, a, b)
+    else:
+        if a.dtype.is_int1():
+            return a | b
+        else:
+            return tl.where(a > b, a, b)
 
 @triton.jit
 def mf_minimum(a, b):
     """The lesser; NaN where either is NaN."""
     if a.dtype.is_floating():
         return tl.minimum(a, b, propagate_nan=tl.PropagateNan.ALL)
-    if a.dtype.is_int1():
-        return a & b
-    return tl.where(a < b, a, b)
+    else:
+        if a.dtype.is_int1():
+            return a & b
+        else:
+            return tl.where(a < b, a, b)
 
 @triton.jit
 def mf_invert(a):
     """Every bit turned; the other truth of a bool."""
     if a.dtype.is_int1():
         return a == 0
-    return ~a
+    else:
+        return ~a
 
 @triton.jit
 def mf_shl(a, b):
@@ -159,7 +168,8 @@ def mf_last(x, A: tl.constexpr, C: tl.constexpr):
     """What is left of [A, N, C] once N is 1: a number, or the A * C of them."""
     if A * C == 1:
         return tl.sum(tl.reshape(x, [1]), 0)
-    return tl.reshape(x, [A * C])
+    else:
+        return tl.reshape(x, [A * C])
 
 @triton.jit
 def mf_sum(x, A: tl.constexpr, N: tl.constexpr, C: tl.constexpr):
@@ -189,44 +199,50 @@ def mf_max(x, A: tl.constexpr, N: tl.constexpr, C: tl.constexpr):
     """The greatest over the middle of [A, N, C]; NaN where there is one."""
     if A * C == 1:
         return tl.reduce(tl.reshape(x, [N]), 0, mf_maximum)
-    return tl.reshape(tl.reduce(tl.reshape(x, [A, N, C]), 1, mf_maximum), [A * C])
+    else:
+        return tl.reshape(tl.reduce(tl.reshape(x, [A, N, C]), 1, mf_maximum), [A * C])
 
 @triton.jit
 def mf_min(x, A: tl.constexpr, N: tl.constexpr, C: tl.constexpr):
     """The least over the middle of [A, N, C]; NaN where there is one."""
     if A * C == 1:
         return tl.reduce(tl.reshape(x, [N]), 0, mf_minimum)
-    return tl.reshape(tl.reduce(tl.reshape(x, [A, N, C]), 1, mf_minimum), [A * C])
+    else:
+        return tl.reshape(tl.reduce(tl.reshape(x, [A, N, C]), 1, mf_minimum), [A * C])
 
 @triton.jit
 def mf_any(x, A: tl.constexpr, N: tl.constexpr, C: tl.constexpr):
     """Whether any is true over the middle of [A, N, C]."""
     if A * C == 1:
         return tl.reduce(tl.reshape(x, [N]), 0, mf_or)
-    return tl.reshape(tl.reduce(tl.reshape(x, [A, N, C]), 1, mf_or), [A * C])
+    else:
+        return tl.reshape(tl.reduce(tl.reshape(x, [A, N, C]), 1, mf_or), [A * C])
 
 @triton.jit
 def mf_all(x, A: tl.constexpr, N: tl.constexpr, C: tl.constexpr):
     """Whether all are true over the middle of [A, N, C]."""
     if A * C == 1:
         return tl.reduce(tl.reshape(x, [N]), 0, mf_and)
-    return tl.reshape(tl.reduce(tl.reshape(x, [A, N, C]), 1, mf_and), [A * C])
+    else:
+        return tl.reshape(tl.reduce(tl.reshape(x, [A, N, C]), 1, mf_and), [A * C])
 
 @triton.jit
 def mf_rowargmax(x, i, A: tl.constexpr, N: tl.constexpr, C: tl.constexpr):
     """mf_argmax over the middle of [A, N, C]."""
     if A * C == 1:
         return tl.reduce((tl.reshape(x, [N]), tl.reshape(i, [N])), 0, mf_argmax)
-    v, j = tl.reduce((tl.reshape(x, [A, N, C]), tl.reshape(i, [A, N, C])), 1, mf_argmax)
-    return tl.reshape(v, [A * C]), tl.reshape(j, [A * C])
+    else:
+        v, j = tl.reduce((tl.reshape(x, [A, N, C]), tl.reshape(i, [A, N, C])), 1, mf_argmax)
+        return tl.reshape(v, [A * C]), tl.reshape(j, [A * C])
 
 @triton.jit
 def mf_rowargmin(x, i, A: tl.constexpr, N: tl.constexpr, C: tl.constexpr):
     """mf_argmin over the middle of [A, N, C]."""
     if A * C == 1:
         return tl.reduce((tl.reshape(x, [N]), tl.reshape(i, [N])), 0, mf_argmin)
-    v, j = tl.reduce((tl.reshape(x, [A, N, C]), tl.reshape(i, [A, N, C])), 1, mf_argmin)
-    return tl.reshape(v, [A * C]), tl.reshape(j, [A * C])
+    else:
+        v, j = tl.reduce((tl.reshape(x, [A, N, C]), tl.reshape(i, [A, N, C])), 1, mf_argmin)
+        return tl.reshape(v, [A * C]), tl.reshape(j, [A * C])
 '''
 
 _NAME = re.compile(r"\bmf_\w+")

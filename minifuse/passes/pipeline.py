@@ -15,8 +15,9 @@ from .context import CompileContext
 from .fuse import fuse
 from .lower import lower
 from .memory import place
-from . import schedule_triton
 from .schedule import schedule
+from .schedule_triton import schedule as schedule_triton
+from .schedule_triton import target
 from .widen import widen
 
 
@@ -28,10 +29,15 @@ class Pass:
     run: Callable[[Plan, CompileContext], Plan]
 
 
+def schedule_for_target(plan: Plan, ctx: CompileContext) -> Plan:
+    """Loops for what the plan's kernels will be written in."""
+    return schedule_triton(plan, ctx) if target(plan, ctx.options) == "triton" else schedule(plan, ctx)
+
+
 PASSES = (
     Pass("fuse", fuse),
     Pass("widen", widen),
-    Pass("schedule", schedule),
+    Pass("schedule", schedule_for_target),
     Pass("memory", place),
 )
 

@@ -72,7 +72,7 @@ HELD = 32_768
 """The most elements a program holds: a row of as many float32 fits the registers of 16 warps."""
 PROGRAMS = 512
 """Fewer programs than this leave parts of a large GPU idle."""
-SPLIT_WORK = 65_536
+SPLIT_WORK = 4096
 
 
 def target(plan: Plan, options: Options) -> str:
@@ -296,7 +296,7 @@ def _splittable(kernel: Kernel, hint: Hint) -> list[Reduce]:
             continue
         points = hint(product(a.size for a in grid))
         programs = points if mine[0].lanes > 1 else points // COLUMNS
-        if programs >= PROGRAMS or hint(over.size) <= tree(mine[0], hint).block:
+        if programs >= PROGRAMS or hint(over.size) <= 2 * tree(mine[0], hint).block:
             continue
         return [r for r in mine if not any(v in mine for v in topological(r.args))]
     return []
@@ -368,7 +368,7 @@ def _tiles(
         return {a: n for a, n in wide.items() if n > 1}
     if columns:
         room = min(room, COLUMNS)
-    order = sorted(reversed(grid), key=lambda a: a is not fast)
+    order = [a for a in grid if a is fast] + [a for a in grid[::-1] if a is not fast]
     programs = hint(product(a.size for a in grid))
     least = LANES if columns or fast in grid else 1
     while room > least and programs // room < PROGRAMS:

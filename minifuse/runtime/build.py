@@ -18,8 +18,9 @@ from minifuse.codegen.unit import KernelText, Unit, write_kernel, write_unit
 from minifuse.errors import CompileError
 from minifuse.ir.kernel import Extern, Free, Launch, Plan, content_hash, launch_traffic
 from minifuse.passes.context import CompileContext
+from minifuse.passes.schedule_triton import target
 
-from . import toolchain
+from . import toolchain, triton_launch
 from .cache import DiskCache
 from .program import Program
 
@@ -39,7 +40,7 @@ if hasattr(os, "register_at_fork"):
 
 
 def build(plan: Plan, ctx: CompileContext) -> Program:
-    """Compile a placed plan for the CPU. A kernel that C cannot express or compile is interpreted,
+    """Compile a placed plan for its target. A kernel that C cannot express or compile is interpreted,
     alone, and the decisions say so."""
     return build_all([(plan, ctx)])[0]
 
@@ -48,6 +49,8 @@ def build_all(jobs: Sequence[tuple[Plan, CompileContext]]) -> list[Program]:
     """`build` for several plans of one toolchain with one C unit, compiled once: the start of a
     compiler costs more than the kernels of a small graph. The time is the first job's."""
     first = jobs[0][1]
+    if any(target(plan, ctx.options) == "triton" for plan, ctx in jobs):
+        return [triton_launch.build(plan, ctx) for plan, ctx in jobs]
     tools = None if first.options.target == "interpret" else toolchain.find(first.options.precise)
     with first.phase("codegen"):
         texts = [write_all(plan, ctx) if tools is not None else {} for plan, ctx in jobs]

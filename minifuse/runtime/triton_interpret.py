@@ -60,6 +60,11 @@ def _like(x: Any, found: torch.Tensor) -> Any:
     return compat.triton_tensor(found.numpy(), x.dtype)
 
 
+def _left(x: Any, found: torch.Tensor, before: int, after: int) -> Any:
+    """What a row's reduction gives: a number, or the `before * after` of them."""
+    return _like(x, found.reshape(()) if before * after == 1 else found.reshape(before * after))
+
+
 def _rounded(dtype: torch.dtype) -> Callable[[Any], Any]:
     return lambda x: _like(x, _torch(x).to(dtype).to(torch.float32))
 
@@ -67,7 +72,7 @@ def _rounded(dtype: torch.dtype) -> Callable[[Any], Any]:
 def _row(reduce: Callable[..., torch.Tensor]) -> Callable[..., Any]:
     def call(x: Any, before: int, n: int, after: int) -> Any:
         found = reduce(_torch(x).reshape(before, n, after), 1)
-        return _like(x, found.reshape(before * after))
+        return _left(x, found, before, after)
 
     return call
 
@@ -79,7 +84,7 @@ def _pairs(pick: Callable[..., torch.Tensor]) -> Callable[..., Any]:
         first = values.gather(1, at)
         same = (values == first) | (values.isnan() & first.isnan())
         least = torch.where(same, index, torch.iinfo(index.dtype).max).amin(1)
-        return _like(x, first.reshape(before * after)), _like(i, least.reshape(before * after))
+        return _left(x, first, before, after), _left(i, least, before, after)
 
     return call
 

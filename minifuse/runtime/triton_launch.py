@@ -61,7 +61,7 @@ def build(plan: Plan, ctx: CompileContext) -> Program:
         module = load_module(text, ctx.options.cache_dir) if kernels else None
         if device.type == "cpu" and module is not None and not compat.triton_interprets():
             raise MinifuseError(
-                'target="triton" on CPU tensors runs in Triton\'s interpreter: set TRITON_INTERPRET=1 before triton is imported'
+                'target="triton" runs CPU tensors in Triton\'s interpreter: set TRITON_INTERPRET=1 before triton is imported'
             )
         if module is not None and device.type == "cpu":
             triton_interpret.install(module)
@@ -92,7 +92,7 @@ def main_device(plan: Plan) -> torch.device:
 
 def at_home(plan: Plan, device: torch.device) -> Plan:
     """The arena is the main device's: buffers on another are allocated one by one."""
-    away = {n: replace(b, storage="output") for n, b in plan.buffers.items()
+    away = {n: replace(b, storage="pooled") for n, b in plan.buffers.items()
             if b.storage == "arena" and b.device.type != device.type}  # fmt: skip
     return replace(plan, buffers={**plan.buffers, **away}) if away else plan
 
