@@ -21,7 +21,7 @@ from torch import fx
 from . import compat, dump
 from .errors import FallbackError
 from .ir import prims  # noqa: F401 - registers the random operators before anything is captured
-from .ir.kernel import Launch, Plan
+from .ir.plan import Launch, Plan
 from .options import Options
 from .passes.context import CompileContext
 from .passes.decompose import decompositions

@@ -20,7 +20,7 @@ from torch import fx, nn
 from . import compat
 from .backend import Boxed, Graph, boxed, run_aot
 from .ir.decision import Decision
-from .ir.kernel import Plan
+from .ir.plan import Plan
 from .ir.text import print_plan
 from .options import Options
 from .passes.pipeline import make_plan

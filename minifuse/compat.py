@@ -6,8 +6,12 @@ torch 2.11 to 2.13 and triton 3.6 to 3.9 are supported.
 from __future__ import annotations
 
 import inspect
+import re
+import subprocess
+import tempfile
 from collections.abc import Callable, Iterator, Mapping, MutableMapping, Sequence
 from contextlib import contextmanager
+from pathlib import Path
 from typing import Any
 
 import sympy
@@ -30,7 +34,7 @@ from torch.utils._sympy.functions import PythonMod as SympyPythonMod
 from torch.utils._sympy.printers import PythonPrinter  # 2.11-2.13
 
 from minifuse.ir.index import Expr, Sym, as_expr
-from minifuse.ir.kernel import Symbol
+from minifuse.ir.plan import Symbol
 
 try:  # 2.13
     from torch._functorch._aot_autograd.graph_compile import is_opaque_node as _is_opaque_node
@@ -310,6 +314,22 @@ def triton_errors() -> tuple[type[BaseException], ...]:
     from triton.runtime.errors import OutOfResources, PTXASError
 
     return CompilationError, OutOfResources, PTXASError, RuntimeError
+
+
+def kernel_resources(compiled: Any) -> dict[str, int]:
+    """Registers and spilled bytes a thread, and shared bytes a program, of a kernel compiled for NVIDIA. 3.6-3.9.
+
+    Triton's metadata has no registers: `cuobjdump`, which its wheel holds, reads them from the binary.
+    """
+    import triton.backends.nvidia
+
+    tool = Path(triton.backends.nvidia.__file__).parent / "bin" / "cuobjdump"
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+        file.write(compiled.asm["cubin"])
+        file.flush()
+        text = subprocess.run([str(tool), "-res-usage", file.name], capture_output=True, text=True, check=True).stdout
+    found = {name: int(re.search(rf"{name}:(\d+)", text)[1]) for name in ("REG", "STACK", "LOCAL")}  # type: ignore[index]
+    return {"registers": found["REG"], "spilled": found["STACK"] + found["LOCAL"], "shared": compiled.metadata.shared}
 
 
 def current_raw_stream(device: int) -> int:

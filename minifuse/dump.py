@@ -20,7 +20,7 @@ from pathlib import Path
 from .explain import html
 from .explain.replay import kernel_script
 from .explain.report import Report
-from .ir.kernel import Plan
+from .ir.plan import Plan
 from .ir.text import print_plan
 from .options import Options
 from .passes import pipeline

@@ -17,7 +17,7 @@ from torch.nn import functional as F
 
 from minifuse import dump
 from minifuse.explain.replay import kernel_script, replay
-from minifuse.ir.kernel import Plan
+from minifuse.ir.plan import Plan
 from minifuse.ir.text import print_kernel
 from minifuse.records import RECORDS
 

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 import minifuse
 from minifuse import Report
 from minifuse.explain import html, report
-from minifuse.ir.kernel import launch_traffic
+from minifuse.ir.plan import launch_traffic
 from minifuse.records import RECORDS
 
 

@@ -14,7 +14,8 @@ import torch
 
 from minifuse.ir import dtypes, ops
 from minifuse.ir.index import ONE, ZERO, Axis, Expr, Sym, cdiv, product
-from minifuse.ir.kernel import LANES, Cast, Check, Kernel, Load, Op, Param, Random, Reduce, Schedule, Store, Value
+from minifuse.ir.kernel import Check, Kernel, Param, Schedule, Store
+from minifuse.ir.value import LANES, Cast, Load, Op, Random, Reduce, Value
 from minifuse.passes.schedule import affine_offset, tile_elements
 
 from .looptree import Fold

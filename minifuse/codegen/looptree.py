@@ -12,7 +12,8 @@ from collections.abc import Iterable
 from dataclasses import dataclass, field, replace
 
 from minifuse.ir.index import Axis
-from minifuse.ir.kernel import Check, Kernel, Load, Loop, Pick, Reduce, Root, Schedule, Store, Value, topological
+from minifuse.ir.kernel import Check, Kernel, Loop, Root, Schedule, Store
+from minifuse.ir.value import Load, Pick, Reduce, Value, topological
 from minifuse.passes.schedule import HOLD_BYTES, HOLD_COST, tile_elements, value_costs
 
 

@@ -14,22 +14,8 @@ from typing import Protocol
 import torch
 
 from minifuse.ir.index import Axis, Expr, FloorDiv, Mod, Sym
-from minifuse.ir.kernel import (
-    Cast,
-    Check,
-    Const,
-    IndexOf,
-    Kernel,
-    Load,
-    Op,
-    Param,
-    Pick,
-    Random,
-    Reduce,
-    Schedule,
-    Store,
-    Value,
-)
+from minifuse.ir.kernel import Check, Kernel, Param, Schedule, Store
+from minifuse.ir.value import Cast, Const, IndexOf, Load, Op, Pick, Random, Reduce, Value
 
 from .looptree import Fold, Hold, LoopTree, Node, with_held
 

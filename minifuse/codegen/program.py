@@ -17,7 +17,7 @@ import torch
 
 from minifuse import compat
 from minifuse.ir.index import Axis, Expr, Sym
-from minifuse.ir.kernel import Buffer, Extern, Free, Launch, Opaque, Plan, TensorRef
+from minifuse.ir.plan import Buffer, Extern, Free, Launch, Opaque, Plan, TensorRef
 from minifuse.passes.memory import out_overload, unknown_at_start
 
 

@@ -16,22 +16,10 @@ import torch
 
 from minifuse.ir import dtypes, ops
 from minifuse.ir.index import ONE, Axis, Expr, cdiv
-from minifuse.ir.kernel import (
-    Cast,
-    Check,
-    Const,
-    Kernel,
-    Launch,
-    Load,
-    Op,
-    Param,
-    Random,
-    Reduce,
-    Schedule,
-    Store,
-    Value,
-)
+from minifuse.ir.kernel import Check, Kernel, Param, Schedule, Store
+from minifuse.ir.plan import Launch
 from minifuse.ir.text import kernel_hash
+from minifuse.ir.value import Cast, Const, IndexOf, Load, Op, Random, Reduce, Value
 from minifuse.passes.schedule import affine_offset
 from minifuse.passes.schedule_triton import blocks, grid_size, power_of_2, problem
 
@@ -137,7 +125,7 @@ class TritonDialect:
             if loop.step == 1:
                 head = [f"{start} = {at}"]
             else:
-                head = self.lane(axis, at if at == "pid" and loop.step == 1 else f"{at} * {loop.step}")
+                head = self.lane(axis, "" if cdiv(axis.size, loop.step) is ONE else f"{at} * {loop.step}")
             p.here.lines += [*head, *inner.lines]
             return
         outer = [j for j in range(k) if p.loops[j].axis is axis]
@@ -172,18 +160,23 @@ class TritonDialect:
         return typed(value, dtype)
 
     def index(self, p: Printer, expr: Expr, dtype: torch.dtype, lanes: bool) -> str:
-        name = dtypes.row(dtype).triton
-        return typed(expr.value, dtype) if expr.is_const else f"({self.expr(expr)}).to({name})"
+        return typed(expr.value, dtype) if expr.is_const else f"{self.factor(expr)}.to({dtypes.row(dtype).triton})"
 
     def op(self, p: Printer, v: Op, lanes: bool) -> str:
         row = ops.row(v.name)
         template = F64.get(v.name, row.triton) if v.args[-1].dtype is torch.float64 else row.triton
         values = v.args[1:] if v.name == "where" else v.args
-        infix = template.startswith("({0}") and not all(isinstance(a, Const) for a in values)
-        # beside a float32 a bare literal is a float32; a helper asks its first argument for its dtype
-        bare = infix or (register(values[0].dtype) is torch.float32 and not isinstance(values[0], Const))
+        infix = template.startswith("({0}") and any(fixed(a) is None for a in values)
+        # a bare literal takes the dtype of what it meets, in a call if it is of float32 or, as an integer, no narrower
+        # than int32; helpers ask their first argument for its dtype
+        wide = (torch.float32,) if v.name != "where" else (torch.float32, torch.int32, torch.int64)
+        first = v.name != "where" and fixed(values[0]) is not None
+        bare = infix or (register(values[0].dtype) in wide and not first and any(fixed(a) is None for a in values))
         bare = bare and values[0].dtype is not torch.bool
-        args = [literal(a.value, a.dtype) if bare and isinstance(a, Const) else p.name(a) for a in v.args]
+        args = []
+        for a in v.args:
+            number = fixed(a) if bare else None
+            args.append(p.name(a) if number is None else literal(number, a.dtype))
         return template.replace("mf.", "mf_").format(*args)
 
     def cast(self, p: Printer, v: Cast, lanes: bool) -> str:
@@ -203,7 +196,7 @@ class TritonDialect:
         )
 
     def random(self, p: Printer, v: Random, lanes: bool) -> str:
-        index = self.index(p, v.index, torch.int64, lanes)
+        index = typed(v.index.value, torch.int64) if v.index.is_const else self.expr(v.index)
         return f"mf_{v.kind}({p.name(v.seed)}, {v.offset}, {index})"
 
     # -- memory ----------------------------------------------------------------------------------
@@ -288,10 +281,14 @@ class TritonDialect:
         before = math.prod(self.blocks[a] for a in self.dims[:at] if a in whole)
         after = math.prod(self.blocks[a] for a in self.dims[at + 1 :] if a in whole)
         helper = f"mf_row{r.kind}" if len(r.args) > 1 else f"mf_{r.kind}"
-        lines = [f"{', '.join(names)} = {helper}({', '.join(args)}, {before}, {self.blocks[r.over]}, {after})"]
-        if self.lane_axes(r.axes):
-            return [*lines, *(f"{n} = tl.reshape({n}, {self.shape(r.axes)})" for n in names)]
-        return lines
+        found = f"{helper}({', '.join(args)}, {before}, {self.blocks[r.over]}, {after})"
+        if not self.lane_axes(r.axes):
+            return [f"{', '.join(names)} = {found}"]
+        if len(names) == 1:
+            return [f"{names[0]} = tl.reshape({found}, {self.shape(r.axes)})"]
+        flat = [f"{n}_" for n in names]
+        shaped = (f"{n} = tl.reshape({n}_, {self.shape(r.axes)})" for n in names)
+        return [f"{', '.join(flat)} = {found}", *shaped]
 
     def identities(self, r: Reduce) -> tuple[str, ...]:
         """What an empty reduction holds, and for an argument reduction an index that never wins."""
@@ -367,8 +364,8 @@ def _extents(kernel: Kernel) -> tuple[Expr, ...]:
             last = last + (size - 1) * stride
         found.append(last)
     for v in kernel.values():
-        if isinstance(v, Random) or (hasattr(v, "expr") and isinstance(v, Value)):
-            e = v.index if isinstance(v, Random) else v.expr  # type: ignore[attr-defined]
+        if isinstance(v, (Random, IndexOf)):
+            e = v.index if isinstance(v, Random) else v.expr
             top = e.upper()
             found.append(Expr.of({(): LIMIT}) if top is None else top)
     return tuple(dict.fromkeys(found))
@@ -390,6 +387,13 @@ def literal(value: object, dtype: torch.dtype) -> str:
             value = torch.tensor(value, dtype=dtype).item()
             return literal(value, torch.float32)
     return repr(value)
+
+
+def fixed(v: Value) -> int | float | None:
+    """The number that a value always is, or None."""
+    if isinstance(v, Const):
+        return v.value  # type: ignore[no-any-return]
+    return v.expr.value if isinstance(v, IndexOf) and v.expr.is_const else None
 
 
 def typed(value: object, dtype: torch.dtype) -> str:

@@ -6,7 +6,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 from minifuse.ir.index import Expr, cdiv, product
-from minifuse.ir.kernel import Launch
+from minifuse.ir.plan import Launch
 from minifuse.ir.text import kernel_hash
 
 from .c import divisions, kernel_source

@@ -17,20 +17,10 @@ import torch
 from minifuse.ir import dtypes
 from minifuse.ir.index import Expr, as_expr
 from minifuse.ir.interpret import run_kernel
-from minifuse.ir.kernel import (
-    Buffer,
-    Kernel,
-    Launch,
-    Load,
-    Param,
-    Plan,
-    Symbol,
-    TensorRef,
-    Value,
-    launch_traffic,
-    topological,
-)
+from minifuse.ir.kernel import Kernel, Param
+from minifuse.ir.plan import Buffer, Launch, Plan, Symbol, TensorRef, launch_traffic
 from minifuse.ir.text import parse, print_kernel
+from minifuse.ir.value import Load, Value, topological
 from minifuse.options import Options
 from minifuse.passes.context import CompileContext
 from minifuse.passes.memory import place

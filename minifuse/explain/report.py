@@ -23,7 +23,8 @@ from minifuse.ir import device as devices
 from minifuse.ir import ops
 from minifuse.ir.decision import Decision, bytes_text
 from minifuse.ir.device import DeviceModel
-from minifuse.ir.kernel import Cast, Extern, Launch, Op, Plan, Random, Reduce, Value, launch_traffic
+from minifuse.ir.plan import Extern, Launch, Plan, launch_traffic
+from minifuse.ir.value import Cast, Op, Random, Reduce, Value
 from minifuse.passes.remat.plan import RECOMPUTE, SAVE, Choice, RematPlan
 from minifuse.records import RECORDS, Record
 

@@ -15,31 +15,9 @@ import torch
 
 from . import ops
 from .index import Axis, Expr, FloorDiv, Mod, Sym
-from .kernel import (
-    Buffer,
-    Cast,
-    Check,
-    Const,
-    Extern,
-    Free,
-    Index,
-    IndexOf,
-    Kernel,
-    Launch,
-    Load,
-    Op,
-    Opaque,
-    Param,
-    Pick,
-    Plan,
-    Random,
-    RandomKind,
-    Reduce,
-    Store,
-    TensorRef,
-    Value,
-    topological,
-)
+from .kernel import Check, Kernel, Param, Store
+from .plan import Buffer, Extern, Free, Launch, Opaque, Plan, TensorRef
+from .value import Cast, Const, Index, IndexOf, Load, Op, Pick, Random, RandomKind, Reduce, Value, topological
 
 Number = int | torch.Tensor
 ZERO_DIVISION = "ZeroDivisionError"

@@ -12,25 +12,8 @@ import torch
 
 from . import dtypes, index, ops
 from .index import Atom, Axis, Expr, Sym, contiguous_strides
-from .kernel import (
-    Cast,
-    Check,
-    Const,
-    Index,
-    IndexOf,
-    Kernel,
-    Load,
-    Loop,
-    Op,
-    Param,
-    Pick,
-    Random,
-    Reduce,
-    Root,
-    Schedule,
-    Store,
-    Value,
-)
+from .kernel import Check, Kernel, Loop, Param, Root, Schedule, Store
+from .value import Cast, Const, Index, IndexOf, Load, Op, Pick, Random, Reduce, Value
 
 _SPACES = re.compile(r"\s*")
 _WORD = re.compile(r"[A-Za-z_]\w*")

@@ -24,34 +24,12 @@ from collections.abc import Iterable
 
 from . import dtypes, ops
 from .index import Axis, Expr, Sym, contiguous_strides
-from .kernel import (
-    Buffer,
-    Cast,
-    Const,
-    Extern,
-    Free,
-    IndexOf,
-    Kernel,
-    Launch,
-    Load,
-    Op,
-    Opaque,
-    Param,
-    Pick,
-    Plan,
-    Random,
-    Reduce,
-    Schedule,
-    Step,
-    Store,
-    TensorRef,
-    Value,
-    content_hash,
-    launch_traffic,
-)
+from .kernel import Kernel, Param, Schedule, Store
 from .parse import Parsed as Parsed
 from .parse import parse as parse
 from .parse import parse_kernel as parse_kernel
+from .plan import Buffer, Extern, Free, Launch, Opaque, Plan, Step, TensorRef, content_hash, launch_traffic
+from .value import Cast, Const, IndexOf, Load, Op, Pick, Random, Reduce, Value
 
 INLINE_DEPTH = 3
 INLINE_CHARS = 64

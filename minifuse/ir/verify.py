@@ -11,21 +11,10 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 
 from .index import ONE, Axis, Expr, Sym, product
-from .kernel import (
-    Extern,
-    Free,
-    Index,
-    Kernel,
-    Launch,
-    Load,
-    Param,
-    Plan,
-    Schedule,
-    Store,
-    TensorRef,
-    Value,
-)
+from .kernel import Kernel, Param, Schedule, Store
+from .plan import Extern, Free, Launch, Plan, TensorRef
 from .text import check_names
+from .value import Index, Load
 
 
 class VerificationError(Exception):

@@ -13,7 +13,7 @@ import torch
 
 from minifuse import compat
 from minifuse.ir import dtypes
-from minifuse.ir.kernel import Buffer, Extern, Free, Launch, Plan, Step, TensorRef
+from minifuse.ir.plan import Buffer, Extern, Free, Launch, Plan, Step, TensorRef
 from minifuse.passes.context import CompileContext
 
 ALIGN = 64

@@ -8,7 +8,7 @@ from typing import Any
 
 from torch import fx
 
-from minifuse.ir.kernel import Plan
+from minifuse.ir.plan import Plan
 from minifuse.ir.verify import verify_plan
 
 from .context import CompileContext

@@ -13,30 +13,9 @@ from dataclasses import replace
 
 from minifuse.ir import dtypes, ops
 from minifuse.ir.index import ONE, ZERO, Axis, Expr, FloorDiv, Mod, as_expr, cdiv, linearize, product
-from minifuse.ir.kernel import (
-    COLUMN_CHUNK,
-    LANES,
-    Buffer,
-    Cast,
-    Const,
-    IndexOf,
-    Kernel,
-    Launch,
-    Load,
-    Loop,
-    Op,
-    Param,
-    Plan,
-    Random,
-    Reduce,
-    Root,
-    Schedule,
-    Step,
-    Store,
-    Value,
-    rewrite,
-    topological,
-)
+from minifuse.ir.kernel import Kernel, Loop, Param, Root, Schedule, Store, rewrite
+from minifuse.ir.plan import Buffer, Launch, Plan, Step
+from minifuse.ir.value import COLUMN_CHUNK, LANES, Cast, Const, IndexOf, Load, Op, Random, Reduce, Value, topological
 from minifuse.passes.context import CompileContext
 
 LANE_TILE = 4096

@@ -25,26 +25,9 @@ import torch
 
 from minifuse.ir import ops
 from minifuse.ir.index import ZERO, Axis, Expr, cdiv, contiguous_strides, product
-from minifuse.ir.kernel import (
-    LANES,
-    Buffer,
-    IndexOf,
-    Kernel,
-    Launch,
-    Load,
-    Loop,
-    Op,
-    Param,
-    Plan,
-    Reduce,
-    Root,
-    Schedule,
-    Step,
-    Store,
-    Value,
-    rewrite,
-    topological,
-)
+from minifuse.ir.kernel import Kernel, Loop, Param, Root, Schedule, Store, rewrite
+from minifuse.ir.plan import Buffer, Launch, Plan, Step
+from minifuse.ir.value import LANES, IndexOf, Load, Op, Reduce, Value, topological
 from minifuse.options import Options
 from minifuse.passes.context import CompileContext
 from minifuse.passes.schedule import (

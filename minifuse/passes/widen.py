@@ -10,7 +10,9 @@ from __future__ import annotations
 from dataclasses import replace
 
 from minifuse.ir import dtypes
-from minifuse.ir.kernel import Cast, Kernel, Launch, Plan, Step, Value, rewrite
+from minifuse.ir.kernel import Kernel, rewrite
+from minifuse.ir.plan import Launch, Plan, Step
+from minifuse.ir.value import Cast, Value
 from minifuse.passes.context import CompileContext
 
 _REASON = "{dropped} roundings to half precision dropped; results depend on what is fused"

@@ -16,7 +16,7 @@ from minifuse.codegen.printer import CodegenError
 from minifuse.codegen.program import write_program
 from minifuse.codegen.unit import KernelText, Unit, write_kernel, write_unit
 from minifuse.errors import CompileError
-from minifuse.ir.kernel import Extern, Free, Launch, Plan, content_hash, launch_traffic
+from minifuse.ir.plan import Extern, Free, Launch, Plan, content_hash, launch_traffic
 from minifuse.passes.context import CompileContext
 from minifuse.passes.schedule_triton import target
 

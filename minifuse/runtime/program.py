@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import ctypes
 import os
 from collections.abc import Callable, Sequence
@@ -15,7 +14,8 @@ from minifuse.codegen.program import HostProgram
 from minifuse.ir import dtypes
 from minifuse.ir.index import Expr
 from minifuse.ir.interpret import run_kernel
-from minifuse.ir.kernel import Kernel, Plan, TensorRef
+from minifuse.ir.kernel import Kernel
+from minifuse.ir.plan import Plan, TensorRef
 from minifuse.passes.memory import arena_intervals, pack
 
 from .pool import Lease, Pool

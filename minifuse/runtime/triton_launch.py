@@ -36,7 +36,8 @@ from minifuse.codegen.triton_prelude import HEAD, helpers
 from minifuse.errors import MinifuseError
 from minifuse.ir import dtypes
 from minifuse.ir.interpret import run_kernel
-from minifuse.ir.kernel import Kernel, Launch, Plan, content_hash
+from minifuse.ir.kernel import Kernel
+from minifuse.ir.plan import Launch, Plan, content_hash
 from minifuse.passes.context import CompileContext
 
 from . import triton_interpret

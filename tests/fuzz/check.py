@@ -21,7 +21,7 @@ from torch import Tensor, fx
 from torch.fx.experimental.proxy_tensor import make_fx
 
 from minifuse.ir.interpret import run_plan
-from minifuse.ir.kernel import Plan
+from minifuse.ir.plan import Plan
 from minifuse.options import Options
 from minifuse.passes.context import CompileContext
 from minifuse.passes.decompose import decompositions

@@ -364,10 +364,10 @@ class Maker:
         b = rng.randrange(a, max(shape[d], 1)) + 1
         sized = self.size(x, d)
         texts = [
-            f"{{0}}.permute({order})", f"{{0}}.transpose({d}, {e})", f"{{0}}.flatten()", f"{{0}}.unsqueeze({d})",
-            f"{{0}}.flip({d})", f"{{0}}.flip({sorted({d, e})})", f"{{0}}.squeeze()", f"{{0}}.squeeze({d})",
+            f"{{0}}.permute({order})", f"{{0}}.transpose({d}, {e})", "{0}.flatten()", f"{{0}}.unsqueeze({d})",
+            f"{{0}}.flip({d})", f"{{0}}.flip({sorted({d, e})})", "{0}.squeeze()", f"{{0}}.squeeze({d})",
             f"{{0}}.select({d}, -1)", f"{{0}}.unsqueeze({d}).expand({[-1] * d + [3] + [-1] * (rank - d)})",
-            f"{{0}}.reshape(-1)", f"{{0}}.contiguous()", f"{{0}}.roll(2, {d})", f"{{0}}.narrow({d}, 1, {sized} - 1)",
+            "{0}.reshape(-1)", "{0}.contiguous()", f"{{0}}.roll(2, {d})", f"{{0}}.narrow({d}, 1, {sized} - 1)",
             f"{{0}}.repeat({[2 if k == d else 1 for k in range(rank)]})", f"{{0}}.movedim({d}, {e})", "{0}.clone()",
             f"torch.slice_copy({{0}}, {d}, 1, None, 2)",
         ]  # fmt: skip

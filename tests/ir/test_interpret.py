@@ -8,23 +8,10 @@ import torch
 from minifuse.ir import ops
 from minifuse.ir.index import ONE, ZERO, Axis, Sym, as_expr, contiguous_strides
 from minifuse.ir.interpret import philox, run_kernel, run_plan
-from minifuse.ir.kernel import (
-    Buffer,
-    Const,
-    Extern,
-    Free,
-    Kernel,
-    Launch,
-    Load,
-    Op,
-    Opaque,
-    Param,
-    Plan,
-    Store,
-    Symbol,
-    TensorRef,
-)
+from minifuse.ir.kernel import Kernel, Param, Store
+from minifuse.ir.plan import Buffer, Extern, Free, Launch, Opaque, Plan, Symbol, TensorRef
 from minifuse.ir.text import parse_kernel
+from minifuse.ir.value import Const, Load, Op
 
 F32, I64 = torch.float32, torch.int64
 CPU = torch.device("cpu")

@@ -6,29 +6,10 @@ import pytest
 import torch
 
 from minifuse.ir.index import ONE, ZERO, Axis, Sym, as_expr, contiguous_strides
-from minifuse.ir.kernel import (
-    Buffer,
-    Cast,
-    Check,
-    Const,
-    Extern,
-    Free,
-    IndexOf,
-    Kernel,
-    Launch,
-    Load,
-    Loop,
-    Op,
-    Opaque,
-    Param,
-    Plan,
-    Reduce,
-    Schedule,
-    Store,
-    Symbol,
-    TensorRef,
-)
+from minifuse.ir.kernel import Check, Kernel, Loop, Param, Schedule, Store
+from minifuse.ir.plan import Buffer, Extern, Free, Launch, Opaque, Plan, Symbol, TensorRef
 from minifuse.ir.text import kernel_hash, parse, parse_kernel, print_kernel, print_plan
+from minifuse.ir.value import Cast, Const, IndexOf, Load, Op, Reduce
 
 F32, I64 = torch.float32, torch.int64
 

@@ -6,26 +6,10 @@ import pytest
 import torch
 
 from minifuse.ir.index import ONE, ZERO, Axis, Sym, as_expr, contiguous_strides
-from minifuse.ir.kernel import (
-    Buffer,
-    Check,
-    Const,
-    Extern,
-    Free,
-    Kernel,
-    Launch,
-    Load,
-    Loop,
-    Op,
-    Param,
-    Plan,
-    Reduce,
-    Schedule,
-    Store,
-    Symbol,
-    TensorRef,
-)
+from minifuse.ir.kernel import Check, Kernel, Loop, Param, Schedule, Store
+from minifuse.ir.plan import Buffer, Extern, Free, Launch, Plan, Symbol, TensorRef
 from minifuse.ir.text import parse
+from minifuse.ir.value import Const, Load, Op, Reduce
 from minifuse.ir.verify import VerificationError, verify_kernel, verify_plan, verify_schedule
 
 F32 = torch.float32

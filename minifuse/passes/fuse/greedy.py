@@ -13,7 +13,8 @@ from dataclasses import replace
 from math import prod
 
 from minifuse.ir.index import Axis, Expr
-from minifuse.ir.kernel import Buffer, Extern, Free, Launch, Plan, Step, Store, TensorRef
+from minifuse.ir.kernel import Store
+from minifuse.ir.plan import Buffer, Extern, Free, Launch, Plan, Step, TensorRef
 from minifuse.passes.context import CompileContext
 from minifuse.passes.memory import unknown_at_start
 

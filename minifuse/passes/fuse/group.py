@@ -7,27 +7,9 @@ from dataclasses import dataclass, field
 
 from minifuse.ir import ops
 from minifuse.ir.index import ONE, Axis, Expr
-from minifuse.ir.kernel import (
-    Buffer,
-    Cast,
-    Check,
-    Const,
-    Index,
-    IndexOf,
-    Kernel,
-    Launch,
-    Load,
-    Op,
-    Param,
-    Random,
-    Reduce,
-    Root,
-    Store,
-    Value,
-    at_values,
-    rewrite,
-    topological,
-)
+from minifuse.ir.kernel import Check, Kernel, Param, Root, Store, rewrite
+from minifuse.ir.plan import Buffer, Launch
+from minifuse.ir.value import Cast, Const, Index, IndexOf, Load, Op, Random, Reduce, Value, at_values, topological
 
 from .unify import Substitution
 

@@ -18,28 +18,9 @@ from torch import fx
 from minifuse import compat
 from minifuse.ir import dtypes
 from minifuse.ir.index import ONE, ZERO, Axis, Expr, Sym, as_expr, contiguous_strides
-from minifuse.ir.kernel import (
-    Buffer,
-    Cast,
-    Check,
-    Const,
-    Extern,
-    IndexOf,
-    Kernel,
-    Launch,
-    Load,
-    Op,
-    Opaque,
-    Output,
-    Param,
-    Plan,
-    Step,
-    Store,
-    Symbol,
-    TensorRef,
-    Value,
-    topological,
-)
+from minifuse.ir.kernel import Check, Kernel, Param, Store
+from minifuse.ir.plan import Buffer, Extern, Launch, Opaque, Output, Plan, Step, Symbol, TensorRef
+from minifuse.ir.value import Cast, Const, IndexOf, Load, Op, Value, topological
 from minifuse.passes.context import CompileContext
 
 from .externs import expected

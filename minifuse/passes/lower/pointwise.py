@@ -15,7 +15,7 @@ import torch
 
 from minifuse import compat
 from minifuse.ir import dtypes
-from minifuse.ir.kernel import Cast, Const, Op, Value
+from minifuse.ir.value import Cast, Const, Op, Value
 
 aten = torch.ops.aten
 prims = torch.ops.prims

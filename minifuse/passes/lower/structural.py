@@ -15,21 +15,8 @@ from torch import fx
 from minifuse.ir import dtypes
 from minifuse.ir import prims as _prims  # noqa: F401 - registers the random operators that rows below name
 from minifuse.ir.index import ONE, ZERO, Axis, Expr, as_expr, contiguous_strides, delinearize, linearize, product
-from minifuse.ir.kernel import (
-    LANES,
-    Cast,
-    Check,
-    Const,
-    IndexOf,
-    Load,
-    Op,
-    Pick,
-    Random,
-    Reduce,
-    Store,
-    Value,
-    at_values,
-)
+from minifuse.ir.kernel import Check, Store
+from minifuse.ir.value import LANES, Cast, Const, IndexOf, Load, Op, Pick, Random, Reduce, Value, at_values
 
 from .pointwise import Unsupported, to_compute, truth
 from .view import View

@@ -5,8 +5,20 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from minifuse.ir.index import ONE, ZERO, Axis, Expr, IntLike, as_expr, contiguous_strides, delinearize, linearize, product
-from minifuse.ir.kernel import Buffer, Index, Load, TensorRef, Value
+from minifuse.ir.index import (
+    ONE,
+    ZERO,
+    Axis,
+    Expr,
+    IntLike,
+    as_expr,
+    contiguous_strides,
+    delinearize,
+    linearize,
+    product,
+)
+from minifuse.ir.plan import Buffer, TensorRef
+from minifuse.ir.value import Index, Load, Value
 
 
 @dataclass(frozen=True)

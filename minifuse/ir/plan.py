@@ -1,0 +1,276 @@
+"""Plans: the steps of a program over buffers, and the one accounting of the bytes that they move."""
+
+from __future__ import annotations
+
+import hashlib
+import re
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from dataclasses import dataclass, field, replace
+from typing import Any, Literal
+
+import torch
+
+from . import dtypes
+from .index import Expr, contiguous_strides, linearize, product
+from .kernel import Kernel, Param, Schedule
+from .value import index_axes
+
+Storage = Literal["input", "constant", "pooled", "arena", "extern"]
+
+
+@dataclass(frozen=True)
+class Buffer:
+    """Memory that steps read and write. Shape in elements, strides in elements.
+
+    `storage`: "input" is the caller's, "constant" the graph's own, "pooled" is a block of its own (what the caller
+    gets, and what is large), "arena" shares the call's arena, "extern" is what an ATen operator allocated.
+    """
+
+    name: str
+    dtype: torch.dtype
+    shape: tuple[Expr, ...]
+    stride: tuple[Expr, ...]
+    device: torch.device
+    storage: Storage = "arena"
+
+    @property
+    def numel(self) -> Expr:
+        return product(self.shape)
+
+    @property
+    def nbytes(self) -> Expr:
+        """Bytes of the distinct elements: an expanded dimension (stride 0) counts once."""
+        distinct = [s for s, d in zip(self.shape, self.stride, strict=True) if not (d.is_const and d.value == 0)]
+        return product(distinct) * dtypes.itemsize(self.dtype)
+
+    @property
+    def extent(self) -> Expr:
+        """Elements from the first to one past the last: what an allocation must hold."""
+        return linearize([s - 1 for s in self.shape], self.stride) + 1
+
+    @property
+    def is_contiguous(self) -> bool:
+        return self.stride == contiguous_strides(self.shape)
+
+    def as_param(self, name: str | None = None) -> Param:
+        return Param(name or self.name, self.dtype, self.shape, self.stride)
+
+
+@dataclass(frozen=True)
+class TensorRef:
+    """A strided view of a buffer, as an extern argument or an output sees it."""
+
+    buffer: str
+    shape: tuple[Expr, ...]
+    stride: tuple[Expr, ...]
+    offset: Expr
+
+
+@dataclass(frozen=True)
+class Opaque:
+    """What kernels never see: an input that is no tensor and no size (a generator), or a result
+    (`item` of several) of the extern whose origin is `name`."""
+
+    name: str
+    item: int | None = None
+
+
+@dataclass(frozen=True)
+class Launch:
+    """A kernel with the buffers that its parameters stand for, in order of `kernel.params`."""
+
+    kernel: Kernel
+    binding: tuple[str, ...]
+    schedule: Schedule | None = None
+    name: str = "kernel"
+
+    def buffers(self, params: Iterable[str]) -> tuple[str, ...]:
+        at = {p.name: b for p, b in zip(self.kernel.params, self.binding, strict=True)}
+        return tuple(at[p] for p in params)
+
+    @property
+    def reads(self) -> tuple[str, ...]:
+        return self.buffers(self.kernel.reads)
+
+    @property
+    def writes(self) -> tuple[str, ...]:
+        return self.buffers(self.kernel.writes)
+
+
+@dataclass(frozen=True)
+class Extern:
+    """A call of something that minifuse does not generate, with the reason why.
+
+    `args` and `kwargs` hold `TensorRef`, `Expr` (sizes), `Opaque`, and plain values, nested as the operator
+    takes them. `results` names the buffers of its tensor results, by position; None is dropped.
+    A result given in `sizes` is a number that defines that symbol.
+    """
+
+    target: Any
+    args: tuple[Any, ...]
+    kwargs: tuple[tuple[str, Any], ...]
+    results: tuple[str | None, ...]
+    reason: str
+    single: bool = True
+    out: bool = False
+    effect: bool = False
+    sizes: tuple[tuple[int, str], ...] = ()
+    dims: tuple[tuple[int, int, str], ...] = ()
+    origin: str = ""
+
+    @property
+    def refs(self) -> Iterator[TensorRef]:
+        return _refs((self.args, tuple(v for _, v in self.kwargs)))
+
+    @property
+    def reads(self) -> tuple[str, ...]:
+        return tuple(dict.fromkeys(r.buffer for r in self.refs))
+
+    @property
+    def writes(self) -> tuple[str, ...]:
+        return tuple(r for r in self.results if r is not None)
+
+    @property
+    def defines(self) -> tuple[str, ...]:
+        """The names of what is no tensor: the opaque result, and sizes that are known from here on."""
+        return (self.origin, *(name for _, name in self.sizes), *(name for _, _, name in self.dims))
+
+    @property
+    def mentions(self) -> frozenset[str]:
+        """The names of the sizes and of the opaque values among the arguments."""
+        found: set[str] = set()
+        stack: list[Any] = [self.args, [v for _, v in self.kwargs]]
+        while stack:
+            x = stack.pop()
+            if isinstance(x, Opaque):
+                found.add(x.name)
+            elif isinstance(x, Expr):
+                found |= {s.name for s in x.symbols()}
+            elif isinstance(x, TensorRef):
+                stack += [*x.shape, *x.stride, x.offset]
+            elif isinstance(x, slice):
+                stack += [x.start, x.stop, x.step]
+            elif isinstance(x, dict):
+                stack += x.values()
+            elif isinstance(x, (tuple, list)):
+                stack += x
+        return frozenset(found)
+
+
+def _refs(tree: Any) -> Iterator[TensorRef]:
+    if isinstance(tree, TensorRef):
+        yield tree
+    elif isinstance(tree, (tuple, list)):
+        for item in tree:
+            yield from _refs(item)
+    elif isinstance(tree, dict):
+        for item in tree.values():
+            yield from _refs(item)
+
+
+@dataclass(frozen=True)
+class Free:
+    """The last reader of these buffers has run."""
+
+    buffers: tuple[str, ...]
+
+
+Step = Launch | Extern | Free
+Output = TensorRef | Expr | Opaque | int | float | bool | str | None
+
+
+@dataclass(frozen=True)
+class Symbol:
+    """What is known of a dynamic size: a value to plan with, and where a call finds it.
+
+    `source` is `INPUT.size(D)`, `INPUT.stride(D)`, the name of an int input, or empty where the
+    symbol's own name is that of an int input or an extern defines it.
+    """
+
+    name: str
+    hint: int
+    source: str = ""
+
+    def mentions(self, names: Iterable[str]) -> frozenset[str]:
+        """Those of `names` that the source is computed from."""
+        return frozenset(re.findall(r"[A-Za-z_]\w*", self.source)) & frozenset(names)
+
+
+@dataclass(frozen=True)
+class Plan:
+    """Everything that a program does, in order. Frozen; passes make new ones."""
+
+    name: str
+    inputs: tuple[str, ...]
+    buffers: Mapping[str, Buffer]
+    steps: tuple[Step, ...]
+    outputs: tuple[Output, ...]
+    symbols: Mapping[str, Symbol] = field(default_factory=dict)
+    mutated: frozenset[str] = frozenset()
+    origins: Mapping[str, str] = field(default_factory=dict)
+
+    @property
+    def launches(self) -> tuple[Launch, ...]:
+        return tuple(s for s in self.steps if isinstance(s, Launch))
+
+    @property
+    def externs(self) -> tuple[Extern, ...]:
+        return tuple(s for s in self.steps if isinstance(s, Extern))
+
+    def hint(self, size: Expr) -> int:
+        """A size with every symbol at its hint."""
+        if size.is_const:
+            return size.value
+        return size.evaluate({name: s.hint for name, s in self.symbols.items()})
+
+    def with_steps(self, steps: Iterable[Step]) -> Plan:
+        return replace(self, steps=tuple(steps))
+
+
+@dataclass(frozen=True)
+class Traffic:
+    """Bytes that a step moves: `read` and `written` once a buffer, `bound` the least possible."""
+
+    read: int
+    written: int
+
+    @property
+    def total(self) -> int:
+        return self.read + self.written
+
+
+def traffic(reads: Iterable[Buffer], writes: Iterable[Buffer], hint: Callable[[Expr], int]) -> Traffic:
+    """Bytes of a launch: each distinct buffer read once and written once.
+
+    This is the one accounting that fusion, rematerialisation, the report and the benchmarks use.
+    Sizes that are symbols count at their hint.
+    """
+    return Traffic(sum(hint(b.nbytes) for b in reads), sum(hint(b.nbytes) for b in writes))
+
+
+def launch_traffic(plan: Plan, step: Launch | Extern) -> Traffic:
+    """Bytes that one step of a plan moves.
+
+    A kernel that reads or writes a part of a buffer, by a slice or a gather, is counted with the
+    elements that its accesses run over, at most the buffer's own.
+    """
+    if isinstance(step, Extern):
+        return traffic((plan.buffers[b] for b in step.reads), (plan.buffers[b] for b in step.writes), plan.hint)
+    kernel = step.kernel
+    whole = {p.name: plan.hint(plan.buffers[b].nbytes) for p, b in zip(kernel.params, step.binding, strict=True)}
+    read: dict[str, int] = {}
+    written: dict[str, int] = {}
+    for load in dict.fromkeys((v.param, v.index, v.dtype, v.axes) for v in kernel.loads):
+        name, index, dtype, _ = load
+        elements = plan.hint(product(a.size for a in index_axes(index)))
+        read[name] = min(whole[name], read.get(name, 0) + elements * dtypes.itemsize(dtype))
+    for store in kernel.stores:
+        elements = plan.hint(product(a.size for a in index_axes(store.index)))
+        nbytes = elements * dtypes.itemsize(store.value.dtype)
+        written[store.param] = min(whole[store.param], written.get(store.param, 0) + nbytes)
+    return Traffic(sum(read.values()), sum(written.values()))
+
+
+def content_hash(text: str) -> str:
+    """The name of a kernel or a source by its content: 16 hexadecimal digits."""
+    return hashlib.sha256(text.encode()).hexdigest()[:16]

@@ -1,0 +1,421 @@
+"""Values of the kernel IR: typed, immutable, interned (DESIGN.md, section 3).
+
+Two values with the same meaning are one object, so common subexpressions are found when they are built.
+Every constructor checks what it is given; a wrong value cannot exist.
+"""
+
+from __future__ import annotations
+
+import weakref
+from collections.abc import Callable, Iterable, Mapping
+from typing import Any, ClassVar, Literal
+
+import torch
+
+from . import dtypes, ops
+from .index import Axis, Expr, as_expr
+
+_values: weakref.WeakValueDictionary[tuple, Value] = weakref.WeakValueDictionary()
+NO_AXES: frozenset[Axis] = frozenset()
+
+class Value:
+    """A typed value that varies over `axes`; immutable and interned, so `is` compares meaning."""
+
+    __slots__ = ("__weakref__", "axes", "dtype", "fields")
+    dtype: torch.dtype
+    axes: frozenset[Axis]
+    fields: tuple[Any, ...]
+    names: ClassVar[tuple[str, ...]] = ()
+
+    @classmethod
+    def _make(cls, fields: tuple, dtype: torch.dtype, axes: frozenset[Axis]) -> Any:
+        key = (cls, fields, dtype)
+        found = _values.get(key)
+        if found is None:
+            found = object.__new__(cls)
+            found.fields, found.dtype, found.axes = fields, dtype, axes
+            _values[key] = found
+        return found
+
+    @property
+    def args(self) -> tuple[Value, ...]:
+        """The values that this one is computed from, in order."""
+        return ()
+
+    def rebuild(self, args: tuple[Value, ...], index: Callable[[Expr], Expr]) -> Value:
+        """The same value over other arguments, with every index expression mapped."""
+        return self
+
+    def __repr__(self) -> str:
+        return f"{type(self).__name__.lower()}{self.fields}: {dtypes.name(self.dtype)}"
+
+
+Index = Expr | Value
+
+
+def index_axes(index: Iterable[Index]) -> frozenset[Axis]:
+    found = NO_AXES
+    for i in index:
+        found = found | (i.axes() if isinstance(i, Expr) else i.axes)
+    return found
+
+
+class Load(Value):
+    """An element of a parameter at a logical index: an expression or a loaded integer a dimension.
+
+    Where `mask` is false nothing is read and the value is `other`.
+    """
+
+    __slots__ = ()
+    fields: tuple[str, tuple[Index, ...], Value | None, Value | None]
+
+    @staticmethod
+    def of(
+        param: str,
+        index: Iterable[Index],
+        dtype: torch.dtype,
+        mask: Value | None = None,
+        other: Value | None = None,
+    ) -> Load:
+        index = tuple(index)
+        if (mask is None) != (other is None):
+            raise TypeError(f"load {param}: a mask needs an other value, and the reverse")
+        if mask is not None and other is not None:
+            if mask.dtype is not torch.bool or other.dtype is not dtype:
+                raise TypeError(f"load {param}: expected a bool mask and a {dtype} other")
+        axes = index_axes(index)
+        for v in (mask, other):
+            axes = axes if v is None else axes | v.axes
+        return Load._make((param, index, mask, other), dtype, axes)
+
+    @property
+    def param(self) -> str:
+        return self.fields[0]
+
+    @property
+    def index(self) -> tuple[Index, ...]:
+        return self.fields[1]
+
+    @property
+    def mask(self) -> Value | None:
+        return self.fields[2]
+
+    @property
+    def other(self) -> Value | None:
+        return self.fields[3]
+
+    @property
+    def args(self) -> tuple[Value, ...]:
+        found = tuple(i for i in self.index if isinstance(i, Value))
+        if self.mask is not None and self.other is not None:
+            found += (self.mask, self.other)
+        return found
+
+    def rebuild(self, args: tuple[Value, ...], index: Callable[[Expr], Expr]) -> Value:
+        rest = iter(args)
+        at = tuple(next(rest) if isinstance(i, Value) else index(i) for i in self.index)
+        return Load.of(self.param, at, self.dtype, *rest)
+
+    def rename(self, param: str) -> Load:
+        return Load.of(param, self.index, self.dtype, self.mask, self.other)
+
+
+class Const(Value):
+    """A literal of the dtype; -0.0, infinities and NaN keep their identity."""
+
+    __slots__ = ()
+    fields: tuple[str, Any]
+
+    @staticmethod
+    def of(value: Any, dtype: torch.dtype) -> Const:
+        if dtypes.is_float(dtype):
+            value = float(value)
+        elif dtype is torch.bool:
+            value = bool(value)
+        else:
+            value = int(value)
+            info = torch.iinfo(dtype)
+            span = 1 << info.bits
+            value = (value - info.min) % span + info.min
+        return Const._make((repr(value), _Literal(value)), dtype, NO_AXES)
+
+    @property
+    def value(self) -> Any:
+        return self.fields[1].value
+
+
+class _Literal:
+    """Wraps a constant so that -0.0 == 0.0 and nan != nan do not confuse the intern table."""
+
+    __slots__ = ("value",)
+
+    def __init__(self, value: Any) -> None:
+        self.value = value
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, _Literal) and repr(self.value) == repr(other.value)
+
+    def __hash__(self) -> int:
+        return hash(repr(self.value))
+
+    def __repr__(self) -> str:
+        return repr(self.value)
+
+
+class IndexOf(Value):
+    """An integer expression of axes and sizes as a value (`SizeOf` where it has no axes)."""
+
+    __slots__ = ()
+    fields: tuple[Expr]
+
+    @staticmethod
+    def of(expr: Expr | int, dtype: torch.dtype = torch.int64) -> IndexOf:
+        expr = as_expr(expr)
+        if dtype not in (torch.int64, torch.int32):
+            raise TypeError(f"an index is int64 or int32, found {dtype}")
+        return IndexOf._make((expr,), dtype, expr.axes())
+
+    @property
+    def expr(self) -> Expr:
+        return self.fields[0]
+
+    def rebuild(self, args: tuple[Value, ...], index: Callable[[Expr], Expr]) -> Value:
+        return IndexOf.of(index(self.expr), self.dtype)
+
+
+class Op(Value):
+    """A row of the op table applied to arguments."""
+
+    __slots__ = ()
+    fields: tuple[str, tuple[Value, ...]]
+
+    @staticmethod
+    def of(name: str, *args: Value) -> Op:
+        dtype = ops.result_dtype(name, tuple(a.dtype for a in args))
+        axes = NO_AXES
+        for a in args:
+            axes = axes | a.axes
+        return Op._make((name, args), dtype, axes)
+
+    @property
+    def name(self) -> str:
+        return self.fields[0]
+
+    @property
+    def args(self) -> tuple[Value, ...]:
+        return self.fields[1]
+
+    def rebuild(self, args: tuple[Value, ...], index: Callable[[Expr], Expr]) -> Value:
+        return Op.of(self.name, *args)
+
+
+class Cast(Value):
+    """A conversion, rounding as torch does; casts to a half type round even in registers."""
+
+    __slots__ = ()
+    fields: tuple[Value]
+
+    @staticmethod
+    def of(dtype: torch.dtype, arg: Value) -> Value:
+        if arg.dtype is dtype:
+            return arg
+        if dtypes.is_half(dtype) and isinstance(arg, Cast) and arg.arg.dtype is dtype and arg.dtype is torch.float32:
+            return arg.arg  # widening is exact, so rounding again gives the same number
+        if isinstance(arg, Const) and (not dtypes.is_half(dtype)) and _const_casts(arg.value, dtype):
+            return Const.of(_round_const(arg.value, arg.dtype), dtype)
+        return Cast._make((arg,), dtype, arg.axes)
+
+    @property
+    def arg(self) -> Value:
+        return self.fields[0]
+
+    @property
+    def args(self) -> tuple[Value, ...]:
+        return self.fields
+
+    def rebuild(self, args: tuple[Value, ...], index: Callable[[Expr], Expr]) -> Value:
+        return Cast.of(self.dtype, args[0])
+
+
+def _const_casts(value: Any, dtype: torch.dtype) -> bool:
+    """Whether a literal converts without a question (no float to integer out of range)."""
+    if dtypes.is_float(dtype) or dtype is torch.bool:
+        return True
+    return not isinstance(value, float) or (value == value and abs(value) < 2**31)
+
+
+def _round_const(value: Any, dtype: torch.dtype) -> Any:
+    return torch.tensor(value, dtype=dtype).item() if isinstance(value, float) else value
+
+
+RandomKind = Literal["uniform", "normal", "bits"]
+
+
+class Random(Value):
+    """A number drawn by Philox4x32-10 (Salmon et al., SC 2011) at a logical linear index.
+
+    `seed` is an int64 value, `offset` tells streams of one seed apart. "uniform" is float32 in
+    [0, 1) with 24 bits, "normal" float32 by Box-Muller, "bits" an int64 of 64 random bits.
+    """
+
+    __slots__ = ()
+    fields: tuple[RandomKind, Value, int, Expr]
+
+    @staticmethod
+    def of(kind: RandomKind, seed: Value, offset: int, index: Expr) -> Random:
+        if kind not in ("uniform", "normal", "bits"):
+            raise ValueError(f"expected uniform, normal or bits, found {kind!r}")
+        if seed.dtype is not torch.int64:
+            raise TypeError(f"a seed is int64, found {seed.dtype}")
+        dtype = torch.int64 if kind == "bits" else torch.float32
+        return Random._make((kind, seed, offset, index), dtype, seed.axes | index.axes())
+
+    @property
+    def kind(self) -> RandomKind:
+        return self.fields[0]
+
+    @property
+    def seed(self) -> Value:
+        return self.fields[1]
+
+    @property
+    def offset(self) -> int:
+        return self.fields[2]
+
+    @property
+    def index(self) -> Expr:
+        return self.fields[3]
+
+    @property
+    def args(self) -> tuple[Value, ...]:
+        return (self.seed,)
+
+    def rebuild(self, args: tuple[Value, ...], index: Callable[[Expr], Expr]) -> Value:
+        return Random.of(self.kind, args[0], self.offset, index(self.index))
+
+
+LANES = 16
+ROW_CHUNK = 4096
+COLUMN_CHUNK = 128
+
+
+class Reduce(Value):
+    """A reduction of its arguments over one axis; over several axes it is a nest of these.
+
+    The tree is part of the meaning, so that no schedule can change a bit. Element k goes to
+    partial result `k % lanes` of chunk `k // chunk`; a partial result folds its elements in order
+    from the identity; partial results of a chunk join by halves (p with p + lanes/2, and so on);
+    the chunks' results are reduced in turn as a column. `lanes` is 16 where the reduced dimension
+    was the innermost in memory when lowered ("row"), else 1 ("column").
+    """
+
+    __slots__ = ()
+    fields: tuple[str, tuple[Value, ...], Axis, int]
+
+    @staticmethod
+    def of(kind: str, args: Iterable[Value], over: Axis, lanes: int = LANES) -> Reduce:
+        args = tuple(args)
+        if kind not in ops.REDUCTIONS:
+            raise KeyError(f"no reduction {kind!r}; known: {', '.join(ops.REDUCTIONS)}")
+        if len(args) != ops.REDUCTIONS[kind].results:
+            raise TypeError(f"{kind} takes {ops.REDUCTIONS[kind].results} values, found {len(args)}")
+        if lanes not in (1, LANES):
+            raise ValueError(f"a reduction has 1 or {LANES} lanes, found {lanes}")
+        if dtypes.is_half(args[0].dtype):
+            raise TypeError(f"{kind} on {args[0].dtype} must accumulate in float32 with casts around")
+        axes = NO_AXES
+        for a in args:
+            axes = axes | a.axes
+        return Reduce._make((kind, args, over, lanes), args[0].dtype, axes - {over})
+
+    @property
+    def kind(self) -> str:
+        return self.fields[0]
+
+    @property
+    def args(self) -> tuple[Value, ...]:
+        return self.fields[1]
+
+    @property
+    def over(self) -> Axis:
+        return self.fields[2]
+
+    @property
+    def lanes(self) -> int:
+        return self.fields[3]
+
+    @property
+    def chunk(self) -> int:
+        return ROW_CHUNK if self.lanes > 1 else COLUMN_CHUNK
+
+    def rebuild(self, args: tuple[Value, ...], index: Callable[[Expr], Expr]) -> Value:
+        over = index(self.over.expr).atom
+        if not isinstance(over, Axis):
+            raise ValueError(f"a reduced axis must stay an axis, found {index(self.over.expr)}")
+        return Reduce.of(self.kind, args, over, self.lanes)
+
+
+class Pick(Value):
+    """Result `i` of a value with several results."""
+
+    __slots__ = ()
+    fields: tuple[Reduce, int]
+
+    @staticmethod
+    def of(value: Reduce, i: int) -> Pick:
+        if not 0 <= i < len(value.args):
+            raise IndexError(f"pick {i} of {len(value.args)} results")
+        return Pick._make((value, i), value.args[i].dtype, value.axes)
+
+    @property
+    def value(self) -> Reduce:
+        return self.fields[0]
+
+    @property
+    def i(self) -> int:
+        return self.fields[1]
+
+    @property
+    def args(self) -> tuple[Value, ...]:
+        return (self.value,)
+
+    def rebuild(self, args: tuple[Value, ...], index: Callable[[Expr], Expr]) -> Value:
+        assert isinstance(args[0], Reduce)
+        return Pick.of(args[0], self.i)
+
+
+def topological(roots: Iterable[Value]) -> list[Value]:
+    """Values reachable from the roots, arguments first. Iterative, so that depth is no limit."""
+    done: dict[Value, None] = {}
+    for root in roots:
+        stack: list[tuple[Value, bool]] = [(root, False)]
+        while stack:
+            v, ready = stack.pop()
+            if v in done:
+                continue
+            if ready:
+                done[v] = None
+                continue
+            stack.append((v, True))
+            stack.extend((a, False) for a in reversed(v.args) if a not in done)
+    return list(done)
+
+
+def at_values(e: Expr, env: Mapping[Any, Expr], values: Mapping[Axis, Value]) -> Index | None:
+    """An index expression with axes replaced by expressions and some of them by computed integers.
+
+    None where a computed axis stands in a division or a product of axes.
+    """
+    used = [a for a in values if a in e.atoms()]
+    rest = e.substitute({**env, **{a: as_expr(0) for a in used}})
+    if not used:
+        return rest
+    total: Value | None = None
+    for a in used:
+        c = e.coefficient(a)
+        if c is None or c.axes():
+            return None
+        term = values[a] if c is as_expr(1) else Op.of("mul", values[a], IndexOf.of(c))
+        total = term if total is None else Op.of("add", total, term)
+    assert total is not None
+    return total if rest is as_expr(0) else Op.of("add", total, IndexOf.of(rest))
