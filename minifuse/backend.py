@@ -81,7 +81,7 @@ def run_aot(graph: Graph, gm: fx.GraphModule, example_inputs: Sequence[Any]) -> 
         keep_inference_input_mutations=True,
     )
     with _compiling:
-        return aot(gm, example_inputs)  # type: ignore[no-any-return]
+        return aot(gm, example_inputs)
 
 
 class Graph:

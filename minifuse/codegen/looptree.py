@@ -112,9 +112,9 @@ def build(kernel: Kernel, schedule: Schedule) -> LoopTree:
     for item in order:
         if any(k not in paths[item] for k in grid):
             raise ValueError(f"{item} does not run over the grid {[str(loops[k]) for k in grid]}")
-    root = Node(None)
-    _nest(root, _sorted(order, needs), 0, paths, needs)
-    return LoopTree(kernel, schedule, root, paths, folds, late)
+    top = Node(None)
+    _nest(top, _sorted(order, needs), 0, paths, needs)
+    return LoopTree(kernel, schedule, top, paths, folds, late)
 
 
 def _item_values(item: Item) -> tuple[Value, ...]:

@@ -49,7 +49,7 @@ class _Writer:
 
         return e.render(leaf)
 
-    def tuple(self, sizes: tuple[Expr, ...]) -> str:
+    def sizes(self, sizes: tuple[Expr, ...]) -> str:
         return "(" + "".join(self.size(s) + ", " for s in sizes).rstrip(" ") + ")"
 
     def var(self, buffer: str) -> str:
@@ -66,7 +66,7 @@ class _Writer:
         name = self.var(r.buffer)
         if r.shape == buffer.shape and r.stride == buffer.stride and r.offset.is_const and r.offset.value == 0:
             return name
-        return f"view({name}, {self.tuple(r.shape)}, {self.tuple(r.stride)}, {self.size(r.offset)})"
+        return f"view({name}, {self.sizes(r.shape)}, {self.sizes(r.stride)}, {self.size(r.offset)})"
 
     def constant(self, value: Any, prefix: str = "const") -> str:
         for name, known in self.objects.items():
@@ -222,7 +222,7 @@ class _Writer:
 
     def allocate(self, b: Buffer) -> str:
         where = "" if b.device.type == "cpu" else f", {self.constant(b.device)}"
-        return f"{self.var(b.name)} = new({self.tuple(b.shape)}, {self.tuple(b.stride)}, {self.dtype(b.dtype)}{where})"
+        return f"{self.var(b.name)} = new({self.sizes(b.shape)}, {self.sizes(b.stride)}, {self.dtype(b.dtype)}{where})"
 
     def extern(self, step: Extern, k: int, made: set[str]) -> None:
         plan, out = self.plan, self.lines
@@ -288,7 +288,7 @@ class _Writer:
         how = ", True" if copies else ""
         if not known and self.is_late(b, step):
             return call
-        return f"adopt({call}, {self.tuple(b.shape)}, {self.tuple(b.stride)}{how})"
+        return f"adopt({call}, {self.sizes(b.shape)}, {self.sizes(b.stride)}{how})"
 
     def output(self, o: Any) -> str:
         return self.ref(o) if isinstance(o, TensorRef) else self.tree(o)

@@ -28,6 +28,8 @@ from .printer import CodegenError, Printer, Scope
 
 LIMIT = 1 << 31
 UNROLL = 8
+# what stands in a loop that is not unrolled: loops, stores, and reductions across threads
+_HEAVY = re.compile(r"^\s*(?:for |tl\.store)|\bmf_(?:sum|prod|max|min|any|all|rowargmax|rowargmin)\(")
 INLINE_CHARS = 88
 # tl.div_rn and tl.sqrt_rn are float32's; on float64 the plain operations round correctly
 F64 = {"div": "({0} / {1})", "sqrt": "tl.sqrt({0})"}
@@ -136,7 +138,7 @@ class TritonDialect:
             if not axis.size.is_const or axis.size.value % p.loops[outer[-1]].step:
                 stop = f"min({stop}, {size})"
         lines = inner.lines if loop.step == 1 or inside else [*self.lane(axis, start), *inner.lines]
-        plain = loop.step == 1 and not any(re.match(r"\s*(for |tl\.store)", line) for line in lines)
+        plain = loop.step == 1 and not any(_HEAVY.search(line) for line in lines)
         bounds = f"{low}, {stop}" + (f", {loop.step}" if loop.step > 1 else "")
         head_text = f"tl.range({bounds}, loop_unroll_factor={UNROLL})" if plain else f"range({bounds})"
         p.here.lines.append(f"for {start} in {head_text}:")
@@ -472,7 +474,7 @@ def write_kernel(launch: Launch) -> TritonKernel:
 
 
 def warps(elements: int) -> int:
-    """Warps of a program: 8 to 32 elements a thread, so that a row's values fit registers without spills."""
+    """Warps of a program: four float32 a thread, 16 bytes, up to 32 of them, so that a row fits registers."""
     if elements <= 4096:
-        return min(max(elements // 64, 1), 4)
+        return min(max(elements // 128, 1), 4)
     return 8 if elements <= 8192 else 16

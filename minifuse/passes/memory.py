@@ -39,9 +39,7 @@ def place(plan: Plan, ctx: CompileContext) -> Plan:
     steps: list[Step] = []
     real = {s.results[0] for s in plan.externs if has_real_out(s, plan)}
     for name, b in plan.buffers.items():
-        if b.storage in ("input", "constant"):
-            buffers[name] = b
-        elif b.storage == "extern" and name not in real:
+        if b.storage in ("input", "constant") or b.storage == "extern" and name not in real:
             buffers[name] = b
         elif name in outputs or large(plan, b) or any(s.name in late for s in b.extent.symbols()):
             buffers[name] = replace(b, storage="pooled")

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -100,7 +100,8 @@ def _size_argument(graph: fx.Graph, node: fx.Node, val: torch.Tensor) -> list[An
         if isinstance(arg, (list, tuple)):
             return list(arg)
     sizes: list[Any] = []
-    for d, s in enumerate(val.shape):
+    extents: Sequence[Any] = val.shape
+    for d, s in enumerate(extents):
         if isinstance(s, int):
             sizes.append(s)
             continue

@@ -175,7 +175,7 @@ def split_reduction(kernel: Kernel, name: str, hint: Hint, buffers: dict[str, Bu
         return [kernel]
     part, inner = Axis("p", cdiv(over.size, chunk)), Axis("q", chunk)
     whole = part.expr * chunk + inner.expr
-    ragged = not (over.size % chunk) is ZERO
+    ragged = (over.size % chunk) is not ZERO
     inside = Op.of("lt", IndexOf.of(whole), IndexOf.of(over.size)) if ragged else None
     device = buffers[kernel.params[0].name].device
     first_params: dict[str, Param] = {p.name: p for p in kernel.params}

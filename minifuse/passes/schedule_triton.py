@@ -161,9 +161,10 @@ def split(kernel: Kernel, name: str, hint: Hint, buffers: dict[str, Buffer]) -> 
     The first launch also runs the stores that walk the reduced axis and need no result of it (the
     input gradient beside the weight gradient of a norm), where the blocks divide the axis.
     """
-    if inner := _nested(kernel, hint):
-        return _inner_first(kernel, inner, name, hint, buffers)
     found = _splittable(kernel, hint)
+    first = _nested(kernel, hint) or ([] if found else _rows_first(kernel, hint))
+    if first:
+        return _inner_first(kernel, first, name, hint, buffers)
     if not found:
         return [kernel]
     over, cut = found[0].over, tree(found[0], hint)
@@ -177,7 +178,7 @@ def split(kernel: Kernel, name: str, hint: Hint, buffers: dict[str, Buffer]) -> 
             needs.add(v)
     beside = [r for r in kernel.body if even and over in r.space and r.value not in needs]
     params = {p.name: p for p in kernel.params}
-    first: list[Root] = list(rewrite(beside, {over: whole}))
+    begun: list[Root] = list(rewrite(beside, {over: whole}))
     partial: dict[Reduce, Load] = {}
     for k, r in enumerate(found):
         rest = [part, *(a for a in kernel.axes if a in r.axes)]
@@ -186,10 +187,10 @@ def split(kernel: Kernel, name: str, hint: Hint, buffers: dict[str, Buffer]) -> 
         params[buffer.name] = buffer.as_param()
         identity = ops.REDUCTIONS[r.kind].identity(r.dtype)
         value = at_part(r.args[0], over, whole, inside, identity)
-        first.append(Store(buffer.name, at, Reduce.of(r.kind, (value,), inner, r.lanes)))
+        begun.append(Store(buffer.name, at, Reduce.of(r.kind, (value,), inner, r.lanes)))
         partial[r] = Load.of(buffer.name, at, r.dtype)
     axes = [part, *(a for a in kernel.axes if a is not over), inner]
-    started = closed(Kernel(tuple(axes), tuple(params.values()), tuple(first), kernel.origins))
+    started = closed(Kernel(tuple(axes), tuple(params.values()), tuple(begun), kernel.origins))
 
     def joined(v: Value) -> Value | None:
         if isinstance(v, Reduce) and v in partial:
@@ -265,6 +266,21 @@ def _nested(kernel: Kernel, hint: Hint) -> list[Reduce]:
         if any(tree(v, hint).block * tree(r, hint).block > NESTED for v in outer):
             return outer
     return []
+
+
+def _rows_first(kernel: Kernel, hint: Hint) -> list[Reduce]:
+    """The inner reductions of sums over several axes, where these have too few points to fill a GPU."""
+    grid = hint(product(a.size for a in _common(kernel)))
+    if grid >= PROGRAMS or hint(product(a.size for a in kernel.axes)) < SPLIT_WORK * grid:
+        return []
+    found: dict[Reduce, None] = {}
+    for outer in kernel.reductions:
+        inner = outer.args[0]
+        if isinstance(inner, Reduce) and len(inner.args) == 1:
+            # a mean that the inner one needs, over an axis that this one walks, comes first
+            before = [v for v in topological(inner.args) if isinstance(v, Reduce) and v.over in inner.axes]
+            found.update(dict.fromkeys(before[-1:] or [inner]))
+    return list(found)
 
 
 def _splittable(kernel: Kernel, hint: Hint) -> list[Reduce]:

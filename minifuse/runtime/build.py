@@ -139,7 +139,7 @@ def entry(library: Any, name: str) -> Callable[..., int]:
     function = getattr(library, name)
     function.restype = ctypes.c_int64
     function.argtypes = [ctypes.c_void_p, ctypes.c_void_p, ctypes.c_int64]
-    return function  # type: ignore[no-any-return]
+    return function
 
 
 @functools.lru_cache(maxsize=8)

@@ -34,7 +34,9 @@ def main() -> int:
                 shown += 1
                 print(shrink(failure), flush=True)
         failed = sum(map(len, kinds.values()))
-        print(f"seeds {batch[0]} to {batch[-1]}: {failed} failed so far, {time.perf_counter() - begin:.0f} s", flush=True)
+        print(
+            f"seeds {batch[0]} to {batch[-1]}: {failed} failed so far, {time.perf_counter() - begin:.0f} s", flush=True
+        )
     for kind, failing in kinds.items():
         print(f"{len(failing):4} {kind}: seeds {failing[:12]}")
     return 1 if kinds else 0

@@ -89,7 +89,9 @@ def prepare(recipe: Recipe, fuels: Sequence[int | None]) -> Case:
     for k, fuel in enumerate(fuels if case.gm is not None else ()):
         options = Options(target="c", fusion_fuel=fuel, verify=True)
         ctx = CompileContext(f"fuzz{recipe.seed}_{k}", "inference", options)
-        plan = guarded(case, f"plan at fuel {'all' if fuel is None else 'some'}", lambda c=ctx: make_plan(case.gm.graph, c))
+        plan = guarded(
+            case, f"plan at fuel {'all' if fuel is None else 'some'}", lambda c=ctx: make_plan(case.gm.graph, c)
+        )
         if plan is None:
             break
         case.contexts.append(ctx)
@@ -251,7 +253,12 @@ def other_sizes(case: Case) -> dict[int, int] | None:
 
 def laid_out(holders: Tensors, given: Tensors) -> bool:
     """Whether inputs have the strides that were traced, which guards of a bare trace say nothing of."""
-    env = {s.node.expr: n for h, x in zip(holders, given, strict=True) for s, n in zip(h.shape, x.shape) if isinstance(s, torch.SymInt)}
+    env = {
+        s.node.expr: n
+        for h, x in zip(holders, given, strict=True)
+        for s, n in zip(h.shape, x.shape)
+        if isinstance(s, torch.SymInt)
+    }
     for h, x in zip(holders, given, strict=True):
         wanted = [s.node.expr.xreplace(env) if isinstance(s, torch.SymInt) else s for s in h.stride()]
         if [int(w) if str(w).isdigit() else w for w in wanted] != list(x.stride()):
@@ -343,7 +350,9 @@ def smaller(recipe: Recipe) -> Iterable[Recipe]:
         for a in s.args:
             for r in s.results:
                 if values[a].shape == values[r].shape and values[a].dtype is values[r].dtype:
-                    yield pruned(renamed(replace(recipe, statements=tuple(x for x in recipe.statements if x is not s)), r, a))
+                    yield pruned(
+                        renamed(replace(recipe, statements=tuple(x for x in recipe.statements if x is not s)), r, a)
+                    )
     for k, i in enumerate(recipe.inputs):
         if i.layout != "contiguous":
             changed = [*recipe.inputs]

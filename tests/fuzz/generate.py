@@ -188,7 +188,14 @@ INT_BINARY = (
     "{0} >> ({1} & 15)", "{0} << {1}", "{0} >> {1}", "torch.add({0}, {1}, alpha=3)",
     "torch.div({0}, ({1} & 3) + 1, rounding_mode='trunc')", "torch.div({0}, ({1} & 3) + 1, rounding_mode='floor')",
 )  # fmt: skip
-BOOL_UNARY = ("~{0}", "{0}.logical_not()", "{0} & True", "{0}.to(torch.int64) * 3", "{0}.to(torch.float32) - 0.5", "{0} + 1")
+BOOL_UNARY = (
+    "~{0}",
+    "{0}.logical_not()",
+    "{0} & True",
+    "{0}.to(torch.int64) * 3",
+    "{0}.to(torch.float32) - 0.5",
+    "{0} + 1",
+)
 BOOL_BINARY = (
     "{0} & {1}", "{0} | {1}", "{0} ^ {1}", "{0} == {1}", "{0} < {1}", "{0} * {1}", "{0} + {1}", "torch.logical_xor({0}, {1})",
     "torch.maximum({0}, {1})",
@@ -382,7 +389,11 @@ class Maker:
         divisors = [q for q in (2, 3, 4, 8, 16) if shape[d] % q == 0 and shape[d] > q]
         if divisors:
             q = rng.choice(divisors)
-            texts += [f"{{0}}.unflatten({d}, ({q}, -1))", f"{{0}}.unflatten({d}, (-1, {q}))", f"{{0}}.chunk({q}, {d})[1]"] * 2
+            texts += [
+                f"{{0}}.unflatten({d}, ({q}, -1))",
+                f"{{0}}.unflatten({d}, (-1, {q}))",
+                f"{{0}}.chunk({q}, {d})[1]",
+            ] * 2
         if not self.dynamic:
             index = ", ".join([":"] * d + [f"{a}:{b}"])
             texts += [f"{{0}}[{index}]", f"{{0}}[{', '.join([':'] * d + [f'{a}::2'])}]", f"{{0}}.select({d}, {a})",
@@ -392,7 +403,11 @@ class Maker:
             if 1 in shape:
                 texts.append(f"{{0}}.expand({[rng.choice((1, 3, 17)) if s == 1 else s for s in shape]})")
         else:
-            texts += [f"{{0}}.narrow({d}, 0, {sized} // 2)", f"{{0}}.reshape({sized}, -1)", f"{{0}}.narrow({d}, {sized} // 2, 1)"]
+            texts += [
+                f"{{0}}.narrow({d}, 0, {sized} // 2)",
+                f"{{0}}.reshape({sized}, -1)",
+                f"{{0}}.narrow({d}, {sized} // 2, 1)",
+            ]
         self.add(rng.choice(texts), [x])
 
     def factors(self, n: int) -> list[int]:
@@ -422,8 +437,11 @@ class Maker:
             else:
                 self.add(f"torch.slice_scatter({{0}}.contiguous(), {{0}}.narrow({d}, 0, 2) + 1, {d}, 1, 3)", [x])
         else:
+
             def like(t: Tensor) -> bool:
-                return t.dim() == v.dim() and all(a == b or kind == "cat" and k == d for k, (a, b) in enumerate(zip(t.shape, v.shape)))
+                return t.dim() == v.dim() and all(
+                    a == b or kind == "cat" and k == d for k, (a, b) in enumerate(zip(t.shape, v.shape))
+                )
 
             names = [n for n, t in self.values.items() if like(t)]
             others = [rng.choice(names) for _ in range(rng.choice((1, 1, 2)))]
@@ -453,8 +471,15 @@ class Maker:
             ]  # fmt: skip
         else:
             rows = [(text + tail, "same", 1) for text in ("torch.sum({0}", "torch.amax({0}", "torch.amin({0}")]
-            rows += [(text + one, "same", 1) for text in ("torch.any({0}", "torch.all({0}", "torch.argmax({0}", "torch.prod({0}")]
-            rows += [("torch.max({0}" + one, "same", 2), ("{0}.sum()", "same", 1), ("torch.mean({0}, 0, dtype=torch.float32)", "loose", 1)]
+            rows += [
+                (text + one, "same", 1)
+                for text in ("torch.any({0}", "torch.all({0}", "torch.argmax({0}", "torch.prod({0}")
+            ]
+            rows += [
+                ("torch.max({0}" + one, "same", 2),
+                ("{0}.sum()", "same", 1),
+                ("torch.mean({0}, 0, dtype=torch.float32)", "loose", 1),
+            ]
         self.add_row(rng.choice(rows), [x])
 
     def add_row(self, row: tuple[str, str, int], args: Sequence[str]) -> tuple[str, ...]:
@@ -474,7 +499,11 @@ class Maker:
         ]  # fmt: skip
         if v.dim() >= 3:
             c = self.size(x, 1)
-            texts += ["F.batch_norm({0}, None, None, training=True)", "F.instance_norm({0})", f"F.group_norm({{0}}, {c})"]
+            texts += [
+                "F.batch_norm({0}, None, None, training=True)",
+                "F.instance_norm({0})",
+                f"F.group_norm({{0}}, {c})",
+            ]
         self.add(rng.choice(texts), [x], "loose")
 
     def index(self) -> None:
@@ -482,9 +511,18 @@ class Maker:
         v, rng = self.values[x], self.rng
         d = rng.randrange(v.dim())
         n = self.size(x, d)
-        like = [n for n, t in self.values.items() if t.dtype in (torch.int64, torch.int32) and t.dim() and t.numel() < 600]
-        i = rng.choice(like) if like and rng.random() < 0.5 else self.new_input(
-            [rng.choice(self.palette) for _ in range(rng.choice((1, 1, 2)))], rng.choice((torch.int64, torch.int64, torch.int32)), "index")
+        like = [
+            n for n, t in self.values.items() if t.dtype in (torch.int64, torch.int32) and t.dim() and t.numel() < 600
+        ]
+        i = (
+            rng.choice(like)
+            if like and rng.random() < 0.5
+            else self.new_input(
+                [rng.choice(self.palette) for _ in range(rng.choice((1, 1, 2)))],
+                rng.choice((torch.int64, torch.int64, torch.int32)),
+                "index",
+            )
+        )
         at = f"({{1}}.long() % {n})"
         texts = [f"{{0}}[{':, ' * d}{at}]", f"{{0}}[{':, ' * d}{at} - {n}]"]
         if self.values[i].dim() == 1:
@@ -541,16 +579,24 @@ class Maker:
             shared = spec.layout in ("alias", "expanded", "overlapping") or (
                 k + 1 < len(self.inputs) and self.inputs[k + 1].layout == "alias"
             )
-            same = [n for n in made if self.values[n].shape == self.values[x].shape and (n in self.exact or spec.dtype.is_floating_point)]
+            same = [
+                n
+                for n in made
+                if self.values[n].shape == self.values[x].shape and (n in self.exact or spec.dtype.is_floating_point)
+            ]
             if shared or not same or rng.random() < 0.8 or self.values[x].untyped_storage().data_ptr() in used:
                 continue
             v = rng.choice(same)
             mine = self.values[v].dtype
             if mine is not spec.dtype and not (mine.is_floating_point and spec.dtype.is_floating_point):
                 continue
-            if self.values[v].untyped_storage().data_ptr() not in {self.values[f"x{j}"].untyped_storage().data_ptr() for j in range(len(self.inputs))}:
+            if self.values[v].untyped_storage().data_ptr() not in {
+                self.values[f"x{j}"].untyped_storage().data_ptr() for j in range(len(self.inputs))
+            }:
                 writes.append((x, v))
-        return Recipe(self.seed, tuple(self.inputs), tuple(self.statements), tuple(outputs[:6]), tuple(writes), self.dynamic)
+        return Recipe(
+            self.seed, tuple(self.inputs), tuple(self.statements), tuple(outputs[:6]), tuple(writes), self.dynamic
+        )
 
 
 def generate(seed: int) -> Recipe:

@@ -126,9 +126,9 @@ def unify(
         free_second.remove(c)
 
     for p, c in soft:
-        a, b = p.atom, c.atom
-        if isinstance(a, Axis) and isinstance(b, Axis) and a not in to_first and b in free_second and a.size is b.size:
-            pair(a, b)
+        x, y = p.atom, c.atom
+        if isinstance(x, Axis) and isinstance(y, Axis) and x not in to_first and y in free_second and x.size is y.size:
+            pair(x, y)
     left = [a for a in first if a not in to_first]
     for a in list(left):
         if a in free_second and (a in reduced) == (a in reduced):

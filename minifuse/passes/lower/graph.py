@@ -7,7 +7,6 @@ extern with a reason. Nothing is fused here; views cost nothing.
 from __future__ import annotations
 
 import operator
-import re
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from typing import Any
@@ -24,6 +23,7 @@ from minifuse.ir.value import Cast, Const, IndexOf, Load, Op, Value, topological
 from minifuse.passes.context import CompileContext
 
 from .externs import expected
+from .nodes import is_alias, is_dense, is_effect, mutated_arguments, names_symbol, source_line
 from .pointwise import DIVISIONS, ROWS, Unsupported, to_compute, truth
 from .structural import STRUCTURAL
 from .view import View
@@ -204,9 +204,8 @@ class Lowering:
         if val.device.type == "meta" or not dtypes.supported(val.dtype):
             raise Unsupported(f"a result of {val.dtype} on {val.device.type}")
         reads: list[Callable[[tuple[Expr, ...]], Value] | Any] = []
-        tensors = []
         for position, arg in enumerate(node.args):
-            reads.append(self._argument(arg, position in row.scalars, tensors, val))
+            reads.append(self._argument(arg, position in row.scalars, val))
         kwargs = {k: v for k, v in node.kwargs.items() if k in ("alpha", "value", "rounding_mode") and v is not None}
         for k, v in list(kwargs.items()):
             if isinstance(v, fx.Node):
@@ -221,9 +220,7 @@ class Lowering:
             for position, read in enumerate(reads):
                 x = read(where) if callable(read) else read
                 if isinstance(x, Value):
-                    if row.promote == "where" and position == 0:
-                        x = truth(x)
-                    elif row.promote == "fill" and position == 1:
+                    if row.promote == "where" and position == 0 or row.promote == "fill" and position == 1:
                         x = truth(x)
                     elif row.promote == "common":
                         x = to_compute(x, common)
@@ -243,14 +240,13 @@ class Lowering:
             return Cast.of(compute, x)
         return to_compute(x, result)
 
-    def _argument(self, arg: Any, keep: bool, tensors: list[View], val: torch.Tensor) -> Any:
+    def _argument(self, arg: Any, keep: bool, val: torch.Tensor) -> Any:
         if isinstance(arg, fx.Node) and isinstance(self.env[arg], View):
             view = self.view(arg)
             if view.buffer.device != val.device and view.shape:
                 raise Unsupported(f"an argument on {view.buffer.device}")
             if view.buffer.device != val.device:
                 raise Unsupported("a scalar tensor on another device")
-            tensors.append(view)
             return view.broadcast_read
         if keep or arg is None:
             if isinstance(arg, fx.Node):
@@ -271,7 +267,7 @@ class Lowering:
         before = set(self.symbols)
         val = node.meta.get("val")
         single = not isinstance(val, (tuple, list))
-        vals = [val] if single else list(val)
+        vals: list[Any] = list(val) if isinstance(val, (tuple, list)) else [val]
         results: list[str | None] = []
         sizes: list[tuple[int, str]] = []
         env: list[Any] = []
@@ -320,8 +316,8 @@ class Lowering:
             for buffer in self.buffers.values():
                 if buffer.storage != "input":
                     continue
-                at = [f"{buffer.name}.size({d})" for d, s in enumerate(buffer.shape) if _names(s, name)]
-                at += [f"{buffer.name}.stride({d})" for d, s in enumerate(buffer.stride) if _names(s, name)]
+                at = [f"{buffer.name}.size({d})" for d, s in enumerate(buffer.shape) if names_symbol(s, name)]
+                at += [f"{buffer.name}.stride({d})" for d, s in enumerate(buffer.stride) if names_symbol(s, name)]
                 if at:
                     self.symbols[name] = Symbol(name, symbol.hint, at[0])
                     break
@@ -367,9 +363,10 @@ class Lowering:
     def call(self, node: fx.Node) -> Any:
         target = node.target
         if target is operator.getitem:
-            source = self.env[node.args[0]]
-            if isinstance(source, (tuple, list)):
-                return source[node.args[1]]
+            made, item = node.args
+            source = self.env[made]  # type: ignore[index]
+            if isinstance(source, (tuple, list)) and isinstance(item, int):
+                return source[item]
             return self.extern(node, "an item of an opaque result")
         number = self.symbolic(node)
         if number is not None:
@@ -414,8 +411,7 @@ class Lowering:
             return View.whole(self.buffer(node.name, val, "input"))
         self.inputs.append(node.name)
         if isinstance(val, torch.SymInt):
-            expr = compat.expr_of_symint(val, self.symbols, bind=node.name)
-            return expr
+            return compat.expr_of_symint(val, self.symbols, bind=node.name)
         if isinstance(val, int) and not isinstance(val, bool):
             return as_expr(val)
         return Opaque(node.name, None)
@@ -435,16 +431,14 @@ class Lowering:
 
     def outputs(self, node: fx.Node, strides: dict[int, tuple[Any, ...]]) -> tuple[Output, ...]:
         outs: list[Output] = []
-        for i, arg in enumerate(node.args[0]):  # type: ignore[arg-type, union-attr]
+        for i, arg in enumerate(node.args[0]):  # type: ignore[arg-type]
             value = self.env[arg] if isinstance(arg, fx.Node) else arg
             if isinstance(value, View):
                 self.node = arg
                 want = strides.get(i)
                 wanted = self.strides(arg.meta["val"].stride() if want is None else want)
                 outs.append(self.output_ref(value, wanted))
-            elif isinstance(value, (Expr, *Number)) or value is None:
-                outs.append(value)
-            elif isinstance(value, Opaque):
+            elif isinstance(value, (Expr, *Number)) or value is None or isinstance(value, Opaque):
                 outs.append(value)
             else:
                 raise TypeError(f"output {i} of {self.ctx.name}: expected a tensor or a number, found {value!r}")
@@ -469,63 +463,6 @@ class Lowering:
         del self.buffers[name]
         assert found is not None
         return found
-
-
-def _names(size: Expr, symbol: str) -> bool:
-    return isinstance(size.atom, Sym) and size.atom.name == symbol
-
-
-def is_dense(buffer: Buffer) -> bool:
-    """Whether the strides are a permutation of row-major ones: every element its own memory."""
-    expected = ONE
-    left = [(s, d) for s, d in zip(buffer.shape, buffer.stride, strict=True) if s is not ONE]
-    while left:
-        step = next((pair for pair in left if pair[1] is expected), None)
-        if step is None:
-            return False
-        left.remove(step)
-        expected = expected * step[0]
-    return True
-
-
-def is_effect(node: fx.Node) -> bool:
-    """Whether a node must run, once, in its place: it draws numbers, writes or talks to others."""
-    if node.op != "call_function":
-        return False
-    target = node.target
-    if isinstance(target, compat.OpOverload):
-        if torch.Tag.nondeterministic_seeded in target.tags or target._schema.is_mutable:
-            return True
-        return target.namespace in ("minifuse", "_c10d_functional", "c10d") or "assert" in target.name()
-    return isinstance(target, compat.HigherOrderOperator) or not target.__module__.startswith("_operator")
-
-
-def is_alias(node: fx.Node) -> bool:
-    """Whether a result is a view of an argument, by the operator's schema."""
-    target = node.target
-    return isinstance(target, compat.OpOverload) and any(r.alias_info is not None for r in target._schema.returns)
-
-
-def mutated_arguments(node: fx.Node) -> list[fx.Node]:
-    """The arguments that a call writes into, by its schema."""
-    if not isinstance(node.target, compat.OpOverload):
-        return []
-    found = []
-    for arg, spec in zip(node.args, node.target._schema.arguments, strict=False):
-        if spec.alias_info is not None and spec.alias_info.is_write and isinstance(arg, fx.Node):
-            found.append(arg)
-    return found
-
-
-def source_line(node: fx.Node) -> str:
-    trace = node.meta.get("stack_trace")
-    if not trace:
-        return ""
-    frames = re.findall(r'File "([^"]*)", line (\d+), in [^\n]*\n?\s*([^\n]*)', trace)
-    if not frames:
-        return ""
-    file, line, code = frames[-1]
-    return f"{file.rsplit('/', 1)[-1]}:{line} {code.strip()}".rstrip()
 
 
 def lower(

@@ -153,7 +153,7 @@ def pow_scalar(x: Value, exponent: float | int) -> Value:
     return Op.of("pow", x, const_like(x, exponent))
 
 
-class Unsupported(Exception):
+class Unsupported(Exception):  # noqa: N818 - an answer, not a fault
     """This form of an operator has no kernel; it becomes an extern with this reason."""
 
 

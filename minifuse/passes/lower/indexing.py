@@ -1,0 +1,131 @@
+"""Indexing: embedding, gather, index_select, advanced indices, as loads at computed places."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
+
+import torch
+from torch import fx
+
+from minifuse.ir.index import ONE, ZERO, Expr
+from minifuse.ir.kernel import Check
+from minifuse.ir.value import Cast, Const, IndexOf, Load, Op, Value, at_values
+
+from .pointwise import Unsupported
+from .registry import lowers
+from .view import View
+
+if TYPE_CHECKING:
+    from .graph import Lowering
+
+aten = torch.ops.aten
+prims = torch.ops.prims
+
+
+def _wrapped(index: Load, size: Expr, message: str) -> tuple[Value, Check]:
+    """A loaded index with negative values wrapped and bad ones led to zero, and its check."""
+    position: Value = Cast.of(torch.int64, index)
+    n = IndexOf.of(size)
+    zero = Const.of(0, torch.int64)
+    position = Op.of("where", Op.of("lt", position, zero), Op.of("add", position, n), position)
+    good = Op.of("and", Op.of("ge", position, zero), Op.of("lt", position, n))
+    return Op.of("where", good, position, zero), Check(good, message)
+
+
+@lowers(aten.embedding.default)
+def _embedding(
+    lo: Lowering, node: fx.Node, weight: fx.Node, indices: fx.Node, padding: int = -1, scale: bool = False,
+    sparse: bool = False,
+) -> View:  # fmt: skip
+    table, tokens = lo.view(weight), lo.view(indices)
+    val = node.meta["val"]
+    where = lo.axes(lo.shape(node))
+    raw = Cast.of(torch.int64, tokens.read(where[:-1]))
+    n, zero = IndexOf.of(table.shape[0]), Const.of(0, torch.int64)
+    good = Op.of("and", Op.of("ge", raw, zero), Op.of("lt", raw, n))
+    row = Op.of("where", good, raw, zero)
+
+    def value(at: tuple[Expr, ...]) -> Value:
+        return gather_read(table, [row, at[-1]])
+
+    return lo.emit(value, val, checks=[Check(good, "index out of range in self")])
+
+
+def gather_read(view: View, where: Sequence[Expr | Value]) -> Load:
+    """Read a view at coordinates of which some are loaded values.
+
+    Raises Unsupported where the view mixes such a dimension with others.
+    """
+    env = {a: w for a, w in zip(view.at, where, strict=True) if isinstance(w, Expr)}
+    computed = {a: w for a, w in zip(view.at, where, strict=True) if not isinstance(w, Expr)}
+    index = []
+    for i in view.index:
+        at = at_values(i, env, computed)
+        if at is None:
+            raise Unsupported("an index into a reshaped view")
+        index.append(at)
+    return Load.of(view.buffer.name, index, view.buffer.dtype)
+
+
+@lowers(aten.gather.default)
+def _gather(lo: Lowering, node: fx.Node, x: fx.Node, dim: int, index: fx.Node, sparse_grad: bool = False) -> View:
+    table, at = lo.view(x), lo.view(index)
+    if not table.at:
+        raise Unsupported("gather from a tensor without dimensions")
+    dim %= len(table.at)
+    where = lo.axes(lo.shape(node))
+    raw = Cast.of(torch.int64, at.read(where))
+    n, zero = IndexOf.of(table.shape[dim]), Const.of(0, torch.int64)
+    good = Op.of("and", Op.of("ge", raw, zero), Op.of("lt", raw, n))
+    position = Op.of("where", good, raw, zero)
+    coordinates = [position if d == dim else ZERO if table.shape[d] is ONE else w for d, w in enumerate(where)]
+    message = f"index out of bounds for dimension {dim}"
+    return lo.emit(lambda _: gather_read(table, coordinates), node.meta["val"], checks=[Check(good, message)])
+
+
+@lowers(aten.index_select.default)
+def _index_select(lo: Lowering, node: fx.Node, x: fx.Node, dim: int, index: fx.Node) -> View:
+    table, at = lo.view(x), lo.view(index)
+    if not table.at or not at.at:
+        raise Unsupported("index_select without dimensions")
+    dim %= len(table.at)
+    where = lo.axes(lo.shape(node))
+    raw = Cast.of(torch.int64, at.read([where[dim]]))
+    n, zero = IndexOf.of(table.shape[dim]), Const.of(0, torch.int64)
+    good = Op.of("and", Op.of("ge", raw, zero), Op.of("lt", raw, n))
+    coordinates: list[Expr | Value] = [
+        Op.of("where", good, raw, zero) if d == dim else w for d, w in enumerate(where)
+    ]
+    return lo.emit(
+        lambda _: gather_read(table, coordinates), node.meta["val"], checks=[Check(good, "index out of range in self")]
+    )
+
+
+@lowers(aten.index.Tensor)
+def _index(lo: Lowering, node: fx.Node, x: fx.Node, indices: Sequence[fx.Node | None]) -> View:
+    table = lo.view(x)
+    given = [(d, i) for d, i in enumerate(indices) if i is not None]
+    if not given or any(lo.view(i).buffer.dtype in (torch.bool, torch.uint8) for _, i in given):
+        raise Unsupported("an index by a mask: its size depends on data")
+    views = {d: lo.view(i) for d, i in given}
+    if any(v.buffer.device != table.buffer.device for v in views.values()):
+        raise Unsupported("an index on another device")
+    rank = max(len(v.at) for v in views.values())
+    places = sorted(views)
+    together = places == list(range(places[0], places[0] + len(places)))
+    first = places[0] if together else 0
+    where = lo.axes(lo.shape(node))
+    index_where = where[first : first + rank]
+    rest = iter(where[:first] + where[first + rank :])
+    coordinates: list[Expr | Value] = []
+    checks = []
+    for d in range(len(table.at)):
+        if d in views:
+            read = views[d].broadcast_read(index_where)
+            value, check = _wrapped(read, table.shape[d], f"index out of bounds for dimension {d}")
+            coordinates.append(value)
+            checks.append(check)
+        else:
+            coordinates.append(next(rest))
+    return lo.emit(lambda _: gather_read(table, coordinates), node.meta["val"], checks=checks)

@@ -1,0 +1,69 @@
+"""Questions about FX nodes and buffers that lowering asks."""
+
+from __future__ import annotations
+
+import re
+
+import torch
+from torch import fx
+
+from minifuse import compat
+from minifuse.ir.index import ONE, Expr, Sym
+from minifuse.ir.plan import Buffer
+
+
+def names_symbol(size: Expr, symbol: str) -> bool:
+    return isinstance(size.atom, Sym) and size.atom.name == symbol
+
+
+def is_dense(buffer: Buffer) -> bool:
+    """Whether the strides are a permutation of row-major ones: every element its own memory."""
+    expected = ONE
+    left = [(s, d) for s, d in zip(buffer.shape, buffer.stride, strict=True) if s is not ONE]
+    while left:
+        step = next((pair for pair in left if pair[1] is expected), None)
+        if step is None:
+            return False
+        left.remove(step)
+        expected = expected * step[0]
+    return True
+
+
+def is_effect(node: fx.Node) -> bool:
+    """Whether a node must run, once, in its place: it draws numbers, writes or talks to others."""
+    if node.op != "call_function":
+        return False
+    target = node.target
+    if isinstance(target, compat.OpOverload):
+        if torch.Tag.nondeterministic_seeded in target.tags or target._schema.is_mutable:
+            return True
+        return target.namespace in ("minifuse", "_c10d_functional", "c10d") or "assert" in target.name()
+    return isinstance(target, compat.HigherOrderOperator) or not target.__module__.startswith("_operator")
+
+
+def is_alias(node: fx.Node) -> bool:
+    """Whether a result is a view of an argument, by the operator's schema."""
+    target = node.target
+    return isinstance(target, compat.OpOverload) and any(r.alias_info is not None for r in target._schema.returns)
+
+
+def mutated_arguments(node: fx.Node) -> list[fx.Node]:
+    """The arguments that a call writes into, by its schema."""
+    if not isinstance(node.target, compat.OpOverload):
+        return []
+    found = []
+    for arg, spec in zip(node.args, node.target._schema.arguments, strict=False):
+        if spec.alias_info is not None and spec.alias_info.is_write and isinstance(arg, fx.Node):
+            found.append(arg)
+    return found
+
+
+def source_line(node: fx.Node) -> str:
+    trace = node.meta.get("stack_trace")
+    if not trace:
+        return ""
+    frames = re.findall(r'File "([^"]*)", line (\d+), in [^\n]*\n?\s*([^\n]*)', trace)
+    if not frames:
+        return ""
+    file, line, code = frames[-1]
+    return f"{file.rsplit('/', 1)[-1]}:{line} {code.strip()}".rstrip()

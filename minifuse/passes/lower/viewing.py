@@ -1,0 +1,158 @@
+"""View operators: index maps, no copies."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import fx
+
+from minifuse.ir.index import ZERO, Axis, as_expr
+
+from .pointwise import Unsupported
+from .registry import dims_of, lowers
+from .view import View
+
+if TYPE_CHECKING:
+    from .graph import Lowering
+
+aten = torch.ops.aten
+prims = torch.ops.prims
+
+
+@lowers(aten.view.default, aten.reshape.default, aten._unsafe_view.default, aten._reshape_copy.default)
+def _reshape(lo: Lowering, node: fx.Node, x: fx.Node, shape: Any) -> View:
+    return lo.view(x).reshape(lo.shape(node))
+
+
+@lowers(aten.permute.default)
+def _permute(lo: Lowering, node: fx.Node, x: fx.Node, order: Sequence[int]) -> View:
+    return lo.view(x).permute(order)
+
+
+@lowers(aten.transpose.int)
+def _transpose(lo: Lowering, node: fx.Node, x: fx.Node, a: int, b: int) -> View:
+    view = lo.view(x)
+    order = list(range(len(view.at)))
+    order[a], order[b] = order[b], order[a]
+    return view.permute(order)
+
+
+@lowers(aten.t.default)
+def _t(lo: Lowering, node: fx.Node, x: fx.Node) -> View:
+    view = lo.view(x)
+    return view.permute(list(reversed(range(len(view.at)))))
+
+
+@lowers(aten.expand.default)
+def _expand(lo: Lowering, node: fx.Node, x: fx.Node, shape: Any, implicit: bool = False) -> View:
+    return lo.view(x).expand(lo.shape(node))
+
+
+@lowers(aten.slice.Tensor)
+def _slice(
+    lo: Lowering, node: fx.Node, x: fx.Node, dim: int = 0, start: Any = None, end: Any = None, step: int = 1
+) -> View:
+    view = lo.view(x)
+    dim %= len(view.at)
+    size = view.shape[dim]
+    begin = ZERO if start is None else lo.size(start)
+    if begin.is_const and begin.value < 0:
+        begin = begin + size
+        if begin.is_const and begin.value < 0:
+            begin = ZERO
+    elif not begin.is_nonneg():
+        raise Unsupported("a slice whose start may be negative")
+    if begin.is_const and size.is_const:
+        begin = as_expr(min(begin.value, size.value))
+    elif not begin.is_const and not (size - begin).is_nonneg():
+        raise Unsupported("a slice whose start may lie behind the end")
+    return view.slice(dim, begin, lo.shape(node)[dim], step)
+
+
+@lowers(aten.select.int)
+def _select(lo: Lowering, node: fx.Node, x: fx.Node, dim: int, index: Any) -> View:
+    view = lo.view(x)
+    dim %= len(view.at)
+    at = lo.size(index)
+    if at.is_const and at.value < 0:
+        at = at + view.shape[dim]
+    elif not at.is_nonneg():
+        raise Unsupported("a select whose index may be negative")
+    return view.select(dim, at)
+
+
+@lowers(aten.flip.default)
+def _flip(lo: Lowering, node: fx.Node, x: fx.Node, dims: Sequence[int]) -> View:
+    view = lo.view(x)
+    return view.flip(dims_of(dims, len(view.at)) if dims else [])
+
+
+@lowers(aten.squeeze.dim, aten.squeeze.dims, aten.squeeze.default)
+def _squeeze(lo: Lowering, node: fx.Node, x: fx.Node, dims: Any = None) -> View:
+    view = lo.view(x)
+    return view.squeeze(dims_of(dims, len(view.at))) if dims != [] else view
+
+
+@lowers(aten.unsqueeze.default)
+def _unsqueeze(lo: Lowering, node: fx.Node, x: fx.Node, dim: int) -> View:
+    view = lo.view(x)
+    return view.unsqueeze(dim % (len(view.at) + 1))
+
+
+@lowers(aten.alias.default, aten.detach.default, aten.lift_fresh.default)
+def _alias(lo: Lowering, node: fx.Node, x: fx.Node) -> View:
+    return lo.view(x)
+
+
+@lowers(prims.broadcast_in_dim.default)
+def _broadcast_in_dim(lo: Lowering, node: fx.Node, x: fx.Node, shape: Any, dims: Sequence[int]) -> View:
+    view = lo.view(x)
+    sizes = lo.shape(node)
+    for d in range(len(sizes)):
+        if d not in dims:
+            view = view.unsqueeze(d)
+    return view.expand(sizes)
+
+
+@lowers(aten.split_with_sizes.default)
+def _split_with_sizes(
+    lo: Lowering, node: fx.Node, x: fx.Node, sizes: Sequence[Any], dim: int = 0
+) -> tuple[View, ...]:
+    view = lo.view(x)
+    dim %= len(view.at)
+    out, begin = [], ZERO
+    for part in node.meta["val"]:
+        size = lo.size(part.shape[dim])
+        out.append(view.slice(dim, begin, size))
+        begin = begin + size
+    return tuple(out)
+
+
+@lowers(aten.split.Tensor)
+def _split(lo: Lowering, node: fx.Node, x: fx.Node, size: Any, dim: int = 0) -> tuple[View, ...]:
+    return _split_with_sizes(lo, node, x, (), dim)
+
+
+@lowers(aten.unbind.int)
+def _unbind(lo: Lowering, node: fx.Node, x: fx.Node, dim: int = 0) -> tuple[View, ...]:
+    view = lo.view(x)
+    dim %= len(view.at)
+    return tuple(view.select(dim, i) for i in range(len(node.meta["val"])))
+
+
+@lowers(aten.diagonal.default)
+def _diagonal(lo: Lowering, node: fx.Node, x: fx.Node, offset: int = 0, dim1: int = 0, dim2: int = 1) -> View:
+    view = lo.view(x)
+    rank = len(view.at)
+    dim1, dim2 = dim1 % rank, dim2 % rank
+    shape = lo.shape(node)
+    at = tuple(Axis(f"d{d}", s) for d, s in enumerate(shape))
+    rest = iter(at[:-1])
+    along = at[-1].expr
+    back = [
+        along + max(-offset, 0) if d == dim1 else along + max(offset, 0) if d == dim2 else next(rest).expr
+        for d in range(rank)
+    ]
+    return view.reindex(shape, back, at)
