@@ -25,7 +25,7 @@ from torch._ops import HigherOrderOperator as HigherOrderOperator  # 2.11-2.13
 from torch._ops import OpOverload as OpOverload  # 2.11-2.13
 from torch._subclasses import FakeTensor, FakeTensorMode  # 2.11-2.13
 from torch.fx.experimental.proxy_tensor import is_sym_node, make_fx  # 2.11-2.13
-from torch.fx.experimental.symbolic_shapes import free_unbacked_symbols  # 2.11-2.13
+from torch.fx.experimental.symbolic_shapes import free_unbacked_symbols, statically_known_true  # 2.11-2.13
 from torch.utils import _pytree as pytree  # 2.11-2.13
 from torch.utils._sympy.functions import FloorDiv as SympyFloorDiv  # 2.11-2.13
 from torch.utils._sympy.functions import Max as SympyMax
@@ -46,6 +46,7 @@ except ImportError:  # 2.11
 def expr_of_symint(s: Any, symbols: MutableMapping[str, Symbol], bind: str | None = None) -> Expr:
     """A torch.SymInt as our expression; symbols met on the way are entered with hint and range.
 
+    A size that a guard has made one is one: a dimension of it broadcasts.
     `bind` names the input that carries this size, when the size is a symbol of its own.
     Parts that are neither sums, products, floor divisions nor remainders become symbols whose
     `source` is a Python expression of the others.
@@ -58,6 +59,8 @@ def expr_of_symint(s: Any, symbols: MutableMapping[str, Symbol], bind: str | Non
     if bind is not None and isinstance(atom, Sym) and not symbols[atom.name].source:
         known = symbols[atom.name]
         symbols[atom.name] = Symbol(known.name, known.hint, bind)
+    if not isinstance(atom, Sym) and expr.evaluate({n: k.hint for n, k in symbols.items()}) == 1 and statically_known_true(s == 1):
+        return as_expr(1)
     return expr
 
 
@@ -335,6 +338,22 @@ def kernel_resources(compiled: Any) -> dict[str, int]:
 def current_raw_stream(device: int) -> int:
     """The current CUDA stream of a device as the driver's handle. torch 2.11-2.13."""
     return int(torch._C._cuda_getCurrentRawStream(device))
+
+
+def mend_triton_interpreter() -> None:
+    """Let a scalar comparison stay a bool when the interpreter spreads it over a block: it takes the dtype of what was
+    compared, which a mask may not have. 3.6-3.9."""
+    import numpy as np
+    from triton.runtime.interpreter import InterpreterBuilder, TensorHandle
+
+    if getattr(InterpreterBuilder.create_splat, "mended", False):
+        return
+
+    def create_splat(self: Any, kind: Any, arg: Any) -> Any:
+        return TensorHandle(np.full(kind.shape, arg.data.reshape(-1)[0], dtype=arg.data.dtype), arg.dtype.scalar)
+
+    create_splat.mended = True  # type: ignore[attr-defined]
+    InterpreterBuilder.create_splat = create_splat
 
 
 def is_triton_tensor(x: Any) -> bool:

@@ -15,9 +15,10 @@ from dataclasses import dataclass, replace
 import torch
 
 from minifuse.ir import dtypes, ops
-from minifuse.ir.index import ONE, Axis, Expr, cdiv
+from minifuse.ir.index import ONE, Axis, Expr
 from minifuse.ir.kernel import Check, Kernel, Param, Schedule, Store
 from minifuse.ir.plan import Launch
+from minifuse.ir.shape import cdiv
 from minifuse.ir.text import kernel_hash
 from minifuse.ir.value import Cast, Const, IndexOf, Load, Op, Random, Reduce, Value
 from minifuse.passes.schedule import affine_offset
@@ -162,7 +163,12 @@ class TritonDialect:
         return typed(value, dtype)
 
     def index(self, p: Printer, expr: Expr, dtype: torch.dtype, lanes: bool) -> str:
-        return typed(expr.value, dtype) if expr.is_const else f"{self.factor(expr)}.to({dtypes.row(dtype).triton})"
+        if expr.is_const:
+            return typed(expr.value, dtype)
+        name, loops = dtypes.row(dtype).triton, {loop.axis for loop in p.loops if loop.kind == "loop"}
+        # in the interpreter the variable of a loop is a plain int
+        plain = expr.atoms() <= loops - set(self.dims)
+        return f"tl.cast({self.expr(expr)}, {name})" if plain else f"{self.factor(expr)}.to({name})"
 
     def op(self, p: Printer, v: Op, lanes: bool) -> str:
         row = ops.row(v.name)

@@ -5,8 +5,9 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
-from minifuse.ir.index import Expr, cdiv, product
+from minifuse.ir.index import Expr
 from minifuse.ir.plan import Launch
+from minifuse.ir.shape import cdiv, product
 from minifuse.ir.text import kernel_hash
 
 from .c import divisions, kernel_source

@@ -9,10 +9,9 @@ has to look for it.
 
 from __future__ import annotations
 
-import ast
 import itertools
 import weakref
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Mapping
 from math import gcd
 from typing import Union
 
@@ -476,76 +475,3 @@ def _opaque_divmod(quotient: Expr, r: Expr, den: Expr) -> tuple[Expr, Expr]:
         if atom.den.value % den.value == 0:
             return quotient + FloorDiv(r, den).expr, atom.num % den
     return quotient + FloorDiv(r, den).expr, Mod(r, den).expr
-
-
-def product(sizes: Iterable[IntLike]) -> Expr:
-    total = ONE
-    for s in sizes:
-        total = total * s
-    return total
-
-
-def contiguous_strides(shape: Iterable[IntLike]) -> tuple[Expr, ...]:
-    """Row-major strides in elements; a size of zero counts as one, as torch does."""
-    out: list[Expr] = []
-    step = ONE
-    for s in reversed([as_expr(s) for s in shape]):
-        out.append(step)
-        step = step * (ONE if s is ZERO else s)
-    return tuple(reversed(out))
-
-
-def linearize(index: Iterable[IntLike], strides: Iterable[IntLike]) -> Expr:
-    total = ZERO
-    for i, s in zip(index, strides, strict=True):
-        total = total + as_expr(i) * s
-    return total
-
-
-def delinearize(offset: Expr, shape: Iterable[IntLike]) -> tuple[Expr, ...]:
-    """Row-major coordinates of a linear index; the first needs no remainder."""
-    sizes = [as_expr(s) for s in shape]
-    out: list[Expr] = []
-    for size in reversed(sizes[1:]):
-        if size is ZERO:
-            out.append(ZERO)
-            continue
-        offset, coordinate = divmod_expr(offset, size)
-        out.append(coordinate)
-    if sizes:
-        out.append(offset)
-    return tuple(reversed(out))
-
-
-def cdiv(a: IntLike, b: IntLike) -> Expr:
-    """`a / b` rounded up."""
-    return (as_expr(a) + as_expr(b) - 1) // b
-
-
-def parse(text: str, names: Mapping[str, Atom]) -> Expr:
-    """Read what `repr` prints. Raises ValueError on an unknown name or another operator."""
-
-    def walk(node: ast.expr) -> Expr:
-        if isinstance(node, ast.Constant) and isinstance(node.value, int):
-            return as_expr(node.value)
-        if isinstance(node, ast.Name):
-            if node.id not in names:
-                raise ValueError(f"unknown name {node.id!r} in {text!r}; known: {sorted(names)}")
-            return names[node.id].expr
-        if isinstance(node, ast.UnaryOp) and isinstance(node.op, ast.USub):
-            return -walk(node.operand)
-        if isinstance(node, ast.BinOp):
-            left, right = walk(node.left), walk(node.right)
-            if isinstance(node.op, ast.Add):
-                return left + right
-            if isinstance(node.op, ast.Sub):
-                return left - right
-            if isinstance(node.op, ast.Mult):
-                return left * right
-            if isinstance(node.op, ast.FloorDiv):
-                return left // right
-            if isinstance(node.op, ast.Mod):
-                return left % right
-        raise ValueError(f"expected integers, names and + - * // %, found {text!r}")
-
-    return walk(ast.parse(text, mode="eval").body)

@@ -14,7 +14,8 @@ from typing import Any, Literal
 
 import torch
 
-from .index import Axis, Expr, Sym, linearize
+from .index import Axis, Expr, Sym
+from .shape import linearize
 from .value import IndexOf, Load, Random, Reduce, Value, index_axes, topological
 
 

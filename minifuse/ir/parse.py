@@ -11,8 +11,9 @@ from typing import Any, NoReturn
 import torch
 
 from . import dtypes, index, ops
-from .index import Atom, Axis, Expr, Sym, contiguous_strides
+from .index import Atom, Axis, Expr, Sym
 from .kernel import Check, Kernel, Loop, Param, Root, Schedule, Store
+from .shape import contiguous_strides
 from .value import Cast, Const, Index, IndexOf, Load, Op, Pick, Random, Reduce, Value
 
 _SPACES = re.compile(r"\s*")

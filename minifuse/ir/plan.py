@@ -11,8 +11,9 @@ from typing import Any, Literal
 import torch
 
 from . import dtypes
-from .index import Expr, contiguous_strides, linearize, product
+from .index import Expr
 from .kernel import Kernel, Param, Schedule
+from .shape import contiguous_strides, linearize, product
 from .value import index_axes
 
 Storage = Literal["input", "constant", "pooled", "arena", "extern"]

@@ -23,12 +23,13 @@ from collections import Counter
 from collections.abc import Iterable
 
 from . import dtypes, ops
-from .index import Axis, Expr, Sym, contiguous_strides
+from .index import Axis, Expr, Sym
 from .kernel import Kernel, Param, Schedule, Store
 from .parse import Parsed as Parsed
 from .parse import parse as parse
 from .parse import parse_kernel as parse_kernel
 from .plan import Buffer, Extern, Free, Launch, Opaque, Plan, Step, TensorRef, content_hash, launch_traffic
+from .shape import contiguous_strides
 from .value import Cast, Const, IndexOf, Load, Op, Pick, Random, Reduce, Value
 
 INLINE_DEPTH = 3

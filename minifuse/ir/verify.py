@@ -10,9 +10,10 @@ from collections import Counter
 from collections.abc import Iterable
 from dataclasses import dataclass
 
-from .index import ONE, Axis, Expr, Sym, product
+from .index import ONE, Axis, Expr, Sym
 from .kernel import Kernel, Param, Schedule, Store
 from .plan import Extern, Free, Launch, Plan, TensorRef
+from .shape import product
 from .text import check_names
 from .value import Index, Load
 

@@ -12,9 +12,10 @@ from collections.abc import Callable, Iterable
 from dataclasses import replace
 
 from minifuse.ir import dtypes, ops
-from minifuse.ir.index import ONE, ZERO, Axis, Expr, FloorDiv, Mod, as_expr, cdiv, linearize, product
+from minifuse.ir.index import ONE, ZERO, Axis, Expr, FloorDiv, Mod, as_expr
 from minifuse.ir.kernel import Kernel, Loop, Param, Root, Schedule, Store, rewrite
 from minifuse.ir.plan import Buffer, Launch, Plan, Step
+from minifuse.ir.shape import cdiv, linearize, product
 from minifuse.ir.value import COLUMN_CHUNK, LANES, Cast, Const, IndexOf, Load, Op, Random, Reduce, Value, topological
 from minifuse.passes.context import CompileContext
 

@@ -24,9 +24,10 @@ from dataclasses import dataclass, replace
 import torch
 
 from minifuse.ir import ops
-from minifuse.ir.index import ZERO, Axis, Expr, cdiv, contiguous_strides, product
+from minifuse.ir.index import ZERO, Axis, Expr
 from minifuse.ir.kernel import Kernel, Loop, Param, Root, Schedule, Store, rewrite
 from minifuse.ir.plan import Buffer, Launch, Plan, Step
+from minifuse.ir.shape import cdiv, contiguous_strides, product
 from minifuse.ir.value import LANES, IndexOf, Load, Op, Reduce, Value, topological
 from minifuse.options import Options
 from minifuse.passes.context import CompileContext

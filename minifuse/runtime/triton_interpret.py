@@ -30,6 +30,7 @@ def install(module: ModuleType) -> None:
     """Give a loaded module of kernels what the interpreter lacks."""
     if isinstance(module.libdevice, Libdevice):
         return
+    compat.mend_triton_interpreter()
     module.libdevice = Libdevice()  # type: ignore[attr-defined]
     for name, function in STAND_INS.items():
         if hasattr(module, name):

@@ -202,6 +202,9 @@ BOOL_BINARY = (
 )  # fmt: skip
 
 
+LIBRARY = {text for text, how in (*FLOAT_UNARY, *FLOAT_BINARY) if how == "loose"}
+
+
 class Rejected(Exception):
     """A statement that this program cannot have: eager refuses it, or its numbers or its size grow too much."""
 
@@ -266,6 +269,8 @@ class Maker:
         pure = all(a in self.exact for a in args)
         if how == "jump" and not pure:
             raise Rejected("jumps at a value that is not exact")
+        if self.special and how == "loose" and text in LIBRARY:
+            raise Rejected("a library's own answer to NaN and infinities")
         exact = pure and how != "loose"
         names = tuple(f"v{len(self.statements)}" + (f"_{i}" if results > 1 else "") for i in range(results))
         made = Statement(text, tuple(args), names, exact)

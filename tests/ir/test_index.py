@@ -6,20 +6,8 @@ import random
 
 import pytest
 
-from minifuse.ir.index import (
-    ONE,
-    ZERO,
-    Axis,
-    Expr,
-    Sym,
-    as_expr,
-    cdiv,
-    contiguous_strides,
-    delinearize,
-    linearize,
-    parse,
-    product,
-)
+from minifuse.ir.index import ONE, ZERO, Axis, Expr, Sym, as_expr
+from minifuse.ir.shape import cdiv, contiguous_strides, delinearize, linearize, parse, product
 
 SIZES = (1, 2, 3, 4, 6, 8, 12)
 

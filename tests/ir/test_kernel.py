@@ -7,7 +7,8 @@ import pytest
 import torch
 
 from minifuse.ir import kernel as ir
-from minifuse.ir.index import ONE, Axis, Sym, as_expr, contiguous_strides
+from minifuse.ir.index import ONE, Axis, Sym, as_expr
+from minifuse.ir.shape import contiguous_strides
 from minifuse.ir.kernel import Check, Kernel, Loop, Param, Schedule, Store, rewrite
 from minifuse.ir.plan import Buffer, Extern, Launch, Plan, Symbol, TensorRef, content_hash, launch_traffic
 from minifuse.ir.value import Cast, Const, IndexOf, Load, Op, Pick, Random, Reduce, topological
@@ -46,12 +47,12 @@ def test_integer_literals_wrap_to_their_dtype():
 
 
 def test_unused_values_are_forgotten():
-    before = len(ir._values)
+    before = len(value._values)
     kept = [Op.of("mul", X, Const.of(n + 0.123, F32)) for n in range(100)]
-    assert len(ir._values) >= before + 100
+    assert len(value._values) >= before + 100
     del kept
     gc.collect()
-    assert len(ir._values) <= before
+    assert len(value._values) <= before
 
 
 def test_values_know_the_axes_they_vary_over():

@@ -8,7 +8,8 @@ import torch
 from torch import fx
 
 from minifuse.ir import dtypes
-from minifuse.ir.index import Expr, as_expr, contiguous_strides, linearize
+from minifuse.ir.index import Expr, as_expr
+from minifuse.ir.shape import contiguous_strides, linearize
 from minifuse.ir.value import Cast, Const, IndexOf, Op, Random, Value
 
 from .pointwise import Unsupported

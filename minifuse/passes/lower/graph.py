@@ -16,9 +16,10 @@ from torch import fx
 
 from minifuse import compat
 from minifuse.ir import dtypes
-from minifuse.ir.index import ONE, ZERO, Axis, Expr, Sym, as_expr, contiguous_strides
+from minifuse.ir.index import ONE, ZERO, Axis, Expr, Sym, as_expr
 from minifuse.ir.kernel import Check, Kernel, Param, Store
 from minifuse.ir.plan import Buffer, Extern, Launch, Opaque, Output, Plan, Step, Symbol, TensorRef
+from minifuse.ir.shape import contiguous_strides
 from minifuse.ir.value import Cast, Const, IndexOf, Load, Op, Value, topological
 from minifuse.passes.context import CompileContext
 
@@ -63,6 +64,10 @@ class Lowering:
     def sizes(self, many: Sequence[Any]) -> tuple[Expr, ...]:
         return tuple(self.size(s) for s in many)
 
+    def hint(self, e: Expr) -> int:
+        """A size with every symbol at its hint."""
+        return e.value if e.is_const else e.evaluate({name: s.hint for name, s in self.symbols.items()})
+
     def strides(self, many: Sequence[Any]) -> tuple[Expr, ...]:
         return tuple(compat.expr_of_stride(s, self.symbols) for s in many)
 
@@ -83,15 +88,7 @@ class Lowering:
     def dense_stride(self, val: torch.Tensor) -> tuple[Expr, ...]:
         """The strides of a fresh result: those that torch gives it where they are dense."""
         shape, stride = self.sizes(val.shape), self.strides(val.stride())
-        expected = ONE
-        left = [(s, d) for s, d in zip(shape, stride, strict=True) if s is not ONE]
-        while left:
-            step = next((pair for pair in left if pair[1] is expected), None)
-            if step is None:
-                return contiguous_strides(shape)
-            left.remove(step)
-            expected = expected * step[0]
-        return stride
+        return stride if is_dense(shape, stride, self.hint) else contiguous_strides(shape)
 
     def result_name(self, i: int) -> str:
         """The buffer of result `i` of the current node: a name that no other node has."""
@@ -453,16 +450,12 @@ class Lowering:
                 return TensorRef(found.buffer, found.shape, stride, found.offset)
         name = self.fresh_name(f"{self.node.name}_out")
         made = Buffer(name, view.buffer.dtype, view.shape, stride, view.buffer.device)
-        if not dtypes.supported(view.buffer.dtype) or found is None and not is_dense(made):
+        if not dtypes.supported(view.buffer.dtype) or not is_dense(view.shape, stride, self.hint):
             return found or self.ref(view)
         self.buffers[name] = made
         where = self.axes(view.shape)
-        if is_dense(made):
-            self.add_kernel([Store(name, where, view.read(where))], name)
-            return TensorRef(name, view.shape, stride, ZERO)
-        del self.buffers[name]
-        assert found is not None
-        return found
+        self.add_kernel([Store(name, where, view.read(where))], name)
+        return TensorRef(name, view.shape, stride, ZERO)
 
 
 def lower(

@@ -3,29 +3,33 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import fx
 
 from minifuse import compat
 from minifuse.ir.index import ONE, Expr, Sym
-from minifuse.ir.plan import Buffer
 
 
 def names_symbol(size: Expr, symbol: str) -> bool:
     return isinstance(size.atom, Sym) and size.atom.name == symbol
 
 
-def is_dense(buffer: Buffer) -> bool:
-    """Whether the strides are a permutation of row-major ones: every element its own memory."""
-    expected = ONE
-    left = [(s, d) for s, d in zip(buffer.shape, buffer.stride, strict=True) if s is not ONE]
+def is_dense(shape: Sequence[Expr], stride: Sequence[Expr], hint: Callable[[Expr], int]) -> bool:
+    """Whether strides are a permutation of row-major ones: every element its own memory.
+
+    Symbols count at their hint: torch computes the strides of its results from the sizes, and the two may be equal
+    by a guard that our expressions know nothing of.
+    """
+    expected = 1
+    left = [(hint(s), hint(d)) for s, d in zip(shape, stride, strict=True) if s is not ONE]
     while left:
-        step = next((pair for pair in left if pair[1] is expected), None)
+        step = next((pair for pair in left if pair[1] == expected), None)
         if step is None:
             return False
         left.remove(step)
-        expected = expected * step[0]
+        expected *= step[0]
     return True
 
 

@@ -9,8 +9,9 @@ import torch
 from torch import fx
 
 from minifuse.ir import dtypes
-from minifuse.ir.index import ONE, ZERO, Axis, Expr, delinearize, product
+from minifuse.ir.index import ONE, ZERO, Axis, Expr
 from minifuse.ir.kernel import Check, Store
+from minifuse.ir.shape import delinearize, product
 from minifuse.ir.value import LANES, Cast, Const, IndexOf, Op, Pick, Reduce, Value
 
 from .pointwise import Unsupported, to_compute, truth

@@ -5,19 +5,9 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from minifuse.ir.index import (
-    ONE,
-    ZERO,
-    Axis,
-    Expr,
-    IntLike,
-    as_expr,
-    contiguous_strides,
-    delinearize,
-    linearize,
-    product,
-)
+from minifuse.ir.index import ONE, ZERO, Axis, Expr, IntLike, as_expr
 from minifuse.ir.plan import Buffer, TensorRef
+from minifuse.ir.shape import contiguous_strides, delinearize, linearize, product
 from minifuse.ir.value import Index, Load, Value
 
 

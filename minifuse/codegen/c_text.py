@@ -1,0 +1,69 @@
+"""Words of C that kernels are made of: register types, literals, identities, and how two values combine."""
+
+from __future__ import annotations
+
+import math
+
+import torch
+
+from minifuse.ir import dtypes, ops
+from minifuse.ir.kernel import Param
+from minifuse.ir.value import Reduce
+
+from .printer import Printer
+
+REGISTER = {torch.bfloat16: torch.float32, torch.float16: torch.float32}
+SCALAR = {
+    "f64": "double", "f32": "float", "i64": "int64_t", "i32": "int32_t", "i16": "int16_t", "i8": "int8_t",
+    "u8": "uint8_t", "bool": "int32_t",
+}  # fmt: skip
+MAX_LOCAL = 262_144
+LAST_INDEX = "INT64_MAX"
+
+
+def register(dtype: torch.dtype) -> str:
+    """The name of the dtype that a value of `dtype` is held in."""
+    return dtypes.name(REGISTER.get(dtype, dtype))
+
+
+def pointer(p: Printer, param: Param) -> str:
+    return f"p{p.kernel.params.index(param)}"
+
+
+def literal(value: object, dtype: torch.dtype) -> str:
+    """A constant in C, exact."""
+    if isinstance(value, bool):
+        return "-1" if value else "0"
+    if isinstance(value, int):
+        if dtype is torch.int64:
+            return "INT64_MIN" if value == -(1 << 63) else f"INT64_C({value})"
+        return f"({SCALAR[register(dtype)]})({value})"
+    assert isinstance(value, float)
+    suffix = "" if dtype is torch.float64 else "f"
+    if math.isnan(value):
+        return f'__builtin_nan{suffix}("")'
+    if math.isinf(value):
+        return f"{'-' if value < 0 else ''}__builtin_inf{suffix}()"
+    if dtype is not torch.float64:
+        value = float(torch.tensor(value, dtype=dtype).item())
+        if math.isinf(value):
+            return f"{'-' if value < 0 else ''}__builtin_inff()"
+    text = value.hex() + suffix
+    return f"({text})" if text.startswith("-") else text
+
+
+def identities(r: Reduce) -> tuple[str, ...]:
+    """What an empty fold holds: the identity, and for an argument reduction an index that never wins."""
+    first = literal(ops.REDUCTIONS[r.kind].identity(r.args[0].dtype), r.args[0].dtype)
+    return (first,) if len(r.args) == 1 else (first, LAST_INDEX)
+
+
+def combine(r: Reduce, into: tuple[str, ...] | list[str], args: list[str], suffix: str) -> str:
+    """A statement that folds `args` into `into`."""
+    t = register(r.args[0].dtype)
+    if len(r.args) > 1:
+        return f"mf_{r.kind}_{t}{suffix}(&{into[0]}, &{into[1]}, {args[0]}, {args[1]});"
+    row = ops.row(ops.REDUCTIONS[r.kind].combine)
+    if row.c.startswith("@"):
+        return f"{into[0]} = mf_{row.c[1:]}_{t}{suffix}({into[0]}, {args[0]});"
+    return f"{into[0]} = {row.c.format(into[0], args[0])};"

@@ -1,0 +1,278 @@
+"""Cases for Triton's interpreter, run in a process of their own: `python -m tests.codegen.triton_cases`.
+
+TRITON_INTERPRET must be set before triton is imported. Prints one JSON object: case to what went wrong, empty
+where nothing did.
+"""
+
+from __future__ import annotations
+
+import os
+
+os.environ["TRITON_INTERPRET"] = "1"
+
+import json
+import sys
+import tempfile
+import time
+import traceback
+from collections.abc import Callable
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+import minifuse  # noqa: F401 - the backend
+from minifuse.ir import prims
+from minifuse.records import RECORDS
+
+CASES: dict[str, Callable[[], str]] = {}
+
+
+def case(function: Callable[[], str]) -> Callable[[], str]:
+    CASES[function.__name__] = function
+    return function
+
+
+def compiled(function: Callable[..., Any], target: str = "triton", dynamic: bool = False, **options: Any) -> Any:
+    torch._dynamo.reset()
+    RECORDS.clear()
+    chosen = {"target": target, "verify": True, **options}
+    return torch.compile(function, backend="minifuse", options=chosen, dynamic=dynamic)
+
+
+def flat(tree: Any) -> list[Tensor]:
+    return [tree] if isinstance(tree, Tensor) else [t for item in tree for t in flat(item)]
+
+
+def same(found: Any, expected: Any, ulps: float = 0) -> str:
+    """What differs: dtype, strides, or values by more than `ulps` of the largest magnitude."""
+    for k, (a, b) in enumerate(zip(flat(found), flat(expected), strict=True)):
+        if (a.dtype, a.shape, a.stride()) != (b.dtype, b.shape, b.stride()):
+            return f"result {k}: {a.dtype} {a.shape} {a.stride()}, expected {b.dtype} {b.shape} {b.stride()}"
+        if a.is_floating_point():
+            scale = float(b.abs().nan_to_num(posinf=0, neginf=0).max()) if b.numel() else 0.0
+            near = torch.isclose(a, b, rtol=0, atol=ulps * torch.finfo(b.dtype).eps * scale, equal_nan=True)
+            if not bool(near.all()):
+                return f"result {k}: off by {float((a.double() - b.double()).abs().nan_to_num().max())} of {scale}"
+        elif not torch.equal(a, b):
+            return f"result {k}: differs"
+    return interpreted()
+
+
+def interpreted() -> str:
+    """Kernels that Triton did not express."""
+    left = [str(d) for r in RECORDS for d in r.decisions if d.rule == "interpreted"]
+    return "; ".join(left)
+
+
+def against_eager(function: Callable[..., Any], *args: Any, ulps: float = 0, **options: Any) -> str:
+    return same(compiled(function, **options)(*args), function(*args), ulps)
+
+
+@case
+def pointwise_of_every_dtype() -> str:
+    problems = []
+    for dtype in (torch.float64, torch.float32, torch.bfloat16, torch.float16):
+        x, y = torch.randn(7, 33).to(dtype), torch.randn(33).to(dtype)
+        problems.append(against_eager(lambda x, y: ((x * 2 - y) / 3, (x > y) & (x < 1), x.abs()), x, y))
+    return "; ".join(p for p in problems if p)
+
+
+@case
+def integers_wrap_divide_and_shift() -> str:
+    def f(x: Tensor, y: Tensor) -> tuple[Tensor, ...]:
+        q = torch.div(x, y, rounding_mode="trunc")
+        return x * 3 + y, x // y, x % y, torch.fmod(x, y), q, x & y, x | y, x ^ y, ~x, x > y, x.maximum(y)
+
+    problems = []
+    for dtype in (torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8):
+        low = 0 if dtype is torch.uint8 else -100
+        x, y = torch.randint(low, 100, (50,)).to(dtype), torch.randint(1, 9, (50,)).to(dtype)
+        problems.append(against_eager(f, x, y if dtype is torch.uint8 else -y))
+    shifts = torch.tensor([0, 1, 5, 31])
+    problems.append(against_eager(lambda a, b: (a << b, a >> b), torch.tensor([-7, 8, -9, 10]), shifts))
+    return "; ".join(p for p in problems if p)
+
+
+@case
+def bools_are_logic() -> str:
+    a, b = torch.rand(40) > 0.5, torch.rand(40) > 0.5
+    return against_eager(lambda a, b: (a & b, a | b, a ^ b, ~a, a.any(), b.all(), torch.where(a, 1.5, b)), a, b)
+
+
+@case
+def special_numbers_pass() -> str:
+    inf, nan = float("inf"), float("nan")
+    x = torch.tensor([0.0, -0.0, 1.0, -1.0, inf, -inf, nan, 3.5])
+    y = torch.tensor([1.0, nan, -0.0, inf, 2.0, -inf, 0.0, 2.5])
+    return against_eager(
+        lambda x, y: (x.maximum(y), x.minimum(y), x.clamp(-1, 1), x.relu(), x.round(), x.floor(), x.sign()), x, y
+    )
+
+
+@case
+def casts_round_as_eager() -> str:
+    x = torch.randn(200) * 100
+
+    def f(x: Tensor) -> tuple[Tensor, ...]:
+        half = (x.bfloat16() * 1.01 + 0.1).float(), (x.half() / 3).float()
+        return x.bfloat16(), x.half(), x.int(), x.long(), x.double(), x.bool(), *half
+
+    return against_eager(f, x)
+
+
+@case
+def maths_functions() -> str:
+    x = torch.rand(64) * 0.9 + 0.05
+    return against_eager(
+        lambda x: (x.exp(), x.log(), x.sin(), x.cos(), x.tanh(), x.erf(), x.expm1(), x.log1p(), x.pow(1.7), x.rsqrt()),
+        x, ulps=2,
+    )  # fmt: skip
+
+
+@case
+def rows_of_many_lengths() -> str:
+    problems = []
+    for n in (1, 3, 16, 100, 1000, 5000):
+        x = torch.randn(5, n)
+        problems.append(against_eager(lambda x: (x.sum(1), x.softmax(1), x.amax(1), x.argmax(1)), x, ulps=8))
+    return "; ".join(p for p in problems if p)
+
+
+@case
+def a_row_longer_than_a_block() -> str:
+    x = torch.randn(600, 40_000)
+    return against_eager(lambda x: (x[:2].sum(1), x[:2].log_softmax(1), x[:2].argmin(1)), x, ulps=16)
+
+
+@case
+def columns_and_whole_tensors() -> str:
+    x = torch.randn(300, 70)
+    return against_eager(lambda x: (x.sum(0), x.mean(), x.var(0), x.amin(0), (x > 3).any(), x.prod(1)), x, ulps=16)
+
+
+@case
+def sizes_that_change() -> str:
+    f = compiled(lambda x: ((x * 2 + 1).relu(), x.softmax(-1), x.sum(0), x.sum(), x.t() + 1), dynamic=True)
+    problems = []
+    for shape in ((9, 31), (70, 300), (33, 64)):
+        x = torch.randn(shape)
+        expected = ((x * 2 + 1).relu(), x.softmax(-1), x.sum(0), x.sum(), x.t() + 1)
+        problems.append(same(f(x), expected, ulps=16))
+    return "; ".join(p for p in problems if p)
+
+
+@case
+def views_gathers_and_masks() -> str:
+    table, at = torch.randn(20, 12), torch.randint(0, 20, (4, 6))
+
+    def f(table: Tensor, at: Tensor) -> tuple[Tensor, ...]:
+        e = F.embedding(at, table)
+        return e.permute(2, 0, 1) + 1, F.pad(e, (1, 2)), torch.cat([e, e * 2], 1), e.flip(1), e[:, 1:, ::2] * 3
+
+    return against_eager(f, table, at)
+
+
+@case
+def an_index_out_of_range_raises() -> str:
+    f = compiled(lambda table, at: F.embedding(at, table) * 2)
+    f(torch.randn(5, 4), torch.tensor([0, 4]))
+    try:
+        f(torch.randn(5, 4), torch.tensor([0, 5]))
+    except IndexError as error:
+        return "" if "index out of range" in str(error) else str(error)
+    return "nothing was raised"
+
+
+@case
+def random_numbers_are_the_interpreters() -> str:
+    seed = torch.tensor(123456789012345)
+
+    def draw(kind: str, low: int = 0, high: int = 0, dtype: torch.dtype = torch.float32) -> Callable[[Tensor], Tensor]:
+        return lambda seed: prims.random([3, 500], seed, 7, kind, low, high, dtype, torch.device("cpu")) + 0
+
+    problems = [
+        against_eager(draw("uniform"), seed),
+        against_eager(draw("integer", 0, 1 << 40, torch.int64), seed),
+        against_eager(draw("normal"), seed, ulps=4),
+    ]
+    return "; ".join(p for p in problems if p)
+
+
+@case
+def a_block_trains() -> str:
+    torch.manual_seed(0)
+    block = nn.Sequential(nn.LayerNorm(48), nn.Linear(48, 96), nn.GELU(), nn.Linear(96, 48), nn.LayerNorm(48))
+    x = torch.randn(40, 48)
+
+    def step(model: Callable[[Tensor], Tensor]) -> list[Tensor]:
+        block.zero_grad()
+        (model(x) * x.sin()).mean().backward()
+        return [p.grad.clone() for p in block.parameters() if p.grad is not None]
+
+    return same(step(compiled(block)), step(block), ulps=64)
+
+
+def _norms(x: Tensor, w: Tensor) -> Tensor:
+    y = F.rms_norm(x + x.roll(1, 0), (x.shape[-1],), w)
+    return F.dropout(y.gelu() if hasattr(y, "gelu") else F.gelu(y), 0.2).softmax(-1)
+
+
+@case
+def fusion_changes_no_bit() -> str:
+    x, w = torch.randn(200, 130, requires_grad=True), torch.randn(130, requires_grad=True)
+
+    def run(**options: Any) -> list[Tensor]:
+        torch.manual_seed(3)
+        y = compiled(_norms, **options)(x, w)
+        return [y.detach(), *torch.autograd.grad(y.square().sum(), (x, w))]
+
+    return same(run(), run(fusion_fuel=0))
+
+
+@case
+def a_split_reduction_changes_no_bit() -> str:
+    """The rows of one tensor reduced in one launch, and as few rows that are split."""
+    x = torch.randn(3, 50_000)
+    many = x.repeat(300, 1)
+    few = compiled(lambda x: x.sum(1))(x)
+    split = any(d.rule == "split" for r in RECORDS for d in r.decisions)
+    whole = compiled(lambda x: (x * 1).sum(1)[:3])(many)
+    return "" if torch.equal(few, whole) and split else f"{few} {whole} {split}"
+
+
+@case
+def helpers_run_as_they_are_written() -> str:
+    """Reductions without the stand-ins that save time in the other cases."""
+    from minifuse.runtime import triton_interpret
+
+    kept = dict(triton_interpret.STAND_INS)
+    triton_interpret.STAND_INS.clear()
+    try:
+        with tempfile.TemporaryDirectory() as folder:
+            x = torch.randn(3, 12)
+            x[1, 4] = float("nan")
+            f = compiled(lambda x: (x.amax(1), x.amin(1), x.argmax(1), x.argmin(1), (x > 1).any(1)), cache_dir=folder)
+            return same(f(x), (x.amax(1), x.amin(1), x.argmax(1), x.argmin(1), (x > 1).any(1)))
+    finally:
+        triton_interpret.STAND_INS.update(kept)
+
+
+def main() -> None:
+    found = {}
+    for name, function in CASES.items():
+        if sys.argv[1:] and name not in sys.argv[1:]:
+            continue
+        torch.manual_seed(0)
+        started = time.perf_counter()
+        try:
+            found[name] = function()
+        except Exception:
+            found[name] = traceback.format_exc()[-3000:]
+        print(f"{name}: {time.perf_counter() - started:.1f} s", file=sys.stderr)
+    print(json.dumps(found))
+
+
+if __name__ == "__main__":
+    main()
