@@ -57,6 +57,8 @@ def contents(record: Record, options: Options) -> dict[str, str]:
     unit, host = record.stages.get("unit"), record.stages.get("program")
     if unit is not None and unit.source:
         files["kernels.c"] = unit.source
+    if "triton" in record.stages:
+        files["kernels.py"] = record.stages["triton"]
     if host is not None:
         files["program.py"] = host.source
     files["decisions.json"] = json.dumps([d.to_json() for d in record.decisions], indent=1)

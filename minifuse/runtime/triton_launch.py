@@ -62,19 +62,15 @@ def build(plan: Plan, ctx: CompileContext) -> Program:
         module = load_module(text, ctx.options.cache_dir) if kernels else None
         if device.type == "cpu" and module is not None and not compat.triton_interprets():
             raise MinifuseError(
-                'target="triton" runs CPU tensors in Triton\'s interpreter: set TRITON_INTERPRET=1 before triton is imported'
+                'target="triton" runs CPU tensors in the interpreter alone: set TRITON_INTERPRET=1 before triton is imported'
             )
         if module is not None and device.type == "cpu":
             triton_interpret.install(module)
-        launches = [
-            launched(module, plan.steps[i], kernel, device, slot)  # type: ignore[arg-type]
-            for slot, (i, kernel) in enumerate(kernels.items())
-        ]
+        launches = {i: launched(module, plan.steps[i], kernel, device) for i, kernel in kernels.items()}
         if device.type != "cpu":
-            launches = [compiled(one, ctx, plan) for one in launches]
+            launches = {i: one for i, one in launches.items() if compiles(one, ctx, plan)}
     ctx.stages["triton"] = text
-    steps = [i for i, one in zip(kernels, launches, strict=True) if one is not None]
-    kept = [one for one in launches if one is not None]
+    steps, kept = list(launches), list(launches.values())
     symbols = tuple(sorted({s for one in kept for s in one.kernel.symbols}))
     for one in kept:
         one.at = tuple(symbols.index(s) for s in one.kernel.symbols)
@@ -186,16 +182,19 @@ class Variant:
 
 
 class Launched:
-    """One launch of a program: called with addresses and sizes, it puts its kernel on a stream."""
+    """One launch of a program: called with addresses and sizes, it puts its kernel on a stream.
 
-    def __init__(self, function: Any, step: Launch, kernel: TritonKernel, device: torch.device, slot: int) -> None:
+    `at` says which of the program's sizes are its own; `last` is its last argument where it has checks: the address
+    where a failed one is noted.
+    """
+
+    def __init__(self, function: Any, step: Launch, kernel: TritonKernel, device: torch.device) -> None:
         self.function = function
         self.step = step
         self.kernel = kernel
         self.device = device
-        self.slot = slot
         self.at: tuple[int, ...] = ()
-        self.flag = 0
+        self.last: tuple[int, ...] = ()
         self.variants: dict[Variant, Any] = {}
         self.runners: dict[Any, Callable[..., None] | None] = {}
 
@@ -213,11 +212,6 @@ class Launched:
         if run is not None:
             run(*pointers, *values, *self.last, stream=stream)
         return 0
-
-    @property
-    def last(self) -> tuple[int, ...]:
-        """The argument behind the sizes: where a failed check is noted."""
-        return (self.flag + 4 * self.slot,) if self.kernel.messages else ()
 
     def env(self, values: Sequence[int]) -> dict[str, int]:
         return dict(zip(self.kernel.symbols, values, strict=True))
@@ -277,21 +271,38 @@ def tensor_at(address: int, count: int, dtype: torch.dtype) -> torch.Tensor:
     return torch.frombuffer(memory, dtype=dtype)
 
 
-def launched(module: ModuleType, step: Launch, kernel: TritonKernel, device: torch.device, slot: int) -> Launched:
+def launched(module: ModuleType | None, step: Any, kernel: TritonKernel, device: torch.device) -> Launched:
     kind = Interpreted if device.type == "cpu" else Launched
-    return kind(getattr(module, kernel.name), step, kernel, device, slot)
+    return kind(getattr(module, kernel.name), step, kernel, device)
 
 
-def compiled(one: Launched, ctx: CompileContext, plan: Plan) -> Launched | None:
-    """The launch with its usual variant compiled; None, with a decision, where Triton refuses the kernel."""
+def compiles(one: Launched, ctx: CompileContext, plan: Plan) -> bool:
+    """Compile a launch's usual variant; false, with a decision, where Triton refuses the kernel."""
     try:
         if not one.kernel.symbols:
             one.compile(one.usual())
     except compat.triton_errors() as why:
         ctx.record("interpreted", one.step.name, taken=True, reason="Triton refused it: {why}", why=str(why)[:2000],
                    where=plan.origins.get(one.step.name, ""))  # fmt: skip
-        return None
-    return one
+        return False
+    return True
+
+
+def compile_for(plan: Plan, ctx: CompileContext, target: Any) -> list[tuple[Launched, Any]]:
+    """Each distinct kernel of a scheduled plan, compiled for a GPU that need not be there (`compat.gpu_target`).
+
+    Raises what Triton raises where it refuses one; kernels that it cannot express are recorded and left out.
+    """
+    here = torch.device("cpu")
+    kernels = write_all(plan, here, ctx)
+    module = load_module(module_text(plan, kernels), ctx.options.cache_dir)
+    found: dict[str, tuple[Launched, Any]] = {}
+    for i, kernel in kernels.items():
+        step = plan.steps[i]
+        if kernel.name not in found and isinstance(step, Launch):
+            one = Launched(getattr(module, kernel.name), step, kernel, here)
+            found[kernel.name] = one, one.compile(one.usual(), target)
+    return list(found.values())
 
 
 # -- programs ---------------------------------------------------------------------------------------
@@ -317,8 +328,8 @@ class TritonProgram(Program):
             self.call.__globals__["threads"] = self.stream
             self.flags = torch.zeros(len(launches), dtype=torch.int32, device=device)
             self.seen = torch.zeros(len(launches), dtype=torch.int32, pin_memory=True)
-            for k, one in enumerate(launches):
-                one.flag, one.slot = self.flags.data_ptr(), k
+            for k in self.checked:
+                launches[k].last = (self.flags.data_ptr() + 4 * k,)
 
     def __call__(self, args: list[Any]) -> Any:
         if not self.on_gpu or torch.cuda.current_device() == self.device.index:

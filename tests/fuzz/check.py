@@ -206,7 +206,8 @@ def differs(got: Tensor, want: Tensor, precise: Tensor, exact: bool, scale: floa
 
 def _first(got: Tensor, want: Tensor, where: Tensor) -> str:
     at = where.nonzero()[0].tolist()
-    return f" at {at} of {list(got.shape)} ({int(where.sum())} elements): {want[tuple(at)].item()!r}, found {got[tuple(at)].item()!r}"
+    expected, found = want[tuple(at)].item(), got[tuple(at)].item()
+    return f" at {at} of {list(got.shape)} ({int(where.sum())} elements): {expected!r}, found {found!r}"
 
 
 def identical(a: Tensor, b: Tensor) -> Tensor:

@@ -11,11 +11,29 @@ import math
 import random
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
+from string import Template
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+
+from .operators import (
+    BLOCKS,
+    BLOCKS_OF_IMAGES,
+    BOOL_BINARY,
+    BOOL_UNARY,
+    CREATE,
+    FLOAT_BINARY,
+    FLOAT_UNARY,
+    INT_BINARY,
+    INT_UNARY,
+    LIBRARY,
+    REDUCE_FLOATS,
+    REDUCE_INTEGERS,
+    VIEWS,
+    VIEWS_OF_MATRICES,
+)
 
 FLOATS = (torch.float32, torch.float32, torch.float32, torch.float64, torch.bfloat16, torch.float16)
 INTEGERS = (torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8)
@@ -143,69 +161,7 @@ def _values(spec: Input, shape: Sequence[int], g: torch.Generator) -> Tensor:
     return x
 
 
-# -- statements -------------------------------------------------------------------------------------------------------
-# (text, how): "same" gives exact from exact, "loose" never, "jump" takes exact values alone.
-FLOAT_UNARY = (
-    ("{0}.abs()", "same"), ("-{0}", "same"), ("torch.relu({0})", "same"), ("{0} * 2", "same"), ("{0} + 0.5", "same"),
-    ("1 - {0}", "same"), ("{0} * 0.1", "loose"), ("{0} / 3", "loose"), ("torch.square({0})", "same"),
-    ("{0}.clamp(-1.5, 2)", "same"), ("{0}.clamp(min=0.25)", "same"), ("{0}.clamp(max=1)", "same"),
-    ("1.0 / ({0}.abs() + 1)", "same"), ("torch.sqrt({0}.abs())", "loose"), ("{0}.neg().clone()", "same"),
-    ("torch.floor({0})", "jump"), ("torch.ceil({0})", "jump"), ("torch.round({0})", "jump"), ("torch.trunc({0})", "jump"),
-    ("torch.sign({0})", "jump"), ("{0} > 0.25", "jump"), ("{0} <= 0", "jump"), ("{0} == 0.5", "jump"), ("0.5 < {0}", "jump"),
-    ("torch.isnan({0})", "jump"), ("torch.isinf({0})", "jump"), ("{0}.logical_not()", "jump"), ("{0}.bool()", "jump"),
-    ("torch.where({0} > 0, {0}, 0.5)", "jump"), ("torch.where({0} > 0, 1.0, {0})", "jump"),
-    ("torch.remainder({0}, 1.5)", "jump"), ("torch.fmod({0}, 0.75)", "jump"), ("torch.floor_divide({0}, 0.5)", "jump"),
-    ("F.threshold({0}, 0.25, -1.0)", "jump"), ("F.leaky_relu({0}, 0.1)", "loose"), ("F.hardtanh({0}, -1.0, 1.0)", "same"),
-    ("{0}.masked_fill({0} < 0, 2.0)", "jump"), ("torch.nan_to_num({0}, 1.0, 2.0, -2.0)", "same"),
-    ("torch.tanh({0})", "loose"), ("torch.sigmoid({0})", "loose"), ("torch.exp(-{0}.abs())", "loose"),
-    ("torch.log1p({0}.abs())", "loose"), ("torch.erf({0})", "loose"), ("torch.sin({0})", "loose"), ("torch.cos({0})", "loose"),
-    ("F.gelu({0})", "loose"), ("F.gelu({0}, approximate='tanh')", "loose"), ("F.silu({0})", "loose"),
-    ("torch.rsqrt({0}.abs() + 1)", "loose"), ("torch.pow({0}.abs() + 0.5, 1.7)", "loose"), ("{0} ** 3", "loose"),
-    ("F.softplus({0})", "loose"), ("F.elu({0})", "loose"), ("F.hardswish({0})", "loose"), ("torch.atan({0})", "loose"),
-    ("{0}.clamp(-3, 3).exp()", "loose"), ("torch.log({0}.abs() + 1)", "loose"), ("torch.sinh({0}.clamp(-2, 2))", "loose"),
-)  # fmt: skip
-FLOAT_BINARY = (
-    ("{0} + {1}", "same"), ("{0} - {1}", "same"), ("{0} * {1}", "same"), ("{0} * {1}", "same"), ("{0} + {1}", "same"),
-    ("torch.maximum({0}, {1})", "same"), ("torch.minimum({0}, {1})", "same"), ("{0} / ({1}.abs() + 1)", "same"),
-    ("torch.add({0}, {1}, alpha=2)", "loose"), ("torch.sub({0}, {1}, alpha=0.5)", "loose"), ("torch.lerp({0}, {1}, 0.3)", "loose"),
-    ("torch.where({0} > {1}, {0}, {1})", "jump"), ("{0} < {1}", "jump"), ("{0} >= {1}", "jump"), ("{0} != {1}", "jump"),
-    ("torch.atan2({0}, {1}.abs() + 1)", "loose"), ("torch.hypot({0}, {1})", "loose"), ("torch.fmax({0}, {1})", "same"),
-    ("torch.pow({0}.abs() + 0.5, {1}.clamp(-2, 2))", "loose"), ("torch.remainder({0}, {1}.abs() + 0.5)", "jump"),
-    ("torch.addcmul({0}, {1}, {1}, value=0.5)", "loose"), ("torch.addcdiv({0}, {0}, {1}.abs() + 1)", "loose"),
-    ("F.mse_loss({0}, {1}, reduction='none')", "loose"), ("torch.logaddexp({0}, {1})", "loose"),
-    ("torch.clamp({0}, {1} - 1, {1} + 1)", "same"), ("F.smooth_l1_loss({0}, {1}, reduction='none')", "loose"),
-)  # fmt: skip
-INT_UNARY = (
-    "{0} + 3", "{0} * 5", "-{0}", "{0}.abs()", "~{0}", "{0} & 6", "{0} | 1", "{0} ^ 9", "{0} << 2", "{0} >> 1", "{0} // 3",
-    "{0} % 5", "{0} // -3", "{0} % -4", "torch.div({0}, 3, rounding_mode='trunc')", "torch.fmod({0}, 4)", "{0} > 2",
-    "{0} == 3", "{0}.clamp(-5, 9)", "{0} ** 2", "{0}.sign()", "{0}.bool()", "1 - {0}", "{0}.clamp(min=1)", "{0}.square()",
-    "{0} < 2.5", "torch.relu({0})",
-)  # fmt: skip
-INT_BINARY = (
-    "{0} + {1}", "{0} - {1}", "{0} * {1}", "{0} & {1}", "{0} | {1}", "{0} ^ {1}", "torch.maximum({0}, {1})",
-    "torch.minimum({0}, {1})", "{0} // (({1} & 7) + 1)", "{0} % (({1} & 7) + 1)", "{0} // -(({1} & 7) + 2)",
-    "{0} % -(({1} & 7) + 2)", "{0} < {1}", "{0} == {1}", "torch.where({0} > {1}, {0}, {1})", "{0} << ({1} & 15)",
-    "{0} >> ({1} & 15)", "{0} << {1}", "{0} >> {1}", "torch.add({0}, {1}, alpha=3)",
-    "torch.div({0}, ({1} & 3) + 1, rounding_mode='trunc')", "torch.div({0}, ({1} & 3) + 1, rounding_mode='floor')",
-)  # fmt: skip
-BOOL_UNARY = (
-    "~{0}",
-    "{0}.logical_not()",
-    "{0} & True",
-    "{0}.to(torch.int64) * 3",
-    "{0}.to(torch.float32) - 0.5",
-    "{0} + 1",
-)
-BOOL_BINARY = (
-    "{0} & {1}", "{0} | {1}", "{0} ^ {1}", "{0} == {1}", "{0} < {1}", "{0} * {1}", "{0} + {1}", "torch.logical_xor({0}, {1})",
-    "torch.maximum({0}, {1})",
-)  # fmt: skip
-
-
-LIBRARY = {text for text, how in (*FLOAT_UNARY, *FLOAT_BINARY) if how == "loose"}
-
-
-class Rejected(Exception):
+class RejectedError(Exception):
     """A statement that this program cannot have: eager refuses it, or its numbers or its size grow too much."""
 
 
@@ -251,13 +207,13 @@ class Maker:
         return name
 
     def pick(self, want: Callable[[Tensor], bool] | None = None, exact: bool = False) -> str:
-        """A value of the program, late ones more often, or a new input. Raises Rejected."""
+        """A value of the program, late ones more often, or a new input. Raises RejectedError."""
         names = [n for n, v in self.values.items() if (want is None or want(v)) and (not exact or n in self.exact)]
         if names and self.rng.random() < 0.96:
             return names[max(self.rng.randrange(len(names)) for _ in range(3))]
         name = self.new_input()
         if want is not None and not want(self.values[name]):
-            raise Rejected("no value fits")
+            raise RejectedError("no value fits")
         return name
 
     def size(self, name: str, d: int, at: int = 0) -> str:
@@ -265,12 +221,12 @@ class Maker:
         return f"{{{at}}}.size({d})" if self.dynamic else str(self.values[name].shape[d])
 
     def add(self, text: str, args: Sequence[str], how: str = "same", results: int = 1) -> tuple[str, ...]:
-        """Append a statement. Raises Rejected."""
+        """Append a statement. Raises RejectedError."""
         pure = all(a in self.exact for a in args)
         if how == "jump" and not pure:
-            raise Rejected("jumps at a value that is not exact")
+            raise RejectedError("jumps at a value that is not exact")
         if self.special and how == "loose" and text in LIBRARY:
-            raise Rejected("a library's own answer to NaN and infinities")
+            raise RejectedError("a library's own answer to NaN and infinities")
         exact = pure and how != "loose"
         names = tuple(f"v{len(self.statements)}" + (f"_{i}" if results > 1 else "") for i in range(results))
         made = Statement(text, tuple(args), names, exact)
@@ -278,10 +234,10 @@ class Maker:
         try:
             found = eval(made.text.format(*args), space)
         except (RuntimeError, IndexError, ValueError, TypeError) as why:
-            raise Rejected(str(why)) from why
+            raise RejectedError(str(why)) from why
         found = found if isinstance(found, tuple) else (found,)
         if len(found) != results:
-            raise Rejected("another number of results")
+            raise RejectedError("another number of results")
         for v in found:
             self.admit(v, exact)
         self.statements.append(made)
@@ -292,13 +248,13 @@ class Maker:
 
     def admit(self, v: Any, exact: bool) -> None:
         if not isinstance(v, Tensor) or v.numel() > 2 * self.most or v.dim() > 5:
-            raise Rejected("too large")
+            raise RejectedError("too large")
         if v.is_floating_point() and v.numel() and not self.special:
             most = float(v.abs().max())
             if not most <= (LARGEST if v.dtype is not torch.float16 else 500):
-                raise Rejected("numbers grow")
+                raise RejectedError("numbers grow")
         if v.dtype not in (*FLOATS, *INTEGERS, torch.bool) or not exact and not v.is_floating_point():
-            raise Rejected("a dtype that is not handled")
+            raise RejectedError("a dtype that is not handled")
 
     # -- kinds of statements -------------------------------------------------------------------------------------------
     def unary(self) -> None:
@@ -362,7 +318,7 @@ class Maker:
         if v.is_floating_point() and not target.is_floating_point and target is not torch.bool:
             text = "{0}.clamp(0, 100)" if target is torch.uint8 else "{0}.clamp(-100, 100)"
             if self.special:
-                raise Rejected("NaN as an integer")
+                raise RejectedError("NaN as an integer")
         jumps = v.is_floating_point() and not target.is_floating_point
         self.add(f"{text}.to({target})", [x], "jump" if jumps else "same")
 
@@ -375,22 +331,17 @@ class Maker:
         a = rng.randrange(max(shape[d], 1))
         b = rng.randrange(a, max(shape[d], 1)) + 1
         sized = self.size(x, d)
-        texts = [
-            f"{{0}}.permute({order})", f"{{0}}.transpose({d}, {e})", "{0}.flatten()", f"{{0}}.unsqueeze({d})",
-            f"{{0}}.flip({d})", f"{{0}}.flip({sorted({d, e})})", "{0}.squeeze()", f"{{0}}.squeeze({d})",
-            f"{{0}}.select({d}, -1)", f"{{0}}.unsqueeze({d}).expand({[-1] * d + [3] + [-1] * (rank - d)})",
-            "{0}.reshape(-1)", "{0}.contiguous()", f"{{0}}.roll(2, {d})", f"{{0}}.narrow({d}, 1, {sized} - 1)",
-            f"{{0}}.repeat({[2 if k == d else 1 for k in range(rank)]})", f"{{0}}.movedim({d}, {e})", "{0}.clone()",
-            f"torch.slice_copy({{0}}, {d}, 1, None, 2)",
-        ]  # fmt: skip
+        fields = {
+            "d": d, "e": e, "order": order, "both": sorted({d, e}), "wide": [-1] * d + [3] + [-1] * (rank - d), "n": sized,
+            "twice": [2 if k == d else 1 for k in range(rank)], "diagonal": rng.choice((0, 0, 1, -1)),
+        }  # fmt: skip
+        texts = list(VIEWS)
         if rank > 1:
             k = rng.randrange(rank - 1)
             merged = [self.size(x, i) for i in range(rank)]
             merged[k : k + 2] = [f"{merged[k]} * {merged[k + 1]}"]
-            joined = ", ".join(merged)
-            texts += [f"{{0}}.flatten({k}, {k + 1})", f"{{0}}.reshape({joined})", f"{{0}}.transpose({d}, {e}).reshape({joined})",
-                      f"{{0}}.diagonal({rng.choice((0, 0, 1, -1))}, {d}, {e})", "{0}.mT", f"{{0}}.tril({rng.choice((0, 1, -1))})",
-                      "{0}.triu()"]  # fmt: skip
+            fields |= {"k": k, "l": k + 1, "merged": ", ".join(merged)}
+            texts += VIEWS_OF_MATRICES
         divisors = [q for q in (2, 3, 4, 8, 16) if shape[d] % q == 0 and shape[d] > q]
         if divisors:
             q = rng.choice(divisors)
@@ -413,7 +364,7 @@ class Maker:
                 f"{{0}}.reshape({sized}, -1)",
                 f"{{0}}.narrow({d}, {sized} // 2, 1)",
             ]
-        self.add(rng.choice(texts), [x])
+        self.add(Template(rng.choice(texts)).substitute(fields), [x])
 
     def factors(self, n: int) -> list[int]:
         """A shape of n elements."""
@@ -459,57 +410,18 @@ class Maker:
         rank = v.dim()
         dims = sorted(rng.sample(range(rank), rng.choice((1, 1, min(2, rank)))))
         keep = rng.random() < 0.4
-        tail = f", {dims}, keepdim={keep})"
-        one = f", {dims[-1]}, keepdim={keep})"
-        if v.is_floating_point():
-            rows: list[tuple[str, str, int]] = [
-                ("torch.sum({0}" + tail, "loose", 1), ("torch.mean({0}" + tail, "loose", 1), ("torch.amax({0}" + tail, "same", 1),
-                ("torch.amin({0}" + tail, "same", 1), ("{0}.sum()", "loose", 1), ("{0}.max()", "same", 1),
-                (f"torch.var({{0}}, {dims}, correction=1, keepdim={keep})", "loose", 1),
-                (f"torch.var_mean({{0}}, {dims}, correction=0, keepdim={keep})", "loose", 2),
-                (f"torch.std({{0}}, {dims}, keepdim={keep})", "loose", 1),
-                ("torch.max({0}" + one, "jump", 2), ("torch.min({0}" + one, "jump", 2), ("torch.argmax({0}" + one, "jump", 1),
-                ("torch.argmin({0})", "jump", 1), ("torch.logsumexp({0}" + tail, "loose", 1), ("{0}.mean()", "loose", 1),
-                ("torch.prod({0}.clamp(0.9, 1.1)" + one, "loose", 1), ("torch.linalg.vector_norm({0}, 2" + tail, "loose", 1),
-                ("{0}.to(torch.float64).sum(0)", "loose", 1), ("{0}.sum(-1, dtype=torch.float32)", "loose", 1),
-                ("{0}.any(-1)", "jump", 1), ("({0} > 0).sum(0)", "jump", 1),
-            ]  # fmt: skip
-        else:
-            rows = [(text + tail, "same", 1) for text in ("torch.sum({0}", "torch.amax({0}", "torch.amin({0}")]
-            rows += [
-                (text + one, "same", 1)
-                for text in ("torch.any({0}", "torch.all({0}", "torch.argmax({0}", "torch.prod({0}")
-            ]
-            rows += [
-                ("torch.max({0}" + one, "same", 2),
-                ("{0}.sum()", "same", 1),
-                ("torch.mean({0}, 0, dtype=torch.float32)", "loose", 1),
-            ]
-        self.add_row(rng.choice(rows), [x])
-
-    def add_row(self, row: tuple[str, str, int], args: Sequence[str]) -> tuple[str, ...]:
-        return self.add(row[0], args, row[1], row[2])
+        fields = {"dims": dims, "dim": dims[-1], "keep": keep}
+        text, how, results = rng.choice(REDUCE_FLOATS if v.is_floating_point() else REDUCE_INTEGERS)
+        self.add(Template(text).substitute(fields), [x], how, results)
 
     def block(self) -> None:
         """What networks are made of: norms, softmax, losses, an operator that is not compiled."""
         x = self.pick(lambda t: t.dim() > 0 and t.is_floating_point() and t.shape[-1] > 0)
         v, rng = self.values[x], self.rng
         d = rng.randrange(v.dim())
-        last = self.size(x, v.dim() - 1)
-        texts = [
-            f"torch.softmax({{0}}, {d})", f"torch.log_softmax({{0}}, {d})", f"F.layer_norm({{0}}, [{last}])", "F.normalize({0}, dim=-1)",
-            f"{{0}} - {{0}}.mean({d}, keepdim=True)", f"{{0}} * torch.rsqrt({{0}}.square().mean({d}, keepdim=True) + 1e-5)",
-            f"({{0}} - {{0}}.amax({d}, keepdim=True)).exp()", f"torch.cumsum({{0}}, {d})",
-            f"{{0}} + {{0}}.sum({d}, keepdim=True) * 0.01",
-        ]  # fmt: skip
-        if v.dim() >= 3:
-            c = self.size(x, 1)
-            texts += [
-                "F.batch_norm({0}, None, None, training=True)",
-                "F.instance_norm({0})",
-                f"F.group_norm({{0}}, {c})",
-            ]
-        self.add(rng.choice(texts), [x], "loose")
+        fields = {"d": d, "last": self.size(x, v.dim() - 1), "channels": self.size(x, min(1, v.dim() - 1))}
+        texts = [*BLOCKS, *(BLOCKS_OF_IMAGES if v.dim() >= 3 else ())]
+        self.add(Template(rng.choice(texts)).substitute(fields), [x], "loose")
 
     def index(self) -> None:
         x = self.pick(lambda t: t.dim() > 0 and min(t.shape) > 0)
@@ -544,20 +456,15 @@ class Maker:
     def create(self) -> None:
         x = self.pick(lambda t: t.dim() > 0)
         rank = self.values[x].dim()
-        n = self.size(x, rank - 1)
-        texts = [
-            "torch.full_like({0}, 2)", "torch.zeros_like({0})", "torch.ones_like({0}, dtype=torch.float32)", f"torch.arange({n})",
-            f"torch.arange({n}, dtype=torch.float32) * 0.5", f"torch.full(({n}, 3), 1.5)", f"torch.arange({n}) // 3 + torch.arange({n}) % 4",
-            f"torch.arange({n}).unsqueeze(1) >= torch.arange({n})", "{0}.new_zeros(3)", f"torch.arange(1, 2 * {n}, 2)", "torch.tensor(2.5)",
-        ]  # fmt: skip
-        self.add(self.rng.choice(texts), [x])
+        text = Template(self.rng.choice(CREATE)).substitute(n=self.size(x, rank - 1))
+        self.add(text, [x])
 
     # -- the whole -----------------------------------------------------------------------------------------------------
     def recipe(self) -> Recipe:
         rng = self.rng
         kinds = [
-            (self.unary, 20), (self.binary, 26), (self.choose, 6), (self.cast, 8), (self.view, 22), (self.join, 8), (self.reduce, 15),
-            (self.block, 7), (self.index, 6), (self.create, 3),
+            (self.unary, 20), (self.binary, 26), (self.choose, 6), (self.cast, 8), (self.view, 22), (self.join, 8),
+            (self.reduce, 15), (self.block, 7), (self.index, 6), (self.create, 3),
         ]  # fmt: skip
         makers, weights = [k for k, _ in kinds], [w for _, w in kinds]
         self.new_input()
@@ -565,7 +472,7 @@ class Maker:
         for _ in range(4 * wanted):
             try:
                 rng.choices(makers, weights)[0]()
-            except Rejected:
+            except RejectedError:
                 continue
             if len(self.statements) >= wanted:
                 break

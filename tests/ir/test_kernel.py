@@ -6,7 +6,7 @@ import pickle
 import pytest
 import torch
 
-from minifuse.ir import kernel as ir
+from minifuse.ir import value
 from minifuse.ir.index import ONE, Axis, Sym, as_expr
 from minifuse.ir.shape import contiguous_strides
 from minifuse.ir.kernel import Check, Kernel, Loop, Param, Schedule, Store, rewrite

@@ -38,6 +38,7 @@ class Group:
         self.writes = {r.param: r.index for r in self.body if isinstance(r, Store)}
         self.reads: dict[str, dict[tuple[Index, ...], None]] = {}
         self.reduced: frozenset[Axis] = frozenset()
+        self.trees: frozenset[tuple[Axis, int]] = frozenset()
         self.spaces: list[frozenset[Axis]] = [r.space for r in self.body]
         self.cost = 0.0
         self.pure = True
@@ -50,6 +51,7 @@ class Group:
                     self.reads.setdefault(v.param, {})[v.index] = None
             elif isinstance(v, Reduce):
                 self.reduced |= {v.over}
+                self.trees |= {(v.over, v.lanes)}
                 self.spaces.append(v.axes | {v.over})
                 self.pure = False
             elif isinstance(v, Op):

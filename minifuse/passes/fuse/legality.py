@@ -6,6 +6,7 @@ from collections.abc import Iterable
 from math import prod
 
 from minifuse.ir.index import Axis, Expr
+from minifuse.ir.kernel import Store
 from minifuse.ir.plan import Plan
 
 from .group import Group, grid_axes, innermost
@@ -67,7 +68,7 @@ class Legality:
         found = unify(hard if vertical else self.sibling_equations(a, b, soft), soft, a.axes, b.axes, a.reduced)
         if isinstance(found, Refusal):
             return found
-        return self.parallel(a, b, found) or self.lengthens(a, b) or found
+        return self.unsound(a, b, found) or self.parallel(a, b, found) or self.lengthens(a, b) or found
 
     def lengthens(self, a: Group, b: Group) -> Refusal | None:
         """One kernel runs when the earlier of the two is needed; what the other writes then waits for its reader.
@@ -95,6 +96,27 @@ class Legality:
         """Siblings must agree on how they walk what they share, or sharing saves nothing."""
         return [(x, y) for x, y in soft if isinstance(x.atom, Axis) or isinstance(y.atom, Axis) or x.axes() or y.axes()]
 
+    def unsound(self, a: Group, b: Group, how: Unified) -> Refusal | None:
+        """The merged kernel must reduce by the same trees, and store each element once."""
+        trees: set[tuple[Axis, int]] = set()
+        for g, env in ((a, how.first), (b, how.second)):
+            for x, lanes in g.trees:
+                image = env[x].atom if x in env else x
+                if not isinstance(image, Axis):
+                    return Refusal("splits a reduction", "{axis} is reduced and would be cut in two", {"axis": str(x)})
+                trees.add((image, lanes))
+            joined: dict[Axis, set[Axis]] = {}
+            for x in g.axes:
+                for y in env[x].axes() if x in env else ():
+                    joined.setdefault(y, set()).add(x)
+            for r in g.body if joined else ():
+                if isinstance(r, Store) and (r.param in self.kept or not self.readers.get(r.param, set()) <= {a.id, b.id}):
+                    if any(0 < len(xs & r.space) < len(xs) for xs in joined.values()):
+                        return Refusal("partial rows", "{name} would be stored more than once", {"name": r.param})
+        if len({x for x, _ in trees}) < len(trees):
+            return Refusal("different trees", "one reduces a row and the other a column along one axis", {})
+        return None
+
     def parallel(self, a: Group, b: Group, how: Unified) -> Refusal | None:
         """The merged kernel must keep enough independent work and its rows."""
 
@@ -105,10 +127,6 @@ class Legality:
             spaces = [frozenset().union(*(image[x] for x in s)) if s else s for s in g.spaces]
             return spaces, frozenset().union(*(image[x] for x in g.reduced)) if g.reduced else g.reduced
 
-        for g, env in ((a, how.first), (b, how.second)):
-            if any(not isinstance(env[x].atom, Axis) for x in g.reduced if x in env):
-                return Refusal("splits a reduction", "{axis} is reduced and would be cut in two",
-                               {"axis": sorted(map(str, g.reduced))})  # fmt: skip
         spaces_a, reduced_a = moved(a, how.first)
         spaces_b, reduced_b = moved(b, how.second)
         dead = self.dies(a, b)

@@ -1,0 +1,164 @@
+"""Triton kernels mean what the interpreter says they mean, and compile for GPUs that are not there."""
+
+from __future__ import annotations
+
+import ast
+import json
+import os
+import re
+import subprocess
+import sys
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from minifuse import compat
+from minifuse.codegen.triton_prelude import SOURCES
+from minifuse.errors import MinifuseError
+from minifuse.ir.plan import Plan
+from minifuse.ir.verify import verify_plan
+from minifuse.options import Options
+from minifuse.passes import schedule_triton
+from minifuse.passes.context import CompileContext
+from minifuse.passes.memory import place
+from minifuse.records import RECORDS
+from minifuse.runtime import triton_launch
+
+pytest.importorskip("triton")
+CASES = Path(__file__).with_name("triton_cases.py")
+NAMES = [n.name for n in ast.parse(CASES.read_text()).body if isinstance(n, ast.FunctionDef) and n.decorator_list]
+H100, MI300 = ("cuda", 90, 32), ("hip", "gfx942", 64)
+
+
+# -- in Triton's interpreter ------------------------------------------------------------------------
+@pytest.fixture(scope="module")
+def outcomes(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
+    """What each case of `triton_cases` found wrong, from one process that interprets."""
+    env = {**os.environ, "TRITON_INTERPRET": "1", "MINIFUSE_CACHE_DIR": str(tmp_path_factory.mktemp("cache"))}
+    done = subprocess.run(
+        [sys.executable, "-m", "tests.codegen.triton_cases"],
+        cwd=CASES.parents[2], env=env, capture_output=True, text=True, timeout=600,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr[-3000:]
+    return json.loads(done.stdout)  # type: ignore[no-any-return]
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_interpreted_triton_does_what_eager_does(name: str, outcomes: dict[str, str]) -> None:
+    assert outcomes[name] == ""
+
+
+def test_cpu_tensors_need_the_interpreter() -> None:
+    torch._dynamo.reset()
+    f = torch.compile(lambda x: x.sin() + 1, backend="minifuse", options={"target": "triton"})
+    with pytest.raises((MinifuseError, torch._dynamo.exc.BackendCompilerFailed), match="TRITON_INTERPRET=1"):
+        f(torch.randn(5))
+
+
+# -- for a GPU that is not there --------------------------------------------------------------------
+def plans(function: Callable[..., Any], *args: Tensor, dynamic: bool = False) -> Iterator[tuple[Plan, CompileContext]]:
+    """The scheduled plans of a function, and of its backward where an argument requires a gradient."""
+    torch._dynamo.reset()
+    RECORDS.clear()
+    result = torch.compile(function, backend="minifuse", options={"target": "interpret"}, dynamic=dynamic)(*args)
+    loss = result if isinstance(result, Tensor) else result[0]
+    if loss.requires_grad:
+        loss.float().square().sum().backward()
+    for record in list(RECORDS):
+        ctx = CompileContext(record.name, record.stage, Options())
+        plan = schedule_triton.schedule(record.stages["fuse"], ctx)
+        verify_plan(plan)
+        yield place(plan, ctx), ctx
+
+
+FUNCTIONS: dict[str, tuple[Callable[..., Any], tuple[tuple[int, ...], ...]]] = {
+    "gelu of a sum": (lambda x, b: F.gelu(x + b), ((512, 1024), (1024,))),
+    "layer norm": (lambda x, w, b: F.layer_norm(x, (1024,), w, b), ((512, 1024), (1024,), (1024,))),
+    "softmax": (lambda x: x.softmax(-1), ((64, 1000),)),
+    "dropout": (lambda x: F.dropout(x, 0.1), ((64, 100),)),
+    "transpose": (lambda x, y: x + y.t(), ((256, 256), (256, 256))),
+    "sums": (lambda x: (x.sum(0), x.sum(), x.amax(1), x.argmax(1)), ((640, 512),)),
+}
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("name", FUNCTIONS)
+def test_kernels_compile_for_a_gpu_and_spill_nothing(name: str, dtype: torch.dtype) -> None:
+    function, shapes = FUNCTIONS[name]
+    args = [torch.randn(shape).to(dtype).requires_grad_() for shape in shapes]
+    for plan, ctx in plans(function, *args):
+        for _, kernel in triton_launch.compile_for(plan, ctx, compat.gpu_target(*H100)):
+            assert compat.kernel_resources(kernel)["spilled"] == 0
+        assert not [d for d in ctx.decisions if d.rule == "interpreted"]
+
+
+def test_kernels_compile_for_an_amd_gpu() -> None:
+    function, shapes = FUNCTIONS["layer norm"]
+    for plan, ctx in plans(function, *(torch.randn(shape, requires_grad=True) for shape in shapes)):
+        for _, kernel in triton_launch.compile_for(plan, ctx, compat.gpu_target(*MI300)):
+            assert "amdgcn" in kernel.asm
+
+
+def test_no_multiply_and_add_is_contracted() -> None:
+    for plan, ctx in plans(lambda x, y: x * y + x, torch.randn(64, 64), torch.randn(64, 64)):
+        ((_, kernel),) = triton_launch.compile_for(plan, ctx, compat.gpu_target(*H100))
+        assert "fma" not in kernel.asm["ptx"]
+
+
+def test_a_row_takes_three_barriers_to_sum() -> None:
+    for plan, ctx in plans(lambda x: x.sum(1), torch.randn(600, 4096)):
+        ((_, kernel),) = triton_launch.compile_for(plan, ctx, compat.gpu_target(*H100))
+        assert kernel.asm["ptx"].count("bar.sync") <= 3
+
+
+def test_one_kernel_serves_every_size() -> None:
+    for plan, ctx in plans(lambda x: (x * 2).softmax(-1), torch.randn(60, 70), dynamic=True):
+        for one, kernel in triton_launch.compile_for(plan, ctx, compat.gpu_target(*H100)):
+            assert one.kernel.symbols
+            assert kernel.asm["cubin"]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("target", [H100, MI300], ids=("H100", "MI300"))
+def test_every_kernel_of_a_training_step_compiles(target: tuple[str, Any, int]) -> None:
+    transformers = pytest.importorskip("transformers")
+    config = transformers.GPT2Config(n_embd=64, n_layer=1, n_head=4, vocab_size=500, n_positions=64,
+                                     bos_token_id=0, eos_token_id=0)  # fmt: skip
+    model = transformers.GPT2LMHeadModel(config)
+    model.loss_type = "ForCausalLM"
+    tokens = torch.randint(0, 500, (4, 32))
+    for plan, ctx in plans(lambda tokens: model(input_ids=tokens, labels=tokens).loss, tokens):
+        assert triton_launch.compile_for(plan, ctx, compat.gpu_target(*target))
+        assert not [d for d in ctx.decisions if d.rule == "interpreted"]
+
+
+# -- the text ---------------------------------------------------------------------------------------
+def test_a_module_is_readable_and_names_its_origins() -> None:
+    for plan, ctx in plans(lambda x, b: F.gelu(x + b).softmax(-1), torch.randn(600, 1024), torch.randn(1024)):
+        text = triton_launch.module_text(plan, triton_launch.write_all(plan, torch.device("cpu"), ctx))
+        ast.parse(text)
+        assert "test_triton.py" in text
+        assert "tl.arange(0, 1024)" in text
+        assert max(len(line) for line in text.splitlines()) <= 200
+
+
+def test_a_module_is_the_same_for_the_same_plan_and_is_loaded_once(tmp_path: Path) -> None:
+    args = torch.randn(64, 64), torch.randn(64, 64)
+    texts = []
+    for _ in range(2):
+        ((plan, ctx),) = plans(lambda x, y: x * y + x, *args)
+        texts.append(triton_launch.module_text(plan, triton_launch.write_all(plan, torch.device("cpu"), ctx)))
+    assert texts[0] == texts[1]
+    module = triton_launch.load_module(texts[0], str(tmp_path))
+    assert triton_launch.load_module(texts[1], str(tmp_path)) is module
+    assert [p.read_text() for p in (tmp_path / "triton").glob("*.py")] == texts[:1]
+
+
+def test_helpers_name_only_helpers() -> None:
+    for source in SOURCES.values():
+        assert set(re.findall(r"\bmf_\w+", source)) <= set(SOURCES)
