@@ -53,7 +53,11 @@ if hasattr(os, "register_at_fork"):
 
 
 def minifuse_backend(
-    gm: fx.GraphModule, example_inputs: Sequence[Any], *, mode: str | None = None, options: Mapping[str, Any] | None = None
+    gm: fx.GraphModule,
+    example_inputs: Sequence[Any],
+    *,
+    mode: str | None = None,
+    options: Mapping[str, Any] | None = None,
 ) -> Callable[..., Any]:
     """Compile a graph that Dynamo captured; `torch.compile(model, backend="minifuse")` calls this.
 
@@ -110,7 +114,9 @@ class Graph:
         return ctx
 
     # -- AOT autograd's callbacks ----------------------------------------------------------------
-    def partition(self, joint: fx.GraphModule, inputs: Sequence[Any], **kw: Any) -> tuple[fx.GraphModule, fx.GraphModule]:
+    def partition(
+        self, joint: fx.GraphModule, inputs: Sequence[Any], **kw: Any
+    ) -> tuple[fx.GraphModule, fx.GraphModule]:
         """Split the joint graph: which values the backward loads, which it recomputes."""
         ctx = self.remat = CompileContext(f"{self.name}_joint", "joint", self.options)
         with ctx.phase("normalise"):

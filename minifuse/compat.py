@@ -59,7 +59,11 @@ def expr_of_symint(s: Any, symbols: MutableMapping[str, Symbol], bind: str | Non
     if bind is not None and isinstance(atom, Sym) and not symbols[atom.name].source:
         known = symbols[atom.name]
         symbols[atom.name] = Symbol(known.name, known.hint, bind)
-    if not isinstance(atom, Sym) and expr.evaluate({n: k.hint for n, k in symbols.items()}) == 1 and statically_known_true(s == 1):
+    if (
+        not isinstance(atom, Sym)
+        and expr.evaluate({n: k.hint for n, k in symbols.items()}) == 1
+        and statically_known_true(s == 1)
+    ):
         return as_expr(1)
     return expr
 
@@ -157,14 +161,18 @@ def result_type(args: Sequence[Any]) -> torch.dtype:
     """The common dtype of arguments of a graph node, as eager's promotion has it."""
     vals = [a.meta["val"] if isinstance(a, fx.Node) else a for a in args]
     vals = [v for v in vals if isinstance(v, (torch.Tensor, bool, int, float, torch.SymInt, torch.SymFloat))]
-    plain = [size_hint(v) if isinstance(v, torch.SymInt) else float(v) if isinstance(v, torch.SymFloat) else v for v in vals]
+    plain = [
+        size_hint(v) if isinstance(v, torch.SymInt) else float(v) if isinstance(v, torch.SymFloat) else v for v in vals
+    ]
     if len(plain) == 1:
         only = plain[0]
         return only.dtype if isinstance(only, torch.Tensor) else torch.tensor(only).dtype
     found = torch.result_type(plain[0], plain[1])
     for v in plain[2:]:
-        found = torch.result_type(torch.empty((), dtype=found), v) if not isinstance(v, torch.Tensor) else (
-            torch.promote_types(found, v.dtype)
+        found = (
+            torch.result_type(torch.empty((), dtype=found), v)
+            if not isinstance(v, torch.Tensor)
+            else (torch.promote_types(found, v.dtype))
         )
     return found
 
@@ -375,4 +383,6 @@ def triton_tensor(array: Any, dtype: Any) -> Any:
 
     shape = [int(n) for n in array.shape]
     scalar = dtype.scalar
-    return tl.tensor(TensorHandle(array.reshape(shape or [1]), scalar), tl.block_type(scalar, shape) if shape else scalar)
+    return tl.tensor(
+        TensorHandle(array.reshape(shape or [1]), scalar), tl.block_type(scalar, shape) if shape else scalar
+    )

@@ -197,7 +197,9 @@ class CDialect:
                 whole = f"mf_loadn_{t}({contiguous}, {self.n(p)})" if self.ragged(p) else f"mf_load_{t}({contiguous})"
                 some = f"mf_gatherm_{t}({pointer(p, param)}, {at}, {p.name(v.mask)}, {self.vector(p, v.other)}, {self.n(p)})"
                 return f"mf_all({p.name(v.mask)}) ? {whole} : {some}"
-            return f"mf_gatherm_{t}({pointer(p, param)}, {at}, {p.name(v.mask)}, {self.vector(p, v.other)}, {self.n(p)})"
+            return (
+                f"mf_gatherm_{t}({pointer(p, param)}, {at}, {p.name(v.mask)}, {self.vector(p, v.other)}, {self.n(p)})"
+            )
         if varying or step is None:
             text = f"mf_gather_{t}({pointer(p, param)}, {self.offsets(p, offset, varying, loaded)}, {self.n(p)})"
         elif step is ZERO:

@@ -184,7 +184,9 @@ class _Writer:
             run = self.run_of.get(i)
             if run is None:
                 at = ", ".join(self.whole(b) for b in step.binding)
-                sizes = ", ".join(f"{s.name!r}: sym_{s.name}" for s in sorted(step.kernel.symbols(), key=lambda s: s.name))
+                sizes = ", ".join(
+                    f"{s.name!r}: sym_{s.name}" for s in sorted(step.kernel.symbols(), key=lambda s: s.name)
+                )
                 kernel = self.constant(step.kernel)
                 out.append(f"interpret({kernel}, [{at}], {{{sizes}}})  # {step.name}")
                 continue
@@ -273,8 +275,11 @@ class _Writer:
         """Sizes that are computed from ones that a step has just defined."""
         late = unknown_at_start(self.plan)
         self.known |= known
-        while more := [n for n in self.used_symbols() & late - self.known
-                       if self.plan.symbols[n].source and self.plan.symbols[n].mentions(late) <= self.known]:
+        while more := [
+            n
+            for n in self.used_symbols() & late - self.known
+            if self.plan.symbols[n].source and self.plan.symbols[n].mentions(late) <= self.known
+        ]:
             for n in sorted(more):
                 self.lines.append(f"sym_{n} = {self.source(self.plan.symbols[n].source, n)}")
             self.known.update(more)

@@ -27,7 +27,8 @@ from minifuse.passes.schedule_triton import blocks, grid_size, power_of_2, probl
 from .looptree import Fold, build
 from .printer import CodegenError, Printer, Scope
 
-LIMIT = 1 << 31
+LIMIT = (1 << 31) - (1 << 16)
+"""Extents from here on need 64 bits: lanes may run past the end of an axis by less than 2**16."""
 UNROLL = 8
 # what stands in a loop that is not unrolled: loops, stores, and reductions across threads
 _HEAVY = re.compile(r"^\s*(?:for |tl\.store)|\bmf_(?:sum|prod|max|min|any|all|rowargmax|rowargmin)\(")
@@ -400,7 +401,7 @@ def literal(value: object, dtype: torch.dtype) -> str:
 def fixed(v: Value) -> int | float | None:
     """The number that a value always is, or None."""
     if isinstance(v, Const):
-        return v.value  # type: ignore[no-any-return]
+        return v.value
     return v.expr.value if isinstance(v, IndexOf) and v.expr.is_const else None
 
 

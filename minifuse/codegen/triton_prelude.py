@@ -80,7 +80,7 @@ def mf_invert(a):
     if a.dtype.is_int1():
         return a == 0
     else:
-        return ~a
+        return a ^ (a * 0 - 1)
 
 @triton.jit
 def mf_shl(a, b):

@@ -116,7 +116,7 @@ def write_unit(
             lines.append("  }")
         lines += ["  return 0;", "}"]
         functions.append(f"run{i}")
-        bodies.append("__attribute__((visibility(\"default\")))\n" + "\n".join(lines))
+        bodies.append('__attribute__((visibility("default")))\n' + "\n".join(lines))
         bindings.append(tuple(binding))
         messages.append(tuple(said))
     body = "\n\n".join([*kernels.values(), *bodies])
@@ -129,6 +129,3 @@ def grid_count(launch: Launch) -> Expr:
     """Points of a launch's grid."""
     assert launch.schedule is not None
     return product(cdiv(loop.axis.size, loop.step) for loop in launch.schedule.grid)
-
-
-

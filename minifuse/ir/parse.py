@@ -10,7 +10,7 @@ from typing import Any, NoReturn
 
 import torch
 
-from . import dtypes, index, ops
+from . import dtypes, ops, shape
 from .index import Atom, Axis, Expr, Sym
 from .kernel import Check, Kernel, Loop, Param, Root, Schedule, Store
 from .shape import contiguous_strides
@@ -120,7 +120,7 @@ class _Parser:
 
     def expr(self, text: str) -> Expr:
         try:
-            return index.parse(text, self.atoms)
+            return shape.parse(text, self.atoms)
         except SyntaxError:
             raise ValueError(f"expected an integer expression, found {text!r}") from None
 

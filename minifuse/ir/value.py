@@ -18,6 +18,7 @@ from .index import Axis, Expr, as_expr
 _values: weakref.WeakValueDictionary[tuple, Value] = weakref.WeakValueDictionary()
 NO_AXES: frozenset[Axis] = frozenset()
 
+
 class Value:
     """A typed value that varies over `axes`; immutable and interned, so `is` compares meaning."""
 

@@ -80,7 +80,13 @@ def has_real_out(step: Extern, plan: Plan) -> bool:
     A generated overload computes elsewhere and copies.
     """
     target = step.target
-    if not step.single or step.effect or step.dims or len(step.writes) != 1 or not isinstance(target, compat.OpOverload):
+    if (
+        not step.single
+        or step.effect
+        or step.dims
+        or len(step.writes) != 1
+        or not isinstance(target, compat.OpOverload)
+    ):
         return False
     buffer = plan.buffers[step.writes[0]]
     if target.namespace != "aten" or not buffer.is_contiguous or not dtypes.supported(buffer.dtype):

@@ -63,7 +63,14 @@ def _builder(node: fx.Node) -> Callable[[fx.Graph, fx.Node, fx.Node, int], fx.No
 
 
 def _draw(
-    graph: fx.Graph, node: fx.Node, seed: fx.Node, offset: int, kind: str, dtype: torch.dtype, low: Any = 0, high: Any = 1
+    graph: fx.Graph,
+    node: fx.Node,
+    seed: fx.Node,
+    offset: int,
+    kind: str,
+    dtype: torch.dtype,
+    low: Any = 0,
+    high: Any = 1,
 ) -> fx.Node:
     val = node.meta["val"]
     size = _size_argument(graph, node, val)

@@ -167,7 +167,9 @@ def split_reduction(kernel: Kernel, name: str, hint: Hint, buffers: dict[str, Bu
     if not found or len({(r.over, r.lanes) for r in found}) != 1 or any(len(r.args) > 1 for r in found):
         return [kernel]
     over, chunk = found[0].over, found[0].chunk
-    if any(isinstance(v, Reduce) for r in found for v in topological(r.args)) or len(list(kernel.stores)) != len(kernel.body):
+    if any(isinstance(v, Reduce) for r in found for v in topological(r.args)) or len(list(kernel.stores)) != len(
+        kernel.body
+    ):
         return [kernel]
     if any(over in r.space for r in kernel.body) or hint(over.size) <= chunk:
         return [kernel]
@@ -283,7 +285,9 @@ def chunk_steps(r: Reduce | None) -> list[int]:
 
 def _depth(axis: Axis, reductions: list[Reduce]) -> int:
     """Reductions nest: an axis that is reduced after others were is an outer loop."""
-    return -max((1 for r in reductions if r.over is axis and any(isinstance(v, Reduce) for v in topological(r.args))), default=0)
+    return -max(
+        (1 for r in reductions if r.over is axis and any(isinstance(v, Reduce) for v in topological(r.args))), default=0
+    )
 
 
 def _accesses(kernel: Kernel) -> Iterable[tuple[Param, Expr, int]]:

@@ -31,7 +31,7 @@ from minifuse import compat
 from minifuse.codegen import triton
 from minifuse.codegen.printer import CodegenError
 from minifuse.codegen.program import HostProgram, write_program
-from minifuse.codegen.triton import TritonKernel
+from minifuse.codegen.triton import LIMIT, TritonKernel
 from minifuse.codegen.triton_prelude import HEAD, helpers
 from minifuse.errors import MinifuseError
 from minifuse.ir import dtypes
@@ -44,7 +44,6 @@ from . import triton_interpret
 from .cache import DiskCache
 from .program import Frame, Layout, Program
 
-LIMIT = 1 << 31
 ALIGNED = 15
 KEPT_SIZES = 256
 POINTERS = {"f64": "fp64", "f32": "fp32", "bool": "i1"}
@@ -62,13 +61,14 @@ def build(plan: Plan, ctx: CompileContext) -> Program:
         module = load_module(text, ctx.options.cache_dir) if kernels else None
         if device.type == "cpu" and module is not None and not compat.triton_interprets():
             raise MinifuseError(
-                'target="triton" runs CPU tensors in the interpreter alone: set TRITON_INTERPRET=1 before triton is imported'
+                'target="triton" runs CPU tensors in its interpreter: set TRITON_INTERPRET=1 before triton is imported'
             )
         if module is not None and device.type == "cpu":
             triton_interpret.install(module)
         launches = {i: launched(module, plan.steps[i], kernel, device) for i, kernel in kernels.items()}
         if device.type != "cpu":
-            launches = {i: one for i, one in launches.items() if compiles(one, ctx, plan)}
+            with torch.cuda.device(device):
+                launches = {i: one for i, one in launches.items() if compiles(one, ctx, plan)}
     ctx.stages["triton"] = text
     steps, kept = list(launches), list(launches.values())
     symbols = tuple(sorted({s for one in kept for s in one.kernel.symbols}))
@@ -224,7 +224,7 @@ class Launched:
             return None
         wide = any(e.evaluate(env) >= LIMIT for e in self.kernel.extents)
         variant = Variant(aligned, wide, tuple(v % 16 == 0 for v in values))
-        return self.compile(variant)[(programs, 1, 1)]  # type: ignore[no-any-return]
+        return self.compile(variant)[(programs, 1, 1)]
 
     def compile(self, variant: Variant, target: Any = None) -> Any:
         """The kernel compiled for a variant; for another GPU than this machine's with `target`."""
@@ -324,12 +324,10 @@ class TritonProgram(Program):
         messages = tuple(one.kernel.messages for one in launches)
         super().__init__(plan, host, launches, binding, symbols, messages, constants)
         self.checked = [k for k, one in enumerate(launches) if one.kernel.messages]
+        self.launches = launches
+        self.flags: torch.Tensor | None = None
         if self.on_gpu:
             self.call.__globals__["threads"] = self.stream
-            self.flags = torch.zeros(len(launches), dtype=torch.int32, device=device)
-            self.seen = torch.zeros(len(launches), dtype=torch.int32, pin_memory=True)
-            for k in self.checked:
-                launches[k].last = (self.flags.data_ptr() + 4 * k,)
 
     def __call__(self, args: list[Any]) -> Any:
         if not self.on_gpu or torch.cuda.current_device() == self.device.index:
@@ -344,19 +342,31 @@ class TritonProgram(Program):
         """An arena for a call with these sizes; on a GPU the allocator's, in the order of the current stream."""
         if not self.on_gpu:
             return super().enter(key)
-        if self.checked:
+        if self.flags is not None:
             self.raise_late()
+        elif self.checked:
+            self.make_flags()
         layout = self.layouts.get(key) or self.layout(key)
         return self.make_frame(key, layout, torch.empty(layout.nbytes, dtype=torch.uint8, device=self.device))
 
     def leave(self, frame: Frame) -> None:
         if not self.on_gpu:
             super().leave(frame)
-        elif self.checked:
+        elif self.flags is not None:
             self.seen.copy_(self.flags, non_blocking=True)
+
+    def make_flags(self) -> None:
+        """A flag a launch, where its checks note what failed, and where the host reads it. Made at the first call:
+        a graph is compiled while every new tensor is a fake one."""
+        self.seen = torch.zeros(len(self.launches), dtype=torch.int32, pin_memory=True)
+        flags = torch.zeros(len(self.launches), dtype=torch.int32, device=self.device)
+        for k in self.checked:
+            self.launches[k].last = (flags.data_ptr() + 4 * k,)
+        self.flags = flags
 
     def raise_late(self) -> None:
         """Raise what a check of an earlier call found, if its flags have arrived."""
+        assert self.flags is not None
         for k in self.checked:
             if code := int(self.seen[k]):
                 self.seen.zero_()

@@ -110,10 +110,11 @@ def test_no_multiply_and_add_is_contracted() -> None:
         assert "fma" not in kernel.asm["ptx"]
 
 
-def test_a_row_takes_three_barriers_to_sum() -> None:
+def test_a_row_takes_few_barriers_to_sum() -> None:
+    # 3 by triton 3.9, 5 by 3.6
     for plan, ctx in plans(lambda x: x.sum(1), torch.randn(600, 4096)):
         ((_, kernel),) = triton_launch.compile_for(plan, ctx, compat.gpu_target(*H100))
-        assert kernel.asm["ptx"].count("bar.sync") <= 3
+        assert kernel.asm["ptx"].count("bar.sync") <= 5
 
 
 def test_one_kernel_serves_every_size() -> None:

@@ -18,6 +18,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from .inputs import LAYOUTS, Input, make
 from .operators import (
     BLOCKS,
     BLOCKS_OF_IMAGES,
@@ -40,21 +41,7 @@ INTEGERS = (torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8)
 SMALL = (1, 2, 3, 4, 5, 7, 8, 16, 17, 31, 32, 33, 48, 64)
 MIDDLE = (100, 127, 128, 129, 150, 257, 300)
 LONG = (1000, 4096, 4100, 5000, 9000)
-LAYOUTS = ("permuted", "strided", "offset", "expanded", "channels_last", "overlapping", "alias")
-SPECIAL = (math.nan, math.inf, -math.inf, -0.0, 0.0, 1e-41, 1.0, -2.5)
 LARGEST = 1e4
-
-
-@dataclass(frozen=True)
-class Input:
-    """A tensor that a program takes. `layout` is how it lies in memory (one of `LAYOUTS`, or "contiguous"); "alias" is
-    the memory of the input before it. `values`: "normal", "grid" (eighths, with ties), "special" (NaN, infinities,
-    zeros), "index" (0 to 15, as indices and shifts are)."""
-
-    shape: tuple[int, ...]
-    dtype: torch.dtype
-    layout: str = "contiguous"
-    values: str = "normal"
 
 
 @dataclass(frozen=True)
@@ -106,59 +93,13 @@ class Recipe:
         """A program that runs this recipe through torch.compile and eager."""
         specs = ",\n    ".join(repr(i) for i in self.inputs)
         return (
-            "import torch\nimport torch.nn.functional as F\nfrom tests.fuzz.generate import Input, Recipe\n\n"
+            "import torch\nimport torch.nn.functional as F\n"
+            "from tests.fuzz.generate import Recipe\nfrom tests.fuzz.inputs import Input\n\n"
             f"{self.source()}\n"
             f"recipe = Recipe({self.seed}, (\n    {specs},\n), (), ())\n"
             f"print(f(*recipe.arguments()))\n"
             f'print(torch.compile(f, backend="minifuse", dynamic={self.dynamic})(*recipe.arguments()))\n'
         )
-
-
-def make(spec: Input, seed: int, before: Tensor | None = None) -> Tensor:
-    """The tensor of an input."""
-    g = torch.Generator().manual_seed(seed)
-    if spec.layout == "alias" and before is not None:
-        return before
-    shape = list(spec.shape)
-    base = list(shape)
-    if spec.layout == "permuted":
-        base = base[::-1]
-    elif spec.layout in ("strided", "offset") and base:
-        base[-1] = base[-1] * 6 + 3
-    elif spec.layout == "expanded" and base:
-        base[0] = 1
-    elif spec.layout == "overlapping" and len(base) > 1:
-        base = [base[0] + base[1], *base[2:]]
-    x = _values(spec, base, g)
-    if spec.layout == "permuted":
-        return x.permute(list(reversed(range(len(base)))))
-    if spec.layout == "strided" and base:
-        return x[..., 1 : 1 + 6 * shape[-1] : 6]
-    if spec.layout == "offset" and base:
-        return x[..., 3 : 3 + shape[-1]]
-    if spec.layout == "expanded" and base:
-        return x.expand(shape)
-    if spec.layout == "overlapping" and len(shape) > 1:
-        return x.as_strided(shape, (x.stride(0), x.stride(0), *x.stride()[1:]))
-    if spec.layout == "channels_last" and len(shape) == 4:
-        return x.contiguous(memory_format=torch.channels_last)
-    return x
-
-
-def _values(spec: Input, shape: Sequence[int], g: torch.Generator) -> Tensor:
-    if spec.dtype is torch.bool:
-        return torch.randint(0, 2, shape, generator=g).bool()
-    if not spec.dtype.is_floating_point:
-        low, high = (0, 16) if spec.values == "index" else (0 if spec.dtype is torch.uint8 else -40, 41)
-        return torch.randint(low, high, shape, generator=g).to(spec.dtype)
-    if spec.values == "grid":
-        return (torch.randint(-16, 17, shape, generator=g) / 8).to(spec.dtype)
-    x = torch.randn(shape, generator=g).to(spec.dtype)
-    if spec.values == "special":
-        which = torch.randint(0, 2 * len(SPECIAL), shape, generator=g)
-        for k, value in enumerate(SPECIAL):
-            x = torch.where(which == k, torch.tensor(value, dtype=spec.dtype), x)
-    return x
 
 
 class RejectedError(Exception):
@@ -188,7 +129,7 @@ class Maker:
         rng = self.rng
         if shape is None:
             shape = [rng.choice(self.palette) for _ in range(rng.choice((0, 1, 1, 2, 2, 2, 3, 3, 4)))]
-            while math.prod(shape) > self.most:
+            while math.prod(max(s, 1) for s in shape) > self.most:
                 shape = shape[1:]
         if dtype is None:
             pool = FLOATS if self.special or rng.random() < 0.75 else (*INTEGERS, torch.bool)
@@ -332,7 +273,8 @@ class Maker:
         b = rng.randrange(a, max(shape[d], 1)) + 1
         sized = self.size(x, d)
         fields = {
-            "d": d, "e": e, "order": order, "both": sorted({d, e}), "wide": [-1] * d + [3] + [-1] * (rank - d), "n": sized,
+            "d": d, "e": e, "order": order, "both": sorted({d, e}), "n": sized,
+            "wide": [-1] * d + [3] + [-1] * (rank - d),
             "twice": [2 if k == d else 1 for k in range(rank)], "diagonal": rng.choice((0, 0, 1, -1)),
         }  # fmt: skip
         texts = list(VIEWS)

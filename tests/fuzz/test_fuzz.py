@@ -8,8 +8,10 @@ import torch
 from minifuse.passes.lower.pointwise import ROWS
 
 from .check import BATCH, check, expect, shrink
-from .generate import Input, Recipe, Statement, generate
+from .generate import Recipe, Statement, generate
+from .inputs import Input
 
+pytestmark = pytest.mark.filterwarnings("ignore:Using a target size")
 FIRST = 100_000
 END_TO_END = (3, 7, 10, 14, 19, 24)
 

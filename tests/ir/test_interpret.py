@@ -7,10 +7,10 @@ import torch
 
 from minifuse.ir import ops
 from minifuse.ir.index import ONE, ZERO, Axis, Sym, as_expr
-from minifuse.ir.shape import contiguous_strides
 from minifuse.ir.interpret import philox, run_kernel, run_plan
 from minifuse.ir.kernel import Kernel, Param, Store
 from minifuse.ir.plan import Buffer, Extern, Free, Launch, Opaque, Plan, Symbol, TensorRef
+from minifuse.ir.shape import contiguous_strides
 from minifuse.ir.text import parse_kernel
 from minifuse.ir.value import Const, Load, Op
 

@@ -8,9 +8,9 @@ import torch
 
 from minifuse.ir import value
 from minifuse.ir.index import ONE, Axis, Sym, as_expr
-from minifuse.ir.shape import contiguous_strides
 from minifuse.ir.kernel import Check, Kernel, Loop, Param, Schedule, Store, rewrite
 from minifuse.ir.plan import Buffer, Extern, Launch, Plan, Symbol, TensorRef, content_hash, launch_traffic
+from minifuse.ir.shape import contiguous_strides
 from minifuse.ir.value import Cast, Const, IndexOf, Load, Op, Pick, Random, Reduce, topological
 
 F32, F64, I64, BF16, BOOL = torch.float32, torch.float64, torch.int64, torch.bfloat16, torch.bool

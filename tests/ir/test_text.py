@@ -6,9 +6,9 @@ import pytest
 import torch
 
 from minifuse.ir.index import ONE, ZERO, Axis, Sym, as_expr
-from minifuse.ir.shape import contiguous_strides
 from minifuse.ir.kernel import Check, Kernel, Loop, Param, Schedule, Store
 from minifuse.ir.plan import Buffer, Extern, Free, Launch, Opaque, Plan, Symbol, TensorRef
+from minifuse.ir.shape import contiguous_strides
 from minifuse.ir.text import kernel_hash, parse, parse_kernel, print_kernel, print_plan
 from minifuse.ir.value import Cast, Const, IndexOf, Load, Op, Reduce
 

@@ -6,9 +6,9 @@ import pytest
 import torch
 
 from minifuse.ir.index import ONE, ZERO, Axis, Sym, as_expr
-from minifuse.ir.shape import contiguous_strides
 from minifuse.ir.kernel import Check, Kernel, Loop, Param, Schedule, Store
 from minifuse.ir.plan import Buffer, Extern, Free, Launch, Plan, Symbol, TensorRef
+from minifuse.ir.shape import contiguous_strides
 from minifuse.ir.text import parse
 from minifuse.ir.value import Const, Load, Op, Reduce
 from minifuse.ir.verify import VerificationError, verify_kernel, verify_plan, verify_schedule

@@ -285,7 +285,7 @@ class Fuser(Legality):
         for g in list(self.groups.values()):
             if g.fixed or g.reads or g.checks or not g.pure or g.cost > CHEAP:
                 continue
-            for name in list(g.writes):
+            for name in [n for n in g.writes if n not in self.plan.mutated]:
                 for r in sorted(self.readers.get(name, ())):
                     reader = self.groups[r]
                     gathered = any(not isinstance(i, Expr) for at in reader.reads.get(name, ()) for i in at)
@@ -345,7 +345,12 @@ class Fuser(Legality):
         if any(self.groups[r].fixed or name not in self.groups[r].reads for r in readers):
             return False
         uses = sum(len(self.groups[r].reads[name]) for r in readers)
-        if a.cost * uses > CHEAP and uses > 1 or uses > 8 or any(self.groups[r].size + a.size > MAX_VALUES for r in readers):
+        if (
+            a.cost * uses > CHEAP
+            and uses > 1
+            or uses > 8
+            or any(self.groups[r].size + a.size > MAX_VALUES for r in readers)
+        ):
             return False
         for r in readers:
             if any(not isinstance(i, Expr) for index in self.groups[r].reads[name] for i in index):

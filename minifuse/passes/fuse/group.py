@@ -111,9 +111,7 @@ def innermost(group: Group, buffers: Mapping[str, Buffer]) -> Axis | None:
     return None
 
 
-def forward(
-    body: tuple[Root, ...], inlined: Mapping[str, Store], overwritten: Container[str] = ()
-) -> tuple[Root, ...]:
+def forward(body: tuple[Root, ...], inlined: Mapping[str, Store], overwritten: Container[str] = ()) -> tuple[Root, ...]:
     """Replace each load of something that the group computes by the value itself.
 
     Loads of an `overwritten` input mean what it held before.
@@ -175,9 +173,7 @@ def _by_dependency(some: list[Store], stores: Mapping[str, Store]) -> list[Store
     names = {s.param for s in some}
     needs = {
         s.param: {
-            v.param
-            for v in topological([s.value])
-            if isinstance(v, Load) and v.param in names and v.param != s.param
+            v.param for v in topological([s.value]) if isinstance(v, Load) and v.param in names and v.param != s.param
         }
         for s in some
     }

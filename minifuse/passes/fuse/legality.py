@@ -40,9 +40,13 @@ class Legality:
             return Refusal("cycle", "another step between them depends on one and feeds the other", {})
         buffers = len({*a.reads, *b.reads, *a.writes, *b.writes})
         if buffers > MAX_BUFFERS:
-            return Refusal("too many buffers", "{found} buffers, at most {limit}", {"found": buffers, "limit": MAX_BUFFERS})
+            return Refusal(
+                "too many buffers", "{found} buffers, at most {limit}", {"found": buffers, "limit": MAX_BUFFERS}
+            )
         if a.size + b.size > MAX_VALUES:
-            return Refusal("too large", "{found} values, at most {limit}", {"found": a.size + b.size, "limit": MAX_VALUES})
+            return Refusal(
+                "too large", "{found} values, at most {limit}", {"found": a.size + b.size, "limit": MAX_VALUES}
+            )
         devices = {self.buffers[n].device for n in [*a.writes, *b.writes, *a.reads, *b.reads]}
         if len(devices) > 1:
             return Refusal("devices", "on {devices}", {"devices": sorted(map(str, devices))})
@@ -110,7 +114,9 @@ class Legality:
                 for y in env[x].axes() if x in env else ():
                     joined.setdefault(y, set()).add(x)
             for r in g.body if joined else ():
-                if isinstance(r, Store) and (r.param in self.kept or not self.readers.get(r.param, set()) <= {a.id, b.id}):
+                if isinstance(r, Store) and (
+                    r.param in self.kept or not self.readers.get(r.param, set()) <= {a.id, b.id}
+                ):
                     if any(0 < len(xs & r.space) < len(xs) for xs in joined.values()):
                         return Refusal("partial rows", "{name} would be stored more than once", {"name": r.param})
         if len({x for x, _ in trees}) < len(trees):
@@ -159,9 +165,7 @@ class Legality:
 
     def dies(self, a: Group, b: Group) -> bool:
         """Whether nothing outside b reads what a stores."""
-        return not a.checks and all(
-            n not in self.kept and self.readers.get(n, set()) <= {a.id, b.id} for n in a.writes
-        )
+        return not a.checks and all(n not in self.kept and self.readers.get(n, set()) <= {a.id, b.id} for n in a.writes)
 
     def extent(self, axes: Iterable[Axis]) -> int:
         return prod(self.plan.hint(x.size) for x in axes)

@@ -458,9 +458,7 @@ class Lowering:
         return TensorRef(name, view.shape, stride, ZERO)
 
 
-def lower(
-    graph: fx.Graph, ctx: CompileContext, output_strides: dict[int, tuple[Any, ...]] | None = None
-) -> Plan:
+def lower(graph: fx.Graph, ctx: CompileContext, output_strides: dict[int, tuple[Any, ...]] | None = None) -> Plan:
     """The plan of a functional ATen graph, one kernel an operator. `output_strides` (by position)
     are eager's where they differ from the graph's own."""
     return Lowering(graph, ctx).run(ctx.name, output_strides or {})

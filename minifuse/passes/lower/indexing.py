@@ -94,9 +94,7 @@ def _index_select(lo: Lowering, node: fx.Node, x: fx.Node, dim: int, index: fx.N
     raw = Cast.of(torch.int64, at.read([where[dim]]))
     n, zero = IndexOf.of(table.shape[dim]), Const.of(0, torch.int64)
     good = Op.of("and", Op.of("ge", raw, zero), Op.of("lt", raw, n))
-    coordinates: list[Expr | Value] = [
-        Op.of("where", good, raw, zero) if d == dim else w for d, w in enumerate(where)
-    ]
+    coordinates: list[Expr | Value] = [Op.of("where", good, raw, zero) if d == dim else w for d, w in enumerate(where)]
     return lo.emit(
         lambda _: gather_read(table, coordinates), node.meta["val"], checks=[Check(good, "index out of range in self")]
     )

@@ -112,9 +112,7 @@ def _slice_scatter(
 
     def value(where: tuple[Expr, ...]) -> Value:
         position = IndexOf.of(where[dim])
-        mask = Op.of(
-            "and", Op.of("ge", position, IndexOf.of(begin)), Op.of("lt", position, IndexOf.of(begin + size))
-        )
+        mask = Op.of("and", Op.of("ge", position, IndexOf.of(begin)), Op.of("lt", position, IndexOf.of(begin + size)))
         at = list(where)
         at[dim] = where[dim] - begin if size is not ONE else ZERO
         inner = Cast.of(val.dtype, part.read(at, mask, Const.of(0, part.buffer.dtype)))

@@ -168,9 +168,7 @@ def count_value(count: Expr, dtype: torch.dtype) -> Value:
     return Cast.of(dtype, IndexOf.of(count))
 
 
-def variance(
-    value: Value, axes: list[tuple[Axis, int]], count: Expr, correction: float
-) -> tuple[Value, Value]:
+def variance(value: Value, axes: list[tuple[Axis, int]], count: Expr, correction: float) -> tuple[Value, Value]:
     """Variance and mean in two passes: the mean, then the squares about it."""
     n = count_value(count, value.dtype)
     mean = Op.of("div", reduce_values("sum", (value,), axes)[0], n)

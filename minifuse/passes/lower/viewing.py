@@ -117,9 +117,7 @@ def _broadcast_in_dim(lo: Lowering, node: fx.Node, x: fx.Node, shape: Any, dims:
 
 
 @lowers(aten.split_with_sizes.default)
-def _split_with_sizes(
-    lo: Lowering, node: fx.Node, x: fx.Node, sizes: Sequence[Any], dim: int = 0
-) -> tuple[View, ...]:
+def _split_with_sizes(lo: Lowering, node: fx.Node, x: fx.Node, sizes: Sequence[Any], dim: int = 0) -> tuple[View, ...]:
     view = lo.view(x)
     dim %= len(view.at)
     out, begin = [], ZERO

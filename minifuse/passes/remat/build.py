@@ -354,9 +354,7 @@ def _read_by_extern(n: fx.Node, graph: JointGraph, is_kernel: Callable[[fx.Node]
     return False
 
 
-def _stored(
-    n: fx.Node, graph: JointGraph, is_kernel: Callable[[fx.Node], bool], groups: Mapping[str, int]
-) -> bool:
+def _stored(n: fx.Node, graph: JointGraph, is_kernel: Callable[[fx.Node], bool], groups: Mapping[str, int]) -> bool:
     """Whether the forward writes a kernel's value to memory anyway: for an extern or another kernel of its own, or
     for the caller."""
     stack = [n]

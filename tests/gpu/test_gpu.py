@@ -1,0 +1,176 @@
+"""Programs on a GPU: what eager gives, on the right stream and device, over PyTorch's own memory."""
+
+from __future__ import annotations
+
+import gc
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from minifuse.records import RECORDS
+
+pytestmark = [
+    pytest.mark.gpu,
+    pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA or ROCm device"),
+]
+
+
+@pytest.fixture(autouse=True)
+def fresh() -> None:
+    torch._dynamo.reset()
+    RECORDS.clear()
+    torch.manual_seed(0)
+
+
+def compiled(function: Callable[..., Any], dynamic: bool = False, **options: Any) -> Any:
+    return torch.compile(function, backend="minifuse", dynamic=dynamic, options={"verify": True, **options})
+
+
+def randn(*shape: int, dtype: torch.dtype = torch.float32, grad: bool = False) -> Tensor:
+    return torch.randn(shape, device="cuda", dtype=dtype, requires_grad=grad)
+
+
+def interpreted() -> list[str]:
+    return [str(d) for r in RECORDS for d in r.decisions if d.rule == "interpreted"]
+
+
+def close(found: Any, expected: Any, dtype: torch.dtype = torch.float32) -> None:
+    tolerance = {torch.float32: 1e-5, torch.float64: 1e-12}.get(dtype, 2e-2)
+    torch.testing.assert_close(found, expected, rtol=tolerance, atol=tolerance)
+    assert not interpreted()
+
+
+FUNCTIONS: dict[str, Callable[[Tensor], Any]] = {
+    "pointwise": lambda x: (F.gelu(x * 2 + 1), x.tanh(), x > 0, x.abs().sqrt()),
+    "rows": lambda x: (x.softmax(-1), x.sum(1), x.amax(1), x.argmax(1)),
+    "columns": lambda x: (x.sum(0), x.mean(), x.var(0), x.amin(0)),
+    "views": lambda x: (x.t() + 1, torch.cat([x, x * 2], 1), F.pad(x, (1, 2)), x.flip(0)),
+    "norms": lambda x: (F.layer_norm(x, (x.shape[-1],)), F.rms_norm(x, (x.shape[-1],))),
+}
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16, torch.float64])
+@pytest.mark.parametrize("name", FUNCTIONS)
+def test_kernels_give_what_eager_gives(name: str, dtype: torch.dtype) -> None:
+    x = randn(300, 1000, dtype=dtype)
+    close(compiled(FUNCTIONS[name])(x), FUNCTIONS[name](x), dtype)
+
+
+@pytest.mark.parametrize("n", [1, 7, 1024, 5000, 16_384, 50_000])
+def test_rows_of_every_length(n: int) -> None:
+    x = randn(33, n)
+    close(compiled(lambda x: (x.softmax(-1), x.sum(-1)))(x), (x.softmax(-1), x.sum(-1)))
+
+
+def test_integers_and_bools() -> None:
+    x, y = torch.randint(-99, 99, (500,), device="cuda"), torch.randint(1, 9, (500,), device="cuda")
+
+    def f(x: Tensor, y: Tensor) -> tuple[Tensor, ...]:
+        return x // y, x % y, x << 2, ~x, (x > y) & (y > 3), (x > 90).any()
+
+    close(compiled(f)(x, y), f(x, y))
+
+
+def test_sizes_that_change_take_one_program() -> None:
+    f = compiled(lambda x: ((x * 2).softmax(-1), x.sum(0)), dynamic=True)
+    for shape in ((64, 128), (65, 129), (300, 2000), (16, 4096)):
+        x = randn(*shape)
+        close(f(x), ((x * 2).softmax(-1), x.sum(0)))
+    assert len(RECORDS) <= 2
+
+
+def test_misaligned_inputs() -> None:
+    x = randn(4097)[1:]
+    close(compiled(lambda x: x * 2 + 1)(x), x * 2 + 1)
+
+
+def test_a_block_trains() -> None:
+    block = nn.Sequential(nn.LayerNorm(256), nn.Linear(256, 512), nn.GELU(), nn.Linear(512, 256)).cuda()
+    x = randn(700, 256)
+
+    def gradients(model: Callable[[Tensor], Tensor]) -> list[Tensor]:
+        block.zero_grad()
+        (model(x) * x.sin()).mean().backward()
+        return [p.grad.clone() for p in block.parameters() if p.grad is not None]
+
+    torch.backends.cuda.matmul.allow_tf32 = False
+    close(gradients(compiled(block)), gradients(block))
+
+
+def test_fusion_changes_no_bit() -> None:
+    x, w = randn(2000, 1000, grad=True), randn(1000, grad=True)
+
+    def f(x: Tensor, w: Tensor) -> Tensor:
+        return F.dropout(F.gelu(F.rms_norm(x + x.roll(1, 0), (1000,), w)), 0.2).softmax(-1)
+
+    def run(**options: Any) -> list[Tensor]:
+        torch._dynamo.reset()
+        torch.manual_seed(3)
+        y = compiled(f, **options)(x, w)
+        return [y.detach(), *torch.autograd.grad(y.square().sum(), (x, w))]
+
+    for a, b in zip(run(), run(fusion_fuel=0), strict=True):
+        assert torch.equal(a, b)
+
+
+def test_random_numbers_are_the_same_at_every_run() -> None:
+    def mask(x: Tensor) -> Tensor:
+        return F.dropout(x, 0.5) != 0
+
+    f = compiled(mask)
+    x = torch.ones(10_000, device="cuda")
+    torch.manual_seed(5)
+    first = f(x)
+    torch.manual_seed(5)
+    assert torch.equal(first, f(x))
+    assert 0.45 < first.float().mean() < 0.55
+
+
+def test_work_is_queued_on_the_current_stream() -> None:
+    f = compiled(lambda x: x * 2 + 1)
+    x = randn(1 << 22)
+    f(x)
+    stream = torch.cuda.Stream()
+    stream.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(stream):
+        y = x
+        for _ in range(20):
+            y = f(y)
+    stream.synchronize()
+    expected = x
+    for _ in range(20):
+        expected = expected * 2 + 1
+    close(y, expected)
+
+
+def test_an_index_out_of_range_raises_at_a_later_call() -> None:
+    f = compiled(lambda table, at: F.embedding(at, table) * 2)
+    table = randn(5, 8)
+    f(table, torch.tensor([5], device="cuda"))
+    torch.cuda.synchronize()
+    with pytest.raises(IndexError, match="index out of range"):
+        f(table, torch.tensor([0], device="cuda"))
+    close(f(table, torch.tensor([4], device="cuda")), table[4:] * 2)
+
+
+def test_memory_returns_to_the_allocator() -> None:
+    f = compiled(lambda x: (x @ x).softmax(-1) @ x)
+    x = randn(512, 512)
+    f(x)
+    gc.collect()
+    torch.cuda.synchronize()
+    before = torch.cuda.memory_allocated()
+    for _ in range(5):
+        f(x)
+    torch.cuda.synchronize()
+    assert torch.cuda.memory_allocated() == before
+
+
+@pytest.mark.skipif(torch.cuda.device_count() < 2, reason="one device")
+def test_the_second_device() -> None:
+    x = torch.randn(1000, 100, device="cuda:1")
+    close(compiled(lambda x: x.softmax(-1) + 1)(x), x.softmax(-1) + 1)

@@ -1,0 +1,86 @@
+"""Launches choose their variant by alignment and sizes, and compile each once. The GPU is a stand-in here."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+
+from minifuse import compat
+from minifuse.codegen.triton import write_kernel
+from minifuse.ir.parse import parse_kernel
+from minifuse.ir.plan import Launch
+from minifuse.passes import schedule_triton
+from minifuse.runtime.triton_launch import Launched
+
+
+class Compiled:
+    """What `triton.compile` gives, which notes its launches."""
+
+    def __init__(self, launches: list[Any], signature: dict[str, str], divisible: list[int]) -> None:
+        self.launches, self.signature, self.divisible = launches, signature, divisible
+
+    def __getitem__(self, grid: tuple[int, int, int]) -> Any:
+        return lambda *args, stream: self.launches.append((grid, args, stream, self.signature, self.divisible))
+
+
+@pytest.fixture
+def launches(monkeypatch: pytest.MonkeyPatch) -> list[Any]:
+    found: list[Any] = []
+    compiles: list[Any] = []
+
+    def compile(function: Any, signature: dict[str, str], divisible: list[int], warps: int, target: Any) -> Compiled:
+        compiles.append((signature, divisible))
+        assert compiles.count((signature, divisible)) == 1, "compiled again"
+        return Compiled(found, signature, divisible)
+
+    monkeypatch.setattr(compat, "triton_compile", compile)
+    return found
+
+
+def launched(text: str, hint: int = 64) -> Launched:
+    kernel = parse_kernel(text)
+    schedule = schedule_triton.choose(kernel, lambda e: e.evaluate({s.name: hint for s in e.symbols()}))
+    step = Launch(kernel, tuple(p.name for p in kernel.params), schedule)
+    one = Launched(None, step, write_kernel(step), torch.device("cuda", 0))
+    one.at = tuple(range(len(one.kernel.symbols)))
+    return one
+
+
+STATIC = """kernel double  i < 5000
+  param x : f32[5000]
+  param out : f32[5000]
+  store out[i] = add(load x[i], load x[i])
+"""
+DYNAMIC = """kernel double  i < s0
+  sizes s0 >= 0
+  param x : f32[s0]
+  param out : f32[s0]
+  store out[i] = add(load x[i], load x[i])
+"""
+
+
+def test_aligned_and_other_pointers_have_a_variant_each(launches: list[Any]) -> None:
+    one = launched(STATIC)
+    for pointers in ([16, 4096], [16, 4100], [32, 64], [20, 64]):
+        assert one(pointers, [], 7) == 0
+    assert [divisible for *_, divisible in launches] == [[0, 1], [], [0, 1], []]
+    assert launches[0][1:3] == ((16, 4096), 7)
+    (programs, _, _) = launches[0][0]
+    assert programs * sum(schedule_triton.blocks(one.step.schedule).values()) >= 5000  # type: ignore[arg-type]
+
+
+def test_a_size_decides_grid_and_width(launches: list[Any]) -> None:
+    one = launched(DYNAMIC)
+    for size in (64, 100, 64, 1 << 32):
+        one([0, 0], [size], 0)
+    widths = [signature["s0"] for *_, signature, _ in launches]
+    assert widths == ["i32", "i32", "i32", "i64"]
+    assert launches[0][0] == launches[2][0] != launches[3][0]
+    assert [divisible for *_, divisible in launches] == [[0, 1, 2], [0, 1], [0, 1, 2], [0, 1, 2]]
+
+
+def test_nothing_is_launched_over_nothing(launches: list[Any]) -> None:
+    assert launched(DYNAMIC)([0, 0], [0], 0) == 0
+    assert launches == []
