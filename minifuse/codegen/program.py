@@ -165,8 +165,7 @@ class _Writer:
         plan, out = self.plan, self.lines
         done_runs: set[int] = set()
         externs = 0
-        made = {n for n in plan.inputs} | {n for n, b in plan.buffers.items() if b.storage == "constant"}
-        filled: set[tuple[int, int]] = set()
+        made = set(plan.inputs) | {n for n, b in plan.buffers.items() if b.storage == "constant"}
         for i, step in enumerate(plan.steps):
             if isinstance(step, Free):
                 dead = [self.var(n) for n in step.buffers if plan.buffers[n].storage != "arena" and n in made]
@@ -194,7 +193,7 @@ class _Writer:
                 continue
             done_runs.add(run)
             # everything that the run writes for the caller is made before it starts
-            for j, other in self.members(run):
+            for _, other in self.members(run):
                 assert isinstance(other, Launch)
                 for name in other.writes:
                     if plan.buffers[name].storage == "pooled" and name not in made:
@@ -202,7 +201,7 @@ class _Writer:
                         made.add(name)
             out.append(f"P = frame.pointers[{run}]")
             for k, name in enumerate(self.binding[run]):
-                if plan.buffers[name].storage not in ("arena", "constant") and (run, k) not in filled:
+                if plan.buffers[name].storage not in ("arena", "constant"):
                     out.append(f"P[{k}] = {self.var(name)}.data_ptr()")
             launches = ", ".join(plan.steps[j].name for j, _ in self.members(run))  # type: ignore[union-attr]
             for k, symbol in enumerate(self.unit_symbols):

@@ -265,8 +265,7 @@ def choose(kernel: Kernel, hint: Hint) -> Schedule:
     if across is not None:
         loops.append(Loop(across, "loop"))
     for a in [*rest, *([lane] if lane is not None else [])]:
-        for step in chunk_steps(reduced.get(a)):
-            loops.append(Loop(a, "loop", step))
+        loops += [Loop(a, "loop", step) for step in chunk_steps(reduced.get(a))]
         loops.append(Loop(a, "lane" if a is lane else "loop"))
     return Schedule(tuple(loops))
 

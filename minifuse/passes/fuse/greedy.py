@@ -219,7 +219,8 @@ class Fuser(Legality):
         where = self.plan.origins.get(b.nodes[-1], "")
         subject = (a.nodes[-1], b.nodes[-1])
         if isinstance(verdict, Refusal):
-            self.ctx.record(verdict.rule, *subject, taken=False, reason=verdict.reason + "; it would save {saved_bytes}",
+            reason = verdict.reason + "; it would save {saved_bytes}"
+            self.ctx.record(verdict.rule, *subject, taken=False, reason=reason,
                             where=where, saved_bytes=worth, **verdict.facts)  # fmt: skip
             return
         self.ctx.record("fuse", *subject, taken=True, reason="saves {saved_bytes} of traffic", where=where,

@@ -206,7 +206,7 @@ def read_through(load: Load, store: Store) -> Value:
     return value
 
 
-class NotInvertible(Exception):
+class NotInvertible(Exception):  # noqa: N818 - an answer, not a fault
     """A stored value cannot be written at the index that is asked for."""
 
 

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from math import prod
 
 from minifuse.ir.index import Axis, Expr
 from minifuse.ir.kernel import Store
-from minifuse.ir.plan import Plan
+from minifuse.ir.plan import Buffer, Plan
 
 from .group import Group, grid_axes, innermost
 from .unify import Equation, Refusal, Unified, unify
@@ -25,6 +25,7 @@ class Legality:
     """The rules, over what the fuser knows of the plan: sizes, readers, and an order of the groups."""
 
     plan: Plan
+    buffers: Mapping[str, Buffer]
     bytes: dict[str, int]
     groups: dict[int, Group]
     readers: dict[str, set[int]]
