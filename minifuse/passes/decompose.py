@@ -23,9 +23,10 @@ _KEEP = (
 # Not core ATen's to decompose, but parts fuse: norms, softmax, activations and losses.
 _ALSO = (
     "native_layer_norm native_layer_norm_backward _softmax _softmax_backward_data _log_softmax"
-    " _log_softmax_backward_data gelu gelu_backward native_group_norm native_group_norm_backward native_batch_norm _native_batch_norm_legit"
-    " _native_batch_norm_legit_functional _native_batch_norm_legit_no_training native_batch_norm_backward"
-    " var std_mean std silu_backward mse_loss smooth_l1_loss"
+    " _log_softmax_backward_data gelu gelu_backward native_group_norm native_group_norm_backward"
+    " native_batch_norm _native_batch_norm_legit _native_batch_norm_legit_functional"
+    " _native_batch_norm_legit_no_training native_batch_norm_backward var std_mean std silu_backward"
+    " mse_loss smooth_l1_loss"
 ).split()
 
 
