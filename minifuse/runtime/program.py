@@ -187,6 +187,11 @@ def adopt(x: torch.Tensor, size: tuple[int, ...], stride: tuple[int, ...], copy:
     """An operator's result with the strides that the plan was made for; copied where it has others."""
     if not copy and x.stride() == stride:
         return x
-    if not copy and all(n == 1 or a == b for n, a, b in zip(size, x.stride(), stride, strict=True)):
+    laid_out = all(n == 1 or a == b for n, a, b in zip(size, x.stride(), stride, strict=True))
+    if not copy and laid_out:
         return x
+    span = sum((n - 1) * d for n, d in zip(size, stride, strict=True)) + 1
+    shared = span < x.numel() or any(d == 0 and n > 1 for n, d in zip(size, stride, strict=True))
+    if laid_out and shared and x.numel():  # elements share memory: copy the memory, not them
+        return x.as_strided((span,), (1,)).clone().as_strided(size, stride, 0)
     return torch.empty_strided(size, stride, dtype=x.dtype, device=x.device).copy_(x)

@@ -118,6 +118,9 @@ def unify(
         if not mixed_radix(placed):
             return Refusal("partial rows", "{images} does not run over the whole of {axes}",
                            {"images": [e for _, e in placed], "axes": [a for a, _ in placed]})  # fmt: skip
+    kept = {a for a in second if a not in to_second}
+    if mixed := {a for e in to_second.values() for a in e.axes()} & kept:
+        return Refusal("different rows", "{axis} would be two loops in one", {"axis": sorted(map(str, mixed))})
     taken = {a for e in to_first.values() for a in e.axes()}
     free_second = [a for a in second if a not in taken and a not in to_second]
 

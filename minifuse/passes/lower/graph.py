@@ -24,7 +24,7 @@ from minifuse.ir.value import Cast, Const, IndexOf, Load, Op, Value, topological
 from minifuse.passes.context import CompileContext
 
 from .externs import expected
-from .nodes import is_alias, is_dense, is_effect, mutated_arguments, names_symbol, source_line
+from .nodes import is_alias, is_dense, is_effect, is_injective, mutated_arguments, names_symbol, source_line
 from .pointwise import DIVISIONS, ROWS, Unsupported, to_compute, truth
 from .structural import STRUCTURAL
 from .view import View
@@ -450,7 +450,7 @@ class Lowering:
                 return TensorRef(found.buffer, found.shape, stride, found.offset)
         name = self.fresh_name(f"{self.node.name}_out")
         made = Buffer(name, view.buffer.dtype, view.shape, stride, view.buffer.device)
-        if not dtypes.supported(view.buffer.dtype) or not is_dense(view.shape, stride, self.hint):
+        if not dtypes.supported(view.buffer.dtype) or not is_injective(view.shape, stride, self.hint):
             return found or self.ref(view)
         self.buffers[name] = made
         where = self.axes(view.shape)
