@@ -11,6 +11,7 @@ import threading
 import time
 import weakref
 from collections.abc import Sequence
+from contextlib import suppress
 from types import TracebackType
 from typing import Any
 
@@ -212,11 +213,9 @@ class Pool:
         """A free block of this size, the warmest, or of one of the next sizes."""
         for _ in range(1 + NEAR_CLASSES):
             free = self._free.get(size)
-            try:
+            with suppress(IndexError):  # another thread may take it first
                 if free:
                     return free.pop()
-            except IndexError:
-                pass  # another thread took it
             size = size_class(size + 1)
         return None
 

@@ -157,7 +157,8 @@ def expect(recipe: Recipe, sizes: dict[int, int] | None = None) -> tuple[Expecte
                 torch.set_default_dtype(torch.float32)
         for n, x in found.items():
             exact[n] = s.exact
-            scale[n] = max([_largest(x) * _coarseness(x.dtype), *(scale[a] for a in s.args if not exact[a])])
+            largest = max([_largest(x), *(_largest(values[a]) for a in s.args)])
+            scale[n] = max([largest * _coarseness(x.dtype), *(scale[a] for a in s.args if not exact[a])])
     mutated = [values[x].copy_(values[v]) for x, v in recipe.writes]
     names = [*recipe.outputs, *(v for _, v in recipe.writes)]
     results = [*(values[o] for o in recipe.outputs), *mutated]
