@@ -158,7 +158,10 @@ def expect(recipe: Recipe, sizes: dict[int, int] | None = None) -> tuple[Expecte
         for n, x in found.items():
             exact[n] = s.exact
             largest = max([_largest(x), *(_largest(values[a]) for a in s.args)])
-            scale[n] = max([largest * _coarseness(x.dtype), *(scale[a] for a in s.args if not exact[a])])
+            # errors of one sign add up in a sum
+            terms = max(values[a].numel() for a in s.args) / max(x.numel(), 1) if "sum" in s.text else 1
+            inherited = [scale[a] * max(terms, 1) for a in s.args if not exact[a]]
+            scale[n] = max([largest * _coarseness(x.dtype), *inherited])
     mutated = [values[x].copy_(values[v]) for x, v in recipe.writes]
     names = [*recipe.outputs, *(v for _, v in recipe.writes)]
     results = [*(values[o] for o in recipe.outputs), *mutated]

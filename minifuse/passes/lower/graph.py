@@ -449,11 +449,12 @@ class Lowering:
             if same or any(s is ZERO for s in view.shape):
                 return TensorRef(found.buffer, found.shape, stride, found.offset)
         name = self.fresh_name(f"{self.node.name}_out")
-        made = Buffer(name, view.buffer.dtype, view.shape, stride, view.buffer.device)
-        if not dtypes.supported(view.buffer.dtype) or not is_injective(view.shape, stride, self.hint):
+        # what eager expands has one element along the expanded dimension
+        shape = tuple(ONE if d is ZERO else s for s, d in zip(view.shape, stride, strict=True))
+        if not dtypes.supported(view.buffer.dtype) or not is_injective(shape, stride, self.hint):
             return found or self.ref(view)
-        self.buffers[name] = made
-        where = self.axes(view.shape)
+        self.buffers[name] = Buffer(name, view.buffer.dtype, shape, stride, view.buffer.device)
+        where = self.axes(shape)
         self.add_kernel([Store(name, where, view.read(where))], name)
         return TensorRef(name, view.shape, stride, ZERO)
 

@@ -29,7 +29,7 @@ def is_dense(shape: Sequence[Expr], stride: Sequence[Expr], hint: Callable[[Expr
         if step is None:
             return False
         left.remove(step)
-        expected *= step[0]
+        expected *= max(step[0], 1)
     return True
 
 
