@@ -23,7 +23,7 @@ from torch._functorch import partitioners  # 2.11-2.13
 from torch._guards import TracingContext, tracing  # 2.11-2.13
 from torch._ops import HigherOrderOperator as HigherOrderOperator  # 2.11-2.13
 from torch._ops import OpOverload as OpOverload  # 2.11-2.13
-from torch._subclasses import FakeTensor, FakeTensorMode  # 2.11-2.13
+from torch._subclasses import FakeTensorMode  # 2.11-2.13
 from torch.fx.experimental.proxy_tensor import is_sym_node, make_fx  # 2.11-2.13
 from torch.fx.experimental.symbolic_shapes import free_unbacked_symbols, statically_known_true  # 2.11-2.13
 from torch.utils import _pytree as pytree  # 2.11-2.13
@@ -226,10 +226,6 @@ def forward_metadata() -> Any:
     """AOT autograd's metadata of the graph that is being compiled, or None outside of it."""
     context = TracingContext.try_get()
     return None if context is None else context.fw_metadata
-
-
-def is_fake(x: Any) -> bool:
-    return isinstance(x, FakeTensor)
 
 
 # -- AOT autograd's joint graph and its partitioner ------------------------------------------------------------------

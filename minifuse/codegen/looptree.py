@@ -12,7 +12,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass, field, replace
 
 from minifuse.ir.index import Axis
-from minifuse.ir.kernel import Check, Kernel, Loop, Root, Schedule, Store
+from minifuse.ir.kernel import Check, Kernel, Loop, Schedule, Store
 from minifuse.ir.value import Load, Pick, Reduce, Value, topological
 from minifuse.passes.schedule import HOLD_BYTES, HOLD_COST, tile_elements, value_costs
 
@@ -321,7 +321,3 @@ def _worth_holding(tree: LoopTree) -> tuple[Value, ...]:
 
 def _only_grid(tree: LoopTree, axis: Axis) -> bool:
     return all(loop.kind == "grid" for loop in tree.loops if loop.axis is axis)
-
-
-def root_values(roots: Iterable[Root]) -> list[Value]:
-    return [r.value for r in roots]
