@@ -3,10 +3,10 @@
 * **Step time** is the median of interleaved rounds: every backend runs once a round, so that a slow phase of the
   machine falls on all; the spread is the distance of the quartiles.
 * **Cold compile** is the first call in a fresh process with empty caches, after an eager step has warmed the libraries.
-* **Peak memory** is counted by the C library: in a fresh process in which every block of 128 KB or more is a mapping of
-  its own, `malloc_stats` knows the largest sum of mappings that ever were alive. That is exact, sees each tensor
-  however it is cached or pooled, and does not see the compiler's own small objects. The profiler's count would miss a
-  pool that was filled before the step; the resident set would count the modules that a compiler imports.
+* **Peak memory** of a warm step is counted by the C library: in a fresh process in which every block of 128 KB or more
+  is a mapping of its own, `malloc_stats` knows the largest sum of mappings that ever were alive. That is exact, sees
+  each tensor however it is cached or pooled, and does not see the compiler's own small objects. The profiler's count
+  would miss a pool that was filled before the step; the resident set would count the modules that a compiler imports.
 """
 
 from __future__ import annotations
@@ -33,6 +33,7 @@ from importlib import metadata
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from rich.console import Console
 from rich.table import Table
@@ -142,18 +143,27 @@ MAPPED_FROM = 128 * 1024
 
 
 def probe_peak(path: str, backend: str, training: bool) -> dict[str, int] | None:
-    """Largest bytes alive in a step beyond the model and its inputs, over three steps; None without glibc.
+    """Largest bytes alive in a warm step beyond the model and its inputs, over two steps; None without glibc.
 
-    Run it through `peak`, which gives the process the allocator settings that make the count exact. `resident` is the
-    growth of the resident set's peak: it would show a backend that maps pages behind malloc's back.
+    Run it through `peak`, which gives the process the allocator settings that make the count exact. The first two steps
+    compile and are not counted (Dynamo alone allocates 32 MB to time its guards); what they leave behind is. The C
+    library's high-water mark cannot be set back, so memory that is never touched fills the gap below it. `resident` is
+    the growth of the resident set's peak, compiler included.
     """
     if platform.libc_ver()[0] != "glibc":
         return None
     step = models.stepper(path, backend, training)
     before, resident = _mapped()[0], _resident()
-    for _ in range(3):
+    for _ in range(2):
         step()
-    return {"peak": _mapped()[1] - before, "resident": _resident() - resident}
+    now, most = _mapped()
+    ballast = np.empty(most - now, np.uint8)
+    filled = _mapped()[0] - now
+    for _ in range(2):
+        step()
+    most = _mapped()[1] - filled
+    del ballast
+    return {"peak": most - before, "resident": _resident() - resident}
 
 
 def peak(path: str, backend: str, training: bool) -> dict[str, int] | None:

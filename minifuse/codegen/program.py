@@ -222,6 +222,8 @@ class _Writer:
         return self.ref(TensorRef(name, b.shape, b.stride, _zero()))
 
     def allocate(self, b: Buffer) -> str:
+        if b.reuses is not None:
+            return f"{self.var(b.name)} = {self.ref(TensorRef(b.reuses, b.shape, b.stride, _zero()))}"
         where = "" if b.device.type == "cpu" else f", {self.constant(b.device)}"
         return f"{self.var(b.name)} = new({self.sizes(b.shape)}, {self.sizes(b.stride)}, {self.dtype(b.dtype)}{where})"
 

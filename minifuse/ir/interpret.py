@@ -297,7 +297,14 @@ class _Call:
 
     def _written(self, name: str) -> torch.Tensor:
         if name not in self.live:
-            self.live[name] = self._empty(self.plan.buffers[name])
+            buffer = self.plan.buffers[name]
+            if buffer.reuses is None:
+                self.live[name] = self._empty(buffer)
+            else:
+                over = self.live[buffer.reuses]
+                self.live[name] = over.as_strided(
+                    self._ints(buffer.shape), self._ints(buffer.stride), over.storage_offset()
+                )
         return self.live[name]
 
     def resolve(self, tree: Any) -> Any:

@@ -24,7 +24,9 @@ class Buffer:
     """Memory that steps read and write. Shape in elements, strides in elements.
 
     `storage`: "input" is the caller's, "constant" the graph's own, "pooled" is a block of its own (what the caller
-    gets, and what is large), "arena" shares the call's arena, "extern" is what an ATen operator allocated.
+    gets, and what is large), "arena" shares the call's arena, "extern" is what an ATen operator allocated. `reuses`
+    names a buffer of as many elements whose memory this one takes over in the step that writes it, the last to read
+    that.
     """
 
     name: str
@@ -33,6 +35,7 @@ class Buffer:
     stride: tuple[Expr, ...]
     device: torch.device
     storage: Storage = "arena"
+    reuses: str | None = None
 
     @property
     def numel(self) -> Expr:

@@ -195,7 +195,8 @@ def kernel_hash(kernel: Kernel, schedule: Schedule | None = None) -> str:
 
 # -- plans --------------------------------------------------------------------------------------------
 def _buffer(b: Buffer) -> str:
-    return f"buffer {b.name} : {_dtype(b)}{_layout(b.shape, b.stride)} {b.storage} on {b.device}"
+    where = b.storage if b.reuses is None else f"{b.storage} in {b.reuses}"
+    return f"buffer {b.name} : {_dtype(b)}{_layout(b.shape, b.stride)} {where} on {b.device}"
 
 
 def _dtype(b: Buffer) -> str:

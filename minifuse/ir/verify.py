@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from .index import ONE, Axis, Expr, Sym
 from .kernel import Kernel, Param, Schedule, Store
@@ -152,6 +152,7 @@ class _Memory:
     freed: set[str]
     writer: dict[str, str]
     symbols: set[str]
+    taken: dict[str, str] = field(default_factory=dict)
 
     def fail(self, problem: str) -> VerificationError:
         return VerificationError(f"plan {self.plan.name}, {self.where}: {problem}")
@@ -163,6 +164,22 @@ class _Memory:
             raise self.fail(f"buffer {name} is used after it was freed")
         if name not in self.live:
             raise self.fail(f"buffer {name} is used before anything wrote it")
+        if name in self.taken:
+            raise self.fail(f"buffer {name} is used after {self.taken[name]} took its memory")
+
+    def take(self, name: str) -> None:
+        """Let a buffer that is about to be written take over the memory of the one that it reuses."""
+        new = self.plan.buffers[name]
+        if new.reuses is None:
+            return
+        self.read(new.reuses)
+        old = self.plan.buffers[new.reuses]
+        if old.storage not in ("pooled", "extern") or (old.dtype, old.extent) != (new.dtype, new.extent):
+            raise self.fail(
+                f"buffer {name} cannot take the memory of {old.name}, {old.storage} of {old.extent} elements"
+            )
+        self.taken[new.reuses] = name
+        self.live.add(name)
 
     def write(self, name: str) -> None:
         if name not in self.plan.buffers:
@@ -204,7 +221,7 @@ class _Memory:
 
 def verify_plan(plan: Plan) -> None:
     """Raise VerificationError unless buffers are written before they are read and not used after they
-    are freed, each is written by one step (but for mutated inputs), launches bind buffers of their
+    are freed or taken over, each is written by one step (but for mutated inputs), launches bind buffers of their
     parameters' layout, kernels and schedules hold up, and every output exists at the end.
     """
     given = {b.name for b in plan.buffers.values() if b.storage == "constant" or b.name in plan.inputs}
@@ -234,7 +251,8 @@ def verify_plan(plan: Plan) -> None:
         elif isinstance(step, Free):
             memory.where = f"step {n} free"
             for name in step.buffers:
-                memory.read(name)
+                if name not in memory.taken:
+                    memory.read(name)
                 memory.live.discard(name)
                 memory.freed.add(name)
     memory.where = "outputs"
@@ -260,6 +278,8 @@ def _verify_launch(memory: _Memory, step: Launch) -> None:
                 f"buffer {b.name} is {b.dtype} {_list(b.shape)} strides {_list(b.stride)}"
             )
     memory.know(kernel.symbols())
+    for name in dict.fromkeys(step.writes):
+        memory.take(name)
     for name in dict.fromkeys(step.reads):
         memory.read(name)
     stored: dict[str, list[Store]] = {}

@@ -1,20 +1,24 @@
 """Memory: where each buffer lives, when it dies, and how arena buffers share one block.
 
-Externs whose ATen operator has a real `out=` overload write into planned memory; the others'
-results are adopted. Arena offsets are found by `pack` when the sizes are known.
+A kernel writes a large result over what it is the last to read, where it goes element by element. Externs whose ATen
+operator has a real `out=` overload write into planned memory; the others' results are adopted. Arena offsets are found
+by `pack` when the sizes are known.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, replace
 
 import torch
 
 from minifuse import compat
 from minifuse.ir import dtypes
+from minifuse.ir.kernel import Kernel, Store, rewrite
 from minifuse.ir.plan import Buffer, Extern, Free, Launch, Plan, Step, TensorRef
+from minifuse.ir.value import Load, Value
 from minifuse.passes.context import CompileContext
+from minifuse.passes.schedule import affine_offset, canonical
 
 ALIGN = 64
 # A buffer of this size has a block of its own, which returns to the pool when its last reader has run: one
@@ -49,17 +53,76 @@ def place(plan: Plan, ctx: CompileContext) -> Plan:
     for i, step in enumerate(plan.steps):
         for name in {*step.reads, *step.writes} if not isinstance(step, Free) else ():
             last[name] = i
+    ours = own_memory(plan, buffers)
     for i, step in enumerate(plan.steps):
-        if isinstance(step, Extern) and step.results and step.results[0] in real:
-            step = replace(step, out=True)
-        steps.append(step)
         if isinstance(step, Free):
             continue
         dead = [n for n in dict.fromkeys((*step.reads, *step.writes)) if last[n] == i and n not in outputs]
         dead = [n for n in dead if buffers[n].storage != "constant"]
+        if isinstance(step, Extern) and step.results and step.results[0] in real:
+            step = replace(step, out=True)
+        elif isinstance(step, Launch):
+            step = take_over(step, [n for n in dead if n in ours], buffers)
+        steps.append(step)
         if dead:
             steps.append(Free(tuple(dead)))
     return replace(plan, buffers=buffers, steps=tuple(steps))
+
+
+def own_memory(plan: Plan, buffers: Mapping[str, Buffer]) -> set[str]:
+    """Blocks of their own that nothing else can hold on to: a custom operator may keep what it was given or what it
+    gave, a collective may still be reading."""
+    held: set[str] = set()
+    for step in plan.externs:
+        target = step.target
+        if not isinstance(target, compat.OpOverload) or target.namespace != "aten" or step.effect:
+            held |= {*step.reads, *step.writes}
+    return {n for n, b in buffers.items() if b.storage in ("pooled", "extern") and n not in held}
+
+
+def take_over(step: Launch, dying: Collection[str], buffers: dict[str, Buffer]) -> Launch:
+    """Write results over what the kernel is the last to read, element by element; notes it in `buffers`.
+
+    A store and every load of the buffer must be at the same offset: the kernel then loads what it overwrites, and
+    runs a store after all loads of it, as for an input that the user's program overwrites.
+    """
+    kernel = step.kernel
+    bound = dict(zip((p.name for p in kernel.params), step.binding, strict=True))
+    free = [s for s in kernel.stores if buffers[bound[s.param]].storage == "pooled" and s.param not in kernel.reads]
+    taken: dict[str, Store] = {}
+    for param in [p.name for p in kernel.params if bound[p.name] in dying]:
+        old = buffers[bound[param]]
+        for s in free:
+            new = buffers[bound[s.param]]
+            alike = (new.dtype, new.extent, new.device) == (old.dtype, old.extent, old.device)
+            if alike and element_by_element(kernel, param, s):
+                buffers[new.name] = replace(new, reuses=old.name)
+                taken[param] = s
+                free.remove(s)
+                break
+    if not taken:
+        return step
+
+    def moved(v: Value) -> Value | None:
+        if isinstance(v, Load) and v.param in taken:
+            return Load.of(taken[v.param].param, taken[v.param].index, v.dtype, v.mask, v.other)
+        return None
+
+    params = tuple(p for p in kernel.params if p.name not in taken)
+    kernel = Kernel(kernel.axes, params, rewrite(kernel.body, None, moved), kernel.origins)
+    return replace(step, kernel=canonical(kernel), binding=tuple(bound[p.name] for p in params))
+
+
+def element_by_element(kernel: Kernel, param: str, store: Store) -> bool:
+    """Whether a parameter is loaded only at the offset that one store, the only one of its parameter, writes."""
+    if sum(s.param == store.param for s in kernel.stores) > 1:
+        return False
+    at = kernel.param(store.param).offset(store.index)
+    return all(
+        not any(isinstance(i, Value) for i in v.index) and affine_offset(kernel.param(param), v) is at
+        for v in kernel.loads
+        if v.param == param
+    )
 
 
 def large(plan: Plan, b: Buffer) -> bool:
