@@ -237,6 +237,11 @@ def joint_outputs(joint: fx.GraphModule) -> list[Any]:
     return pytree.arg_tree_leaves(*joint.graph.output_node().args)
 
 
+def is_primal(node: fx.Node) -> bool:
+    """Whether a placeholder of a joint, forward or backward graph is an input of the captured graph."""
+    return node.op == "placeholder" and node.name.startswith("primals_")
+
+
 def is_tangent(node: fx.Node) -> bool:
     """Whether a placeholder is a gradient that arrives from outside. AOT names them so: torch 2.11 to 2.13."""
     return node.op == "placeholder" and "tangents" in str(node.target)

@@ -202,7 +202,11 @@ class Symbol:
 
 @dataclass(frozen=True)
 class Plan:
-    """Everything that a program does, in order. Frozen; passes make new ones."""
+    """Everything that a program does, in order. Frozen; passes make new ones.
+
+    `mutated` are inputs that it writes; `donated` inputs that die with the call unless their owner keeps them (what
+    the forward saved for the backward), so that their last reader frees memory.
+    """
 
     name: str
     inputs: tuple[str, ...]
@@ -211,6 +215,7 @@ class Plan:
     outputs: tuple[Output, ...]
     symbols: Mapping[str, Symbol] = field(default_factory=dict)
     mutated: frozenset[str] = frozenset()
+    donated: frozenset[str] = frozenset()
     origins: Mapping[str, str] = field(default_factory=dict)
 
     @property

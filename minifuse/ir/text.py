@@ -252,5 +252,7 @@ def print_plan(plan: Plan) -> str:
     lines.append(f"  outputs {_list(_argument(o, plan) for o in plan.outputs)}")
     if plan.mutated:
         lines.append(f"  mutated {_list(sorted(plan.mutated))}")
+    if plan.donated:
+        lines.append(f"  donated {_list(sorted(plan.donated))}")
     kernels = dict.fromkeys(print_kernel(s.kernel, s.schedule, s.name) for s in plan.launches)
     return "\n".join(lines) + "\n" + "".join(f"\n{text}" for text in kernels)

@@ -18,6 +18,7 @@ from minifuse.passes.memory import unknown_at_start
 
 from .group import Group, NotInvertible, build, forward
 from .legality import CHEAP, MAX_VALUES, Legality
+from .order import order
 from .unify import Refusal, Unified
 
 READERS_CONSIDERED = 4
@@ -414,7 +415,7 @@ class Fuser(Legality):
     def finish(self) -> Plan:
         steps: list[Step] = []
         used: set[str] = set(self.kept)
-        for i in self.order():
+        for i in self.ordered():
             group = self.groups[i]
             if group.fixed:
                 step = self.steps[i]
@@ -433,22 +434,19 @@ class Fuser(Legality):
     def needed(self, name: str, me: int) -> bool:
         return name in self.kept or bool(self.readers.get(name, set()) - {me})
 
-    def order(self) -> list[int]:
-        """Steps in dependency order, as near to the original as that allows."""
-        waiting = {i: len(g.preds) for i, g in self.groups.items()}
-        ready = [(g.last, i) for i, g in self.groups.items() if not g.preds]
-        heapq.heapify(ready)
-        out = []
-        while ready:
-            _, i = heapq.heappop(ready)
-            out.append(i)
-            for s in self.groups[i].succs:
-                waiting[s] -= 1
-                if waiting[s] == 0:
-                    heapq.heappush(ready, (self.groups[s].last, s))
-        if len(out) != len(self.groups):
-            raise AssertionError("fusion made a cycle")
-        return out
+    def ordered(self) -> list[int]:
+        """Steps in dependency order."""
+        fixed = {i: self.steps[i] for i, g in self.groups.items() if g.fixed}
+        reads = {i: list(fixed[i].reads) if i in fixed else g.external for i, g in self.groups.items()}  # type: ignore[union-attr]
+        writes = {i: list(fixed[i].writes) if i in fixed else [n for n in g.writes if self.needed(n, i)]  # type: ignore[union-attr]
+                  for i, g in self.groups.items()}  # fmt: skip
+
+        def dies(name: str) -> bool:
+            storage = self.buffers[name].storage
+            given = storage == "constant" or storage == "input" and name not in self.plan.donated
+            return not given and name not in self.kept
+
+        return order(self.groups, reads, writes, self.bytes, dies)
 
 
 def fuse(plan: Plan, ctx: CompileContext) -> Plan:

@@ -352,9 +352,11 @@ class Lowering:
             else:
                 self.env[node] = self.call(node)
         self.sources()
+        given = self.graph.find_nodes(op="placeholder") if self.ctx.stage == "backward" else []
+        donated = frozenset(n.name for n in given if not compat.is_primal(n))
         return Plan(
             name, tuple(self.inputs), self.buffers, tuple(self.steps), outputs, self.symbols, frozenset(self.mutated),
-            self.origin,
+            donated, self.origin,
         )  # fmt: skip
 
     def call(self, node: fx.Node) -> Any:
