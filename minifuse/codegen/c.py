@@ -226,21 +226,25 @@ class CDialect:
         return text + self.uniform(p, loaded)
 
     def store(self, p: Printer, root: Store) -> None:
+        if root.mask is not None and p.lanes(root.mask):
+            raise CodegenError("a store whose mask differs between lanes")
+        write = self.writing(p, root)
+        p.line(write if root.mask is None else f"if ({p.name(root.mask)}) {{ {write} }}")
+
+    def writing(self, p: Printer, root: Store) -> str:
         param = p.param(root.param)
         t = dtypes.name(param.dtype)
         offset = param.offset(root.index)
         at = f"{pointer(p, param)} + ({self.expr(offset)})"
         if p.lane is None or p.lane not in root.space:
-            p.line(f"mf_store_{t}_s({at}, {p.name(root.value)});")
-            return
+            return f"mf_store_{t}_s({at}, {p.name(root.value)});"
         value = self.vector(p, root.value)
         step = offset.coefficient(p.lane)
         if step is ONE:
-            p.line(f"mf_storen_{t}({at}, {value}, n);" if self.ragged(p) else f"mf_store_{t}({at}, {value});")
-        elif step is None:
-            p.line(f"mf_scatter_{t}({pointer(p, param)}, {self.lane_expr(p, offset)}, {value}, {self.n(p)});")
-        else:
-            p.line(f"mf_stores_{t}({at}, {value}, {self.expr(step)}, {self.n(p)});")
+            return f"mf_storen_{t}({at}, {value}, n);" if self.ragged(p) else f"mf_store_{t}({at}, {value});"
+        if step is None:
+            return f"mf_scatter_{t}({pointer(p, param)}, {self.lane_expr(p, offset)}, {value}, {self.n(p)});"
+        return f"mf_stores_{t}({at}, {value}, {self.expr(step)}, {self.n(p)});"
 
     def check(self, p: Printer, root: Check) -> None:
         if root.message not in self.messages:

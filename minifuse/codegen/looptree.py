@@ -120,7 +120,7 @@ def build(kernel: Kernel, schedule: Schedule) -> LoopTree:
 def _item_values(item: Item) -> tuple[Value, ...]:
     if isinstance(item, Fold):
         return item.value.args if item.level == 0 else ()
-    return (item.value,)
+    return item.values if isinstance(item, (Store, Check)) else (item.value,)
 
 
 def _needs(item: Item, maker: dict[Value, Item], folds: dict[Reduce, tuple[Fold, ...]]) -> set[Item]:

@@ -244,7 +244,8 @@ class TritonDialect:
         offset = param.offset(root.index)
         at = self.pointer(p, param, root.index, offset)
         # an axis of size one may be missing from the offset, and a lane of it in the value
-        mask = self.mask(root.space)
+        masks = [m for m in (self.mask(root.space), root.mask and p.name(root.mask)) if m]
+        mask = " & ".join(masks)
         missing = [a for a in self.lane_axes(root.space) if a not in offset.axes()]
         for a in missing:
             at += f" + 0 * {a.name}"

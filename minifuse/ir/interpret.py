@@ -197,13 +197,20 @@ class _Run:
 
     def store(self, s: Store) -> None:
         target, value = self.tensors[s.param], self.known[s.value]
-        index = self.at(f"store {s.param}", s.index, target.shape, None)
+        mask = None if s.mask is None else self.known[s.mask]
+        index = self.at(f"store {s.param}", s.index, target.shape, mask)
         if not index:
-            target.copy_(value.reshape(()))
+            if mask is None or bool(mask):
+                target.copy_(value.reshape(()))
             return
         shape = torch.broadcast_shapes(*(i.shape for i in index))
-        if 0 not in shape:
-            target.index_put_(tuple(index), value.expand(shape))
+        if 0 in shape:
+            return
+        at, value = [i.expand(shape) for i in index], value.expand(shape)
+        if mask is not None:
+            some = mask.expand(shape)
+            at, value = [i[some] for i in at], value[some]
+        target.index_put_(tuple(at), value)
 
 
 _DIVISIONS = {"truncdiv", "floordiv", "mod", "rem"}

@@ -21,7 +21,7 @@ from .value import IndexOf, Load, Random, Reduce, Value, index_axes, topological
 
 @dataclass(frozen=True)
 class Store:
-    """Write a value into a parameter at a logical index. Every element is written once.
+    """Write a value into a parameter at a logical index, where `mask` holds. Every element is written once.
 
     `space` holds the axes that the store runs over: those of the index, all of which it needs.
     """
@@ -29,6 +29,11 @@ class Store:
     param: str
     index: tuple[Expr, ...]
     value: Value
+    mask: Value | None = None
+
+    @property
+    def values(self) -> tuple[Value, ...]:
+        return (self.value,) if self.mask is None else (self.mask, self.value)
 
     @property
     def space(self) -> frozenset[Axis]:
@@ -45,6 +50,10 @@ class Check:
     @property
     def value(self) -> Value:
         return self.condition
+
+    @property
+    def values(self) -> tuple[Value, ...]:
+        return (self.condition,)
 
     @property
     def space(self) -> frozenset[Axis]:
@@ -91,8 +100,10 @@ class Kernel:
                     raise ValueError(f"store {root.param}: {len(root.index)} indices, rank {len(param.shape)}")
                 if root.value.dtype is not param.dtype:
                     raise TypeError(f"store {root.param}: {root.value.dtype} into {param.dtype}")
-                if not root.value.axes <= index_axes(root.index):
+                if not all(v.axes <= index_axes(root.index) for v in root.values):
                     raise ValueError(f"store {root.param}: its value varies over more than its index")
+                if root.mask is not None and root.mask.dtype is not torch.bool:
+                    raise TypeError(f"store {root.param}: a mask is a bool, found {root.mask.dtype}")
             elif root.condition.dtype is not torch.bool:
                 raise TypeError(f"a check needs a bool, found {root.condition.dtype}")
             if not root.space <= axes:
@@ -113,7 +124,7 @@ class Kernel:
 
     @cached_property
     def _values(self) -> tuple[Value, ...]:
-        return tuple(topological(root.value for root in self.body))
+        return tuple(topological(v for root in self.body for v in root.values))
 
     @property
     def loads(self) -> Iterator[Load]:
@@ -177,7 +188,7 @@ def rewrite(
         return seen[e]
 
     out: dict[Value, Value] = {}
-    for v in topological(r.value for r in roots):
+    for v in topological(v for r in roots for v in r.values):
         args = v.args
         new_args = tuple(out[a] for a in args)
         new = v.rebuild(new_args, index) if env or any(a is not b for a, b in zip(args, new_args, strict=True)) else v
@@ -185,7 +196,7 @@ def rewrite(
             new = replace_value(new) or new
         out[v] = new
     return tuple(
-        Store(r.param, tuple(index(i) for i in r.index), out[r.value])
+        Store(r.param, tuple(index(i) for i in r.index), out[r.value], None if r.mask is None else out[r.mask])
         if isinstance(r, Store)
         else Check(out[r.condition], r.message)
         for r in roots

@@ -203,7 +203,8 @@ class _Parser:
         name = r.word("a parameter")
         at = tuple(map(self.expr, r.raws()))
         r.expect("=")
-        self.body.append(Store(name, at, self.value(r, self.param(name).dtype)))
+        value = self.value(r, self.param(name).dtype)
+        self.body.append(Store(name, at, value, self.value(r, torch.bool) if r.accept("if") else None))
 
     def check_line(self, r: _Reader) -> None:
         condition = self.value(r, torch.bool)

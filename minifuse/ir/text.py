@@ -72,7 +72,7 @@ class _Printer:
         self.taken = {a.name for a in kernel.axes} | {p.name for p in kernel.params}
         self.taken |= {s.name for s in kernel.symbols()}
         self.uses = Counter(a for v in kernel.values() for a in v.args)
-        self.uses.update(root.value for root in kernel.body)
+        self.uses.update(v for root in kernel.body for v in root.values)
         self.stored = {root.value for root in kernel.body}
         self.named: set[Value] = set(schedule.held) if schedule else set()
         for load in kernel.loads:
@@ -85,10 +85,11 @@ class _Printer:
     def body(self) -> list[str]:
         rest = iter(self.kernel.values())
         for root in self.kernel.body:
-            while root.value not in self.depth:
+            while any(v not in self.depth for v in root.values):
                 self.add(next(rest))
             if isinstance(root, Store):
-                self.lines.append(f"store {root.param}[{_list(root.index)}] = {self.arg(root.value, bare=True)}")
+                mask = "" if root.mask is None else f" if {self.arg(root.mask)}"
+                self.lines.append(f"store {root.param}[{_list(root.index)}] = {self.arg(root.value, bare=True)}{mask}")
             else:
                 self.lines.append(f"check {self.arg(root.value)} {json.dumps(root.message)}")
         return self.lines

@@ -297,7 +297,7 @@ class Random(Value):
 
 LANES = 16
 ROW_CHUNK = 4096
-COLUMN_CHUNK = 128
+COLUMN_CHUNK = 64
 
 
 class Reduce(Value):

@@ -54,7 +54,8 @@ def _verify_stores(param: Param, stores: list[Store]) -> None:
         if n > 1:
             raise VerificationError(f"store {param.name}: {_list(index)} is written by {n} stores, expected one")
     for store in stores:
-        _verify_bounds("store", param, store.index)
+        if store.mask is None:
+            _verify_bounds("store", param, store.index)
     points, numel = _points(stores), product(param.shape)
     if points is not None and numel.is_const and points > numel.value:
         raise VerificationError(
@@ -63,9 +64,11 @@ def _verify_stores(param: Param, stores: list[Store]) -> None:
 
 
 def _points(stores: Iterable[Store]) -> int | None:
-    """How many elements the stores write in all, None where a size is a symbol."""
+    """How many elements the stores write in all, None where a size is a symbol or a mask chooses."""
     total = 0
     for store in stores:
+        if store.mask is not None:
+            return None
         size = product(a.size for a in store.space)
         if not size.is_const:
             return None

@@ -13,17 +13,20 @@ from dataclasses import replace
 
 from minifuse.ir import dtypes, ops
 from minifuse.ir.index import ONE, ZERO, Axis, Expr, FloorDiv, Mod, as_expr
-from minifuse.ir.kernel import Kernel, Loop, Param, Root, Schedule, Store, rewrite
+from minifuse.ir.kernel import Kernel, Loop, Param, Schedule, Store, rewrite
 from minifuse.ir.plan import Buffer, Launch, Plan, Step
-from minifuse.ir.shape import cdiv, linearize, product
-from minifuse.ir.value import COLUMN_CHUNK, LANES, Cast, Const, IndexOf, Load, Op, Random, Reduce, Value, topological
+from minifuse.ir.shape import linearize, product
+from minifuse.ir.value import COLUMN_CHUNK, LANES, Cast, IndexOf, Load, Op, Random, Reduce, Value, topological
 from minifuse.passes.context import CompileContext
+from minifuse.passes.split import Tree, after, closed, halves
 
 LANE_TILE = 4096
 COLUMN_TILE = 256
 TRANSPOSE_TILE = 16
 MIN_PARALLEL = 16
 SPLIT_WORK = 65_536
+LEAST_ROWS = 4 * COLUMN_CHUNK
+"""How many rows make enough chunks to be a grid: what sums their columns may then walk them row by row."""
 HOLD_BYTES = 131_072
 HOLD_COST = 8.0
 
@@ -158,75 +161,39 @@ def canonical(kernel: Kernel) -> Kernel:
 
 # -- splitting reductions ---------------------------------------------------------------------------
 def split_reduction(kernel: Kernel, name: str, hint: Hint, buffers: dict[str, Buffer]) -> list[Kernel]:
-    """Two kernels for a reduction with too few independent rows: one a chunk, then one that joins.
-
-    Applies where all reductions are over one axis of more than a chunk and the stores depend on
-    their results alone. The chunks are those of the reduction's own tree.
-    """
-    found = list(kernel.reductions)
-    if not found or len({(r.over, r.lanes) for r in found}) != 1 or any(len(r.args) > 1 for r in found):
+    """Two kernels where a reduction is better run by chunks: one over these, one that joins their results."""
+    found = splittable(kernel, hint)
+    if not found:
         return [kernel]
-    over, chunk = found[0].over, found[0].chunk
-    if any(isinstance(v, Reduce) for r in found for v in topological(r.args)) or len(list(kernel.stores)) != len(
-        kernel.body
-    ):
-        return [kernel]
-    if any(over in r.space for r in kernel.body) or hint(over.size) <= chunk:
-        return [kernel]
-    rest = [a for a in kernel.axes if a is not over]
-    if hint(product(a.size for a in rest)) >= MIN_PARALLEL or hint(product(a.size for a in kernel.axes)) < SPLIT_WORK:
-        return [kernel]
-    part, inner = Axis("p", cdiv(over.size, chunk)), Axis("q", chunk)
-    whole = part.expr * chunk + inner.expr
-    ragged = (over.size % chunk) is not ZERO
-    inside = Op.of("lt", IndexOf.of(whole), IndexOf.of(over.size)) if ragged else None
-    device = buffers[kernel.params[0].name].device
-    first_params: dict[str, Param] = {p.name: p for p in kernel.params}
-    partial: dict[Reduce, Param] = {}
-    first: list[Store] = []
-    for k, r in enumerate(found):
-        shape = (part.size, *(a.size for a in rest))
-        stride, step = [], ONE
-        for s in reversed(shape):
-            stride.append(step)
-            step = step * s
-        buffer = Buffer(f"{name}_part{k}", r.dtype, shape, tuple(reversed(stride)), device)
-        buffers[buffer.name] = buffer
-        partial[r] = first_params[buffer.name] = buffer.as_param()
-        value = at_part(r.args[0], over, whole, inside, ops.REDUCTIONS[r.kind].identity(r.dtype))
-        made = Reduce.of(r.kind, (value,), inner, r.lanes)
-        first.append(Store(buffer.name, (part.expr, *(a.expr for a in rest)), made))
-    first_kernel = closed(Kernel((part, *rest, inner), tuple(first_params.values()), tuple(first), kernel.origins))
-
-    def joined(v: Value) -> Value | None:
-        if isinstance(v, Reduce) and v in partial:
-            load = Load.of(partial[v].name, (part.expr, *(a.expr for a in rest)), v.dtype)
-            return Reduce.of(v.kind, (load,), part, 1)
-        return None
-
-    body: tuple[Root, ...] = rewrite(kernel.body, None, joined)
-    params = (*kernel.params, *partial.values())
-    return [first_kernel, closed(Kernel((part, *rest), params, body, kernel.origins))]
+    made = halves(kernel, found, Tree(found[0].chunk, 1), name, buffers)
+    return [made.first, closed(Kernel((made.part, *kernel.axes), made.params, made.rest, kernel.origins))]
 
 
-def at_part(value: Value, over: Axis, whole: Expr, inside: Value | None, identity: object) -> Value:
-    """A reduction's argument at an element of a chunk, the identity past the end."""
-    out: dict[Value, Value] = {}
-    for v in topological([value]):
-        new = v.rebuild(tuple(out[a] for a in v.args), lambda e: e.substitute({over: whole}))
-        if inside is not None and isinstance(new, Load) and over in v.axes:
-            mask = inside if new.mask is None else Op.of("and", new.mask, inside)
-            new = Load.of(new.param, new.index, new.dtype, mask, new.other or Const.of(0, new.dtype))
-        out[v] = new
-    if inside is None:
-        return out[value]
-    return Op.of("where", inside, out[value], Const.of(identity, value.dtype))
-
-
-def closed(kernel: Kernel) -> Kernel:
-    """Without the parameters that the body does not touch."""
-    used = {*kernel.reads, *kernel.writes}
-    return replace(kernel, params=tuple(p for p in kernel.params if p.name in used))
+def splittable(kernel: Kernel, hint: Hint) -> list[Reduce]:
+    """The reductions, all over one axis, that are run by chunks: those with too few independent rows, and column sums
+    beside what walks the same data row by row."""
+    reductions = list(kernel.reductions)
+    for over in dict.fromkeys(r.over for r in reductions):
+        found = [r for r in reductions if r.over is over]
+        first = found[0]
+        if any(len(r.args) > 1 or r.lanes != first.lanes for r in found) or hint(over.size) <= first.chunk:
+            continue
+        if any(v in found for r in reductions for v in topological(r.args)):
+            continue
+        later = after(kernel, found)
+        beside = [r for r in kernel.body if r not in later]
+        rest = reductions != found or bool(beside)
+        if any(over in r.space for r in later) or not all(over in r.space for r in beside):
+            continue
+        if any(over not in r.axes for r in reductions if r not in found):
+            continue
+        column = first.lanes == 1
+        if rest and column and hint(over.size) >= LEAST_ROWS:
+            return found
+        others = hint(product(a.size for a in kernel.axes if a is not over))
+        if not rest and others < MIN_PARALLEL and others * hint(over.size) >= SPLIT_WORK:
+            return found
+    return []
 
 
 # -- choosing loops ---------------------------------------------------------------------------------

@@ -19,23 +19,18 @@ own tree and one that joins their results, and no bit changes.
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 
-import torch
-
-from minifuse.ir import ops
-from minifuse.ir.index import ZERO, Axis, Expr
-from minifuse.ir.kernel import Kernel, Loop, Param, Root, Schedule, Store, rewrite
+from minifuse.ir.index import Axis, Expr
+from minifuse.ir.kernel import Kernel, Loop, Root, Schedule, Store, rewrite
 from minifuse.ir.plan import Buffer, Launch, Plan, Step
-from minifuse.ir.shape import cdiv, contiguous_strides, product
-from minifuse.ir.value import LANES, IndexOf, Load, Op, Reduce, Value, topological
+from minifuse.ir.shape import cdiv, product
+from minifuse.ir.value import LANES, Load, Reduce, Value, topological
 from minifuse.options import Options
 from minifuse.passes.context import CompileContext
 from minifuse.passes.schedule import (
     Hint,
-    at_part,
     canonical,
-    closed,
     collapse,
     lane_axis,
     main_strides,
@@ -43,6 +38,7 @@ from minifuse.passes.schedule import (
     transposed_axis,
     unit_weights,
 )
+from minifuse.passes.split import Tree, closed, halves, new_buffer
 
 ROW_BLOCK = 16_384
 COLUMN_BLOCK = 32
@@ -54,6 +50,8 @@ TRANSPOSE = 64
 NESTED = 4096
 HELD = 32_768
 """The most elements a program holds: a row of as many float32 fits the registers of 16 warps."""
+LEAST_ROWS = 64 * COLUMN_BLOCK
+"""How many rows make enough blocks to be a grid: what sums their columns may then walk them row by row."""
 PROGRAMS = 512
 """Fewer programs than this leave parts of a large GPU idle."""
 SPLIT_WORK = 4096
@@ -91,13 +89,8 @@ def pieces(kernel: Kernel, name: str, hint: Hint, buffers: dict[str, Buffer]) ->
     good = all(problem(k, choose(k, hint)) is None for k in made)
     if good or len(kernel.body) == 1 or set(kernel.reads) & set(kernel.writes):
         return made
-    alone = [closed(replace(kernel, axes=_axes_of(kernel, r), body=(r,))) for r in kernel.body]
+    alone = [closed(replace(kernel, body=(r,))) for r in kernel.body]
     return [k for n, one in enumerate(alone) for k in split(one, f"{name}_{n}", hint, buffers)]
-
-
-def _axes_of(kernel: Kernel, root: Root) -> tuple[Axis, ...]:
-    used = root.space.union(*((v.axes | {v.over}) for v in topological([root.value]) if isinstance(v, Reduce)))
-    return tuple(a for a in kernel.axes if a in used)
 
 
 def problem(kernel: Kernel, s: Schedule) -> str | None:
@@ -118,14 +111,6 @@ def problem(kernel: Kernel, s: Schedule) -> str | None:
 
 
 # -- trees ------------------------------------------------------------------------------------------
-@dataclass(frozen=True)
-class Tree:
-    """How a reduction is cut: blocks of `block` elements, whose results are reduced with `lanes` in turn."""
-
-    block: int
-    lanes: int
-
-
 def power_of_2(n: int) -> int:
     """The least power of two that is at least n, and at least 1."""
     return 1 << max(n - 1, 0).bit_length()
@@ -159,8 +144,7 @@ def tile_steps(r: Reduce, hint: Hint) -> list[int]:
 def split(kernel: Kernel, name: str, hint: Hint, buffers: dict[str, Buffer]) -> list[Kernel]:
     """The launches of a kernel: itself, or blocks of a reduction's tree, then the rest over their results.
 
-    The first launch also runs the stores that walk the reduced axis and need no result of it (the
-    input gradient beside the weight gradient of a norm), where the blocks divide the axis.
+    The first launch also runs what walks the reduced axis and needs no result of it.
     """
     found = _splittable(kernel, hint)
     first = _nested(kernel, hint) or ([] if found else _rows_first(kernel, hint))
@@ -169,58 +153,13 @@ def split(kernel: Kernel, name: str, hint: Hint, buffers: dict[str, Buffer]) -> 
     if not found:
         return [kernel]
     over, cut = found[0].over, tree(found[0], hint)
-    part, inner = Axis("p", cdiv(over.size, cut.block)), Axis("q", cut.block)
-    whole = part.expr * cut.block + inner.expr
-    even = (over.size % cut.block) is ZERO
-    inside = None if even else Op.of("lt", IndexOf.of(whole), IndexOf.of(over.size))
-    needs: set[Value] = set(found)
-    for v in kernel.values():
-        if any(a in needs for a in v.args):
-            needs.add(v)
-    beside = [r for r in kernel.body if even and over in r.space and r.value not in needs]
-    params = {p.name: p for p in kernel.params}
-    begun: list[Root] = list(rewrite(beside, {over: whole}))
-    partial: dict[Reduce, Load] = {}
-    for k, r in enumerate(found):
-        rest = [part, *(a for a in kernel.axes if a in r.axes)]
-        at = tuple(a.expr for a in rest)
-        buffer = _buffer(f"{name}_part{k}", r.dtype, rest, kernel, buffers)
-        params[buffer.name] = buffer.as_param()
-        identity = ops.REDUCTIONS[r.kind].identity(r.dtype)
-        value = at_part(r.args[0], over, whole, inside, identity)
-        begun.append(Store(buffer.name, at, Reduce.of(r.kind, (value,), inner, r.lanes)))
-        partial[r] = Load.of(buffer.name, at, r.dtype)
-    axes = [part, *(a for a in kernel.axes if a is not over), inner]
-    started = closed(Kernel(tuple(axes), tuple(params.values()), tuple(begun), kernel.origins))
-
-    def joined(v: Value) -> Value | None:
-        if isinstance(v, Reduce) and v in partial:
-            return Reduce.of(v.kind, (partial[v],), part, cut.lanes)
-        return None
-
-    body = rewrite([r for r in kernel.body if r not in beside], None, joined)
-    rest_axes = (part, *(a for a in kernel.axes if a is not over))
-    if not any(over in r.space for r in body) and not any(
-        isinstance(v, Reduce) and v.over is over for v in topological(r.value for r in body)
-    ):
-        last = closed(Kernel(rest_axes, tuple(params.values()), body, kernel.origins))
-        return [started, *split(last, f"{name}_join", hint, buffers)]
-    return [started, *_join_first(kernel, body, part, name, params, hint, buffers)]
-
-
-def _join_first(
-    kernel: Kernel,
-    body: tuple[Root, ...],
-    part: Axis,
-    name: str,
-    params: dict[str, Param],
-    hint: Hint,
-    buffers: dict[str, Buffer],
-) -> list[Kernel]:
-    """Where the axis is walked again with the result: join in a launch of its own, then the rest."""
-    joins = [v for v in topological(r.value for r in body) if isinstance(v, Reduce) and v.over is part]
-    whole = Kernel((part, *kernel.axes), tuple(params.values()), body, kernel.origins)
-    return _inner_first(whole, joins, name, hint, buffers)
+    made = halves(kernel, found, cut, name, buffers)
+    rest = Kernel((made.part, *kernel.axes), made.params, made.rest, kernel.origins)
+    if not any(over in r.space for r in made.rest) and not any(r.over is over for r in rest.reductions):
+        return [made.first, *split(closed(rest), f"{name}_join", hint, buffers)]
+    # the axis is walked again with the result: join in a launch of its own, then the rest
+    joins = [r for r in rest.reductions if r.over is made.part]
+    return [made.first, *_inner_first(rest, joins, name, hint, buffers)]
 
 
 def _inner_first(
@@ -233,28 +172,14 @@ def _inner_first(
     for k, r in enumerate(inner):
         rest = [a for a in kernel.axes if a in r.axes]
         at = tuple(a.expr for a in rest)
-        buffer = _buffer(f"{name}_whole{k}", r.dtype, rest, kernel, buffers)
+        buffer = new_buffer(f"{name}_whole{k}", r.dtype, rest, kernel, buffers)
         params[buffer.name] = buffer.as_param()
         stores.append(Store(buffer.name, at, r))
         results[r] = Load.of(buffer.name, at, r.dtype)
-    over = {r.over for v in topological(inner) if isinstance(v, Reduce) for r in [v]}
-    first_axes = tuple(a for a in kernel.axes if a in over or any(a in r.axes for r in inner))
-    first = closed(Kernel(first_axes, tuple(params.values()), tuple(stores), kernel.origins))
+    first = closed(Kernel(kernel.axes, tuple(params.values()), tuple(stores), kernel.origins))
     after = rewrite(kernel.body, None, lambda v: results.get(v))
-    used = frozenset[Axis]().union(*(r.space for r in after))
-    used = used.union(*({v.over} for v in topological(r.value for r in after) if isinstance(v, Reduce)))
-    last = closed(Kernel(tuple(a for a in kernel.axes if a in used), tuple(params.values()), after, kernel.origins))
+    last = closed(Kernel(kernel.axes, tuple(params.values()), after, kernel.origins))
     return [*split(first, f"{name}_a", hint, buffers), *split(last, f"{name}_b", hint, buffers)]
-
-
-def _buffer(name: str, dtype: torch.dtype, axes: Sequence[Axis], kernel: Kernel, buffers: dict[str, Buffer]) -> Buffer:
-    """A new buffer of the plan with one dimension an axis."""
-    while name in buffers:
-        name += "_"
-    shape = tuple(a.size for a in axes)
-    device = buffers[kernel.params[0].name].device
-    buffers[name] = Buffer(name, dtype, shape, contiguous_strides(shape), device)
-    return buffers[name]
 
 
 def _nested(kernel: Kernel, hint: Hint) -> list[Reduce]:

@@ -13,6 +13,7 @@ from dataclasses import replace
 from minifuse.ir.index import Axis, Expr
 from minifuse.ir.kernel import Store
 from minifuse.ir.plan import Buffer, Extern, Free, Launch, Plan, Step, TensorRef
+from minifuse.passes import schedule, schedule_triton
 from minifuse.passes.context import CompileContext
 from minifuse.passes.memory import unknown_at_start
 
@@ -38,6 +39,8 @@ class Fuser(Legality):
         self.writer: dict[str, int] = {}
         self.readers: dict[str, set[int]] = {}
         self.kept = {o.buffer for o in plan.outputs if isinstance(o, TensorRef)} | set(plan.mutated)
+        triton = schedule_triton.target(plan, ctx.options) == "triton"
+        self.least_rows = (schedule_triton if triton else schedule).LEAST_ROWS
         self.queue: list[tuple[int, int, int, int, int]] = []
         for i, step in enumerate(plan.steps):
             if not isinstance(step, Free):
@@ -249,6 +252,7 @@ class Fuser(Legality):
             # read inside alone: the value travels in registers
             self.to_inlined(a, name)
         a.refresh()
+        a.chunked = a.chunked or b.chunked or how.chunked and a.mixed
         a.version += 1
         self.push_neighbours(a.id)
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Container, Iterable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 from minifuse.ir import ops
 from minifuse.ir.index import ONE, Axis, Expr
@@ -16,7 +16,8 @@ from .unify import Substitution
 
 @dataclass
 class Group:
-    """Operators that will be one kernel. `inlined` stores are read inside the group and never written."""
+    """Operators that will be one kernel. `inlined` stores are read inside the group and never written; a `chunked`
+    group sums columns of what it also walks row by row."""
 
     id: int
     name: str
@@ -28,6 +29,7 @@ class Group:
     preds: set[int] = field(default_factory=set)
     succs: set[int] = field(default_factory=set)
     version: int = 0
+    chunked: bool = False
     fixed: bool = False
 
     def __post_init__(self) -> None:
@@ -40,11 +42,13 @@ class Group:
         self.reduced: frozenset[Axis] = frozenset()
         self.trees: frozenset[tuple[Axis, int]] = frozenset()
         self.spaces: list[frozenset[Axis]] = [r.space for r in self.body]
+        self.folds: list[tuple[frozenset[Axis], int]] = []
+        self.summed: frozenset[str] = frozenset()
         self.cost = 0.0
         self.pure = True
         axes: dict[Axis, None] = {}
         self.size = 0
-        for v in topological([r.value for r in self.body] + [s.value for s in self.inlined.values()]):
+        for v in topological(v for r in (*self.body, *self.inlined.values()) for v in r.values):
             self.size += 1
             if isinstance(v, Load):
                 if v.param not in self.inlined:
@@ -52,6 +56,7 @@ class Group:
             elif isinstance(v, Reduce):
                 self.reduced |= {v.over}
                 self.trees |= {(v.over, v.lanes)}
+                self.folds.append((v.axes | {v.over}, v.lanes))
                 self.spaces.append(v.axes | {v.over})
                 self.pure = False
             elif isinstance(v, Op):
@@ -63,6 +68,27 @@ class Group:
                 axes[a] = None
         self.axes = tuple(axes)
         self.checks = any(isinstance(r, Check) for r in self.body)
+        if any(lanes == 1 for _, lanes in self.trees):
+            self.summed = self._summed()
+
+    def _summed(self) -> frozenset[str]:
+        """What is stored that needs a column's sum; of stores within the group too."""
+        found: set[str] = set()
+        stores = [r for r in (*self.inlined.values(), *self.body) if isinstance(r, Store)]
+        more = True
+        while more:
+            new = {s.param for s in stores if s.param not in found and reaches_column(s.value, found)}
+            found |= new
+            more = bool(new)
+        return frozenset(found)
+
+    @property
+    def mixed(self) -> bool:
+        """Whether it sums columns, and does something else than that."""
+        rows = any(lanes > 1 for _, lanes in self.folds)
+        return bool(self.summed) and (
+            rows or any(isinstance(r, Check) or r.param not in self.summed for r in self.body)
+        )
 
     @property
     def external(self) -> list[str]:
@@ -89,6 +115,14 @@ class Group:
         rest = made[len(self.body) :]
         self.inlined = {n: s for n, s in zip(names, rest, strict=True) if isinstance(s, Store)}
         self.refresh()
+
+
+def reaches_column(value: Value, stored: Container[str]) -> bool:
+    """Whether a value is computed from a column's sum, or from a load of what these stores hold."""
+    return any(
+        isinstance(v, Reduce) and v.lanes == 1 or isinstance(v, Load) and v.param in stored
+        for v in topological([value])
+    )
 
 
 def grid_axes(spaces: Iterable[frozenset[Axis]], reduced: frozenset[Axis]) -> frozenset[Axis]:
@@ -161,7 +195,7 @@ def forward(body: tuple[Root, ...], inlined: Mapping[str, Store], overwritten: C
                 continue
             if root.param not in done:
                 done[root.param] = value_of(root)
-            out.append(Store(root.param, root.index, done[root.param]))
+            out.append(replace(root, value=done[root.param]))
         else:
             (made,) = rewrite([root], None, resolve)
             out.append(made)
@@ -274,7 +308,7 @@ def build(
     body = tuple(r for r in made if not isinstance(r, Store) or keep(r.param))
     axes: dict[Axis, None] = {}
     params: dict[str, Param] = {}
-    values = topological(r.value for r in body)
+    values = topological(v for r in body for v in r.values)
     for root in body:
         for a in sorted(root.space, key=lambda a: (a.name, a.serial)):
             axes[a] = None

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
+from dataclasses import replace
 from math import prod
 
 from minifuse.ir.index import Axis, Expr
@@ -10,7 +11,7 @@ from minifuse.ir.kernel import Store
 from minifuse.ir.plan import Buffer, Plan
 
 from .group import Group, grid_axes, innermost
-from .unify import Equation, Refusal, Unified, unify
+from .unify import Equation, Refusal, Substitution, Unified, unify
 
 MAX_BUFFERS = 28
 MAX_VALUES = 600
@@ -19,6 +20,7 @@ SMALL_WORK = 16_384
 CHEAP = 24.0
 NEAR_STEPS = 24
 LONG_BYTES = 65_536
+MAX_COLUMNS = 32_768
 
 
 class Legality:
@@ -31,6 +33,7 @@ class Legality:
     readers: dict[str, set[int]]
     rank: dict[int, int]
     kept: set[str]
+    least_rows: int
 
     def path(self, a: Group, b: Group) -> bool:
         """Whether one of two groups depends on the other through a third."""
@@ -73,7 +76,9 @@ class Legality:
         found = unify(hard if vertical else self.sibling_equations(a, b, soft), soft, a.axes, b.axes, a.reduced)
         if isinstance(found, Refusal):
             return found
-        return self.unsound(a, b, found) or self.parallel(a, b, found) or self.lengthens(a, b) or found
+        chunked = self.by_chunks(a, b, found)
+        refused = self.unsound(a, b, found) or (None if chunked else self.parallel(a, b, found)) or self.lengthens(a, b)
+        return refused or replace(found, chunked=chunked)
 
     def lengthens(self, a: Group, b: Group) -> Refusal | None:
         """One kernel runs when the earlier of the two is needed; what the other writes then waits for its reader.
@@ -126,6 +131,9 @@ class Legality:
 
     def parallel(self, a: Group, b: Group, how: Unified) -> Refusal | None:
         """The merged kernel must keep enough independent work and its rows."""
+        if a.chunked or b.chunked:
+            return Refusal("different rows", "{name} sums columns by chunks of rows, which the other does not walk",
+                           {"name": a.name if a.chunked else b.name})  # fmt: skip
 
         def moved(g: Group, env: dict[Axis, Expr]) -> tuple[list[frozenset[Axis]], frozenset[Axis]]:
             if not env:
@@ -163,6 +171,38 @@ class Legality:
             if times > 1 and inner in ran:
                 return Refusal("recomputes", "{name} would run {times} times", {"name": a.name, "times": round(times)})
         return None
+
+    def by_chunks(self, a: Group, b: Group, how: Unified) -> bool:
+        """Whether column sums ride along with what walks the same data row by row: a launch over chunks of rows does
+        both, and one behind it joins the chunks' sums (`passes.split`)."""
+
+        def image(axes: Iterable[Axis], env: Substitution) -> frozenset[Axis]:
+            return frozenset().union(*(env[x].axes() if x in env else {x} for x in axes))
+
+        trees = {
+            (x, lanes) for g, env in ((a, how.first), (b, how.second)) for y, lanes in g.trees for x in image([y], env)
+        }
+        columns = {x for x, lanes in trees if lanes == 1}
+        if len(columns) != 1 or any(x in columns for x, lanes in trees if lanes > 1):
+            return False
+        (over,) = columns
+        if self.extent({over}) < self.least_rows:
+            return False
+        work = 0
+        for g, other, env in ((a, b, how.first), (b, a, how.second)):
+            late = not other.summed.isdisjoint(g.reads)
+            for r in g.body:
+                later = late or isinstance(r, Store) and r.param in g.summed
+                space = image(r.space, env)
+                work = max(work, self.extent(space))
+                if (over in space) == later:
+                    return False
+            for axes, lanes in g.folds:
+                space = image(axes, env)
+                work = max(work, self.extent(space))
+                if late or over not in space or lanes == 1 and self.extent(space - {over}) > MAX_COLUMNS:
+                    return False
+        return work > SMALL_WORK
 
     def dies(self, a: Group, b: Group) -> bool:
         """Whether nothing outside b reads what a stores."""

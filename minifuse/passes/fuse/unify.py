@@ -29,10 +29,14 @@ class Refusal:
 
 @dataclass(frozen=True)
 class Unified:
-    """Axes of the first and of the second kernel, in terms of the merged kernel's axes."""
+    """Axes of the first and of the second kernel, in terms of the merged kernel's axes.
+
+    `chunked`: the merged kernel runs by chunks of rows, whose column sums another one joins.
+    """
 
     first: Substitution
     second: Substitution
+    chunked: bool = False
 
 
 def mixed_radix(images: Sequence[tuple[Axis, Expr]]) -> bool:
@@ -100,7 +104,8 @@ def unify(
     for p, c in later:
         free = [a for a in p.axes() if a not in to_first]
         axis = c.atom
-        if free and isinstance(axis, Axis) and axis not in to_second and not _used(axis, to_first):
+        split = bool(free) or not isinstance(p.atom, Axis)
+        if split and isinstance(axis, Axis) and axis not in to_second and not _used(axis, to_first):
             for a in free:
                 own.setdefault(a, _fresh(a, (*second, *(b for b in first if b is not a)), own.values()))
                 to_first[a] = own[a].expr
