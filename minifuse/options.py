@@ -14,10 +14,10 @@ import torch
 from .errors import OptionError
 
 MODES: Mapping[str, str] = {
-    "default": "no change",
-    "reduce-overhead": "CUDA graphs; on CPU no change, where a program already is one call into C between two externs",
-    "max-autotune": "searches schedules by timing them on the device, and CUDA graphs; on CPU no change",
-    "max-autotune-no-cudagraphs": "searches schedules by timing them on the device; on CPU no change",
+    "default": "what the options say",
+    "reduce-overhead": "as default: a program is one call into C between two externs already; no CUDA graphs yet",
+    "max-autotune": "as default: schedules are chosen by rules; no search by timing yet",
+    "max-autotune-no-cudagraphs": "as max-autotune",
 }
 
 
@@ -51,8 +51,8 @@ class Options:
     """Check the IR between passes; an error then names the pass. Unset: on when `$MINIFUSE_VERIFY` is 1."""
 
     deterministic: bool = False
-    """Write no kernel whose result depends on the order in which threads arrive (atomic adds of floats); such ops go to
-    PyTorch. Unset: what `torch.are_deterministic_algorithms_enabled()` says."""
+    """Run PyTorch's operators under `torch.use_deterministic_algorithms(True)`: one that has no deterministic form
+    raises. Generated kernels always are deterministic. Unset: torch's own setting at the call."""
 
     rng: str = "fast"
     """Random numbers: `fast` draws them inside the fused kernels, from a seed of torch's generator; `eager` calls
@@ -82,16 +82,6 @@ class Options:
             if not accepts(value):
                 hint = _did_you_mean(value, _CHOICES.get(field.name, ()))
                 raise OptionError(f"minifuse option {field.name!r}: got {value!r}, expected {expected}{hint}")
-
-    @property
-    def cudagraphs(self) -> bool:
-        """Whether the mode asks for CUDA graphs."""
-        return self.mode in ("reduce-overhead", "max-autotune")
-
-    @property
-    def autotune(self) -> bool:
-        """Whether the mode asks for schedules to be searched by timing."""
-        return self.mode in ("max-autotune", "max-autotune-no-cudagraphs")
 
     @classmethod
     def parse(cls, options: Mapping[str, Any] | None = None, mode: str | None = None) -> Options:

@@ -147,6 +147,20 @@ def test_deterministic_gives_the_same_bits_for_any_number_of_threads() -> None:
     same(found[0], found[1], exact=True)
 
 
+@pytest.mark.parametrize("wanted", [True, False])
+def test_deterministic_reaches_pytorchs_operators(wanted: bool) -> None:
+    seen: list[bool] = []
+
+    @torch.library.custom_op(f"option_effects::mode_{wanted}", mutates_args=())
+    def mode(x: Tensor) -> Tensor:
+        seen.append(torch.are_deterministic_algorithms_enabled())
+        return x.clone()
+
+    mode.register_fake(torch.empty_like)
+    compiled(lambda x: mode(x) + 1, {"deterministic": wanted})(torch.randn(3))
+    assert seen[-1] is wanted and not torch.are_deterministic_algorithms_enabled()
+
+
 def test_precise_is_within_one_ulp() -> None:
     x = torch.linspace(-20, 20, 20_001)
     for name in ("exp", "tanh", "erf", "sin", "log1p"):

@@ -3,7 +3,7 @@
 The text defines `call(args)`. It takes its arguments boxed and clears the list, so that saved
 activations die as soon as their last reader has run. What the text mentions is in the namespace
 that `runtime.program` gives it: `run0`… (C functions), `ext0`… (ATen operators), `const0`…
-(objects that have no literal), `enter`, `view`, `new`, `adopt`, `fail`, `threads`, `interpret`.
+(objects that have no literal), `enter`, `view`, `empty`, `new`, `adopt`, `fail`, `threads`, `interpret`.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ import torch
 from minifuse import compat
 from minifuse.ir.index import Axis, Expr, Sym
 from minifuse.ir.plan import Buffer, Extern, Free, Launch, Opaque, Plan, TensorRef
-from minifuse.passes.memory import out_overload, unknown_at_start
+from minifuse.passes.memory import POOLED_BYTES, out_overload, unknown_at_start
 
 
 @dataclass
@@ -224,8 +224,11 @@ class _Writer:
     def allocate(self, b: Buffer) -> str:
         if b.reuses is not None:
             return f"{self.var(b.name)} = {self.ref(TensorRef(b.reuses, b.shape, b.stride, _zero()))}"
-        where = "" if b.device.type == "cpu" else f", {self.constant(b.device)}"
-        return f"{self.var(b.name)} = new({self.sizes(b.shape)}, {self.sizes(b.stride)}, {self.dtype(b.dtype)}{where})"
+        cpu = b.device.type == "cpu"
+        small = cpu and b.extent.is_const and b.extent.value * b.dtype.itemsize < POOLED_BYTES
+        where = "" if cpu else f", {self.constant(b.device)}"
+        layout = f"{self.sizes(b.shape)}, {self.sizes(b.stride)}, {self.dtype(b.dtype)}"
+        return f"{self.var(b.name)} = {'empty' if small else 'new'}({layout}{where})"
 
     def extern(self, step: Extern, k: int, made: set[str]) -> None:
         plan, out = self.plan, self.lines

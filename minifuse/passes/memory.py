@@ -24,6 +24,8 @@ ALIGN = 64
 # A buffer of this size has a block of its own, which returns to the pool when its last reader has run: one
 # arena for all would be held from the first step to the last. Smaller ones share the arena.
 LARGE_BYTES = 1 << 18
+# Below this a block is torch's allocator's, which keeps such pieces warm itself; from it on, the pool's.
+POOLED_BYTES = 1 << 20
 
 
 @dataclass(frozen=True)

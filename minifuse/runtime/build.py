@@ -77,7 +77,8 @@ def build_all(jobs: Sequence[tuple[Plan, CompileContext]]) -> list[Program]:
         functions = [entry(library, name) for name in unit.functions[own]]
         constants = ctx.stages.get("constants", {})
         programs.append(
-            Program(plan, host, functions, unit.binding[own], unit.symbols, unit.messages[own], constants)
+            Program(plan, host, functions, unit.binding[own], unit.symbols, unit.messages[own], constants,
+                    ctx.options.deterministic)
         )  # fmt: skip
     return programs
 

@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 
+from minifuse import compat
 from minifuse.codegen.program import HostProgram
 from minifuse.ir import dtypes
 from minifuse.ir.index import Expr
@@ -76,6 +77,7 @@ class Program:
         unit_symbols: tuple[str, ...],
         messages: tuple[tuple[str, ...], ...],
         constants: dict[str, torch.Tensor],
+        deterministic: bool = False,
     ) -> None:
         self._boxed_call = True  # on the instance: wrappers copy its dictionary alone
         self.plan = plan
@@ -84,11 +86,13 @@ class Program:
         self.unit_symbols = unit_symbols
         self.messages = messages
         self.constants = constants
+        self.deterministic = deterministic
         self.intervals = arena_intervals(plan)
         self.layouts: dict[tuple[int, ...], Layout] = {}
         self.frames: dict[tuple[tuple[int, ...], int], Frame] = {}
         namespace: dict[str, Any] = {
-            "torch": torch, "enter": self.enter, "leave": self.leave, "view": view, "new": new, "adopt": adopt,
+            "torch": torch, "enter": self.enter, "leave": self.leave, "view": compat.reinterpret_tensor,
+            "empty": compat.empty_strided_cpu, "new": new, "adopt": adopt,
             "fail": self.fail, "threads": threads, "interpret": self.interpret, **host.objects,
         }  # fmt: skip
         namespace.update({f"run{i}": f for i, f in enumerate(functions)})
@@ -97,7 +101,13 @@ class Program:
         self.call: Callable[[list[Any]], Any] = namespace["call"]
 
     def __call__(self, args: list[Any]) -> Any:
-        return self.call(args)
+        if not self.deterministic or torch.are_deterministic_algorithms_enabled():
+            return self.call(args)
+        torch.use_deterministic_algorithms(True)  # for the whole process, as torch has it
+        try:
+            return self.call(args)
+        finally:
+            torch.use_deterministic_algorithms(False)
 
     # -- memory ----------------------------------------------------------------------------------
     def layout(self, key: tuple[int, ...]) -> Layout:
@@ -167,11 +177,6 @@ class Program:
 
     def interpret(self, kernel: Kernel, tensors: list[torch.Tensor], sizes: dict[str, int]) -> None:
         run_kernel(kernel, {p.name: t for p, t in zip(kernel.params, tensors, strict=True)}, sizes)
-
-
-def view(x: torch.Tensor, size: tuple[int, ...], stride: tuple[int, ...], offset: int) -> torch.Tensor:
-    """A strided view; the offset counts from the tensor's own first element."""
-    return x.as_strided(size, stride, x.storage_offset() + offset)
 
 
 def new(
