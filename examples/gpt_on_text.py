@@ -14,6 +14,7 @@ from dataclasses import dataclass, field
 
 import torch
 import torch.nn.functional as F
+from rich import box
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn
 from rich.table import Table
@@ -119,7 +120,7 @@ def train(trainers: list[Trainer], steps: int, console: Console) -> None:
 
 def summary(trainers: list[Trainer], peaks: dict[str, int]) -> Table:
     title = "The same model, the same batches (gap: largest difference of a loss from eager's, relative)"
-    table = Table(title=title, title_justify="left")
+    table = Table(title=title, title_justify="left", box=box.SIMPLE, pad_edge=False)
     for heading in ("", "loss", "gap", "compile", "step", "speed", "peak"):
         table.add_column(heading, justify="right", no_wrap=True)
     eager = trainers[0]

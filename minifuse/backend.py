@@ -24,6 +24,7 @@ from .ir import prims  # noqa: F401 - registers the random operators before anyt
 from .ir.plan import Launch, Plan
 from .options import Options
 from .passes.context import CompileContext
+from .passes.cse import merge_equal
 from .passes.decompose import decompositions
 from .passes.fuse import fuse
 from .passes.lower import lower
@@ -120,9 +121,10 @@ class Graph:
         """Split the joint graph: which values the backward loads, which it recomputes."""
         ctx = self.remat = CompileContext(f"{self.name}_joint", "joint", self.options)
         with ctx.phase("normalise"):
+            merge_equal(joint.graph)
             if self.options.rng == "fast":
                 replace_random(joint.graph)
-                joint.recompile()
+            joint.recompile()
         self.keep("joint", joint)
         with ctx.phase("remat"):
             forward, backward, plan = partition(
@@ -142,9 +144,10 @@ class Graph:
         return self.compile(gm, "forward", self.output_strides(gm))
 
     def inference(self, gm: fx.GraphModule, inputs: Sequence[Any]) -> Boxed:
+        merge_equal(gm.graph)
         if self.options.rng == "fast":
             replace_random(gm.graph)
-            gm.recompile()
+        gm.recompile()
         return self.compile(gm, "inference", self.output_strides(gm))
 
     def backward(self, gm: fx.GraphModule, inputs: Sequence[Any]) -> Boxed:

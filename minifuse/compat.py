@@ -233,6 +233,15 @@ def forward_metadata() -> Any:
 _EXTRACT_PARAMETERS = frozenset(inspect.signature(partitioners._extract_fwd_bwd_modules).parameters)
 
 
+def storage_id(val: Any) -> int | None:
+    """What is equal of two traced tensors that share memory, while both live; None where there is no memory to share.
+    `StorageWeakRef` is made from the same. 2.11-2.13."""
+    try:
+        return val.untyped_storage()._cdata if isinstance(val, torch.Tensor) else None
+    except NotImplementedError:
+        return None
+
+
 empty_strided_cpu = _guards._empty_strided_cpu  # type: ignore[attr-defined]
 """`torch.empty_strided` for CPU as (size, stride, dtype), in half the time. 2.11-2.13."""
 

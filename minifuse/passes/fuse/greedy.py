@@ -218,7 +218,7 @@ class Fuser(Legality):
         if self.fuel is not None and self.fuel <= 0:
             return
         verdict = self.legal(a, b)
-        if isinstance(verdict, Refusal) and self.inline(a, b):
+        if isinstance(verdict, Refusal) and (self.inline(a, b) or self.inline(b, a)):
             return
         where = self.plan.origins.get(b.nodes[-1], "")
         subject = (a.nodes[-1], b.nodes[-1])

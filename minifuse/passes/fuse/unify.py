@@ -111,6 +111,9 @@ def unify(
                 to_first[a] = own[a].expr
             to_second[axis] = p.substitute({a: to_first[a] for a in p.axes()})
             continue
+        if free and (pairs := _digit_by_digit(p, c, to_first, to_second)):
+            to_first.update(pairs)
+        free = [a for a in p.axes() if a not in to_first]
         image = p.substitute({a: to_first.get(a, a.expr) for a in p.axes()})
         target = c.substitute(to_second)  # type: ignore[arg-type]
         if free or image is not target:
@@ -154,6 +157,18 @@ def unify(
         {a: e for a, e in to_first.items() if e.atom is not a},
         {a: e for a, e in to_second.items() if e.atom is not a},
     )
+
+
+def _digit_by_digit(p: Expr, c: Expr, first: Substitution, second: Substitution) -> Substitution | None:
+    """Axes of two sums of axes that have the same factors and extents, `128*i + j` twice: equal where each digit is."""
+    mine = {p.coefficient(a): a for a in p.axes() if a not in first}
+    theirs = {c.coefficient(a): a for a in c.axes() if a not in second}
+    if None in mine or mine.keys() != theirs.keys() or len(mine) < len(p.axes()) or len(theirs) < len(c.axes()):
+        return None
+    pairs = {a: theirs[k] for k, a in mine.items()}
+    if any(a.size is not b.size for a, b in pairs.items()) or any(_used(b, first) for b in pairs.values()):
+        return None
+    return {a: b.expr for a, b in pairs.items()}
 
 
 def _used(axis: Axis, images: Substitution) -> bool:
