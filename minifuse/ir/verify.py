@@ -192,6 +192,9 @@ class _Memory:
         given = self.plan.buffers[name].storage in ("input", "constant")
         if given and name not in self.plan.mutated:
             raise self.fail(f"buffer {name} is an input that the plan does not declare as mutated")
+        over = self.plan.buffers[name].reuses
+        if over is not None and self.taken.get(over) != name:
+            raise self.fail(f"buffer {name} is to take the memory of {over}, which only a launch that writes it does")
         if not given and name in self.writer:
             raise self.fail(f"buffer {name} was written by {self.writer[name]} already")
         self.writer[name] = self.where

@@ -253,6 +253,27 @@ def a_split_reduction_changes_no_bit() -> str:
 
 
 @case
+def column_sums_ride_along_with_the_rows() -> str:
+    """The backward of a norm over a ragged number of blocks: one launch over them, one that joins."""
+    x, g, w = torch.randn(85, 56), torch.randn(85, 56), torch.randn(56)
+
+    def f(x: Tensor, g: Tensor, w: Tensor) -> tuple[Tensor, ...]:
+        h, n = g * w, x * x.square().mean(1, keepdim=True).rsqrt()
+        return h - n * (h * n).mean(1, keepdim=True), (g * n).sum(0), g.sum(0)
+
+    least = schedule_triton.LEAST_ROWS
+    schedule_triton.LEAST_ROWS = 64
+    try:
+        found = compiled(f)(x, g, w)
+    finally:
+        schedule_triton.LEAST_ROWS = least
+    launches = [launch.name for launch in RECORDS[-1].stages["memory"].launches]
+    if len(launches) != 2:
+        return f"launches {launches}"
+    return same(found, compiled(f, fusion_fuel=0)(x, g, w))
+
+
+@case
 def helpers_run_as_they_are_written() -> str:
     """Reductions without the stand-ins that save time in the other cases."""
     kept = dict(triton_interpret.STAND_INS)

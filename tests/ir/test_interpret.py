@@ -47,6 +47,24 @@ def test_softmax_of_any_size_is_torchs(shape):
     torch.testing.assert_close(out, x.softmax(-1))
 
 
+def test_a_masked_store_writes_where_the_mask_holds_and_may_point_elsewhere_where_not():
+    x, out = torch.randn(7, 5), torch.full((7, 5), 9.0)
+    run(
+        """
+kernel chunks  p < 2, q < 4, j < 5
+  param x : f32[7, 5]
+  param out : f32[7, 5]
+  v0 : f32[p, q, j] = load x[4*p + q, j] if lt(index(4*p + q), 7) else 0.0
+  store out[4*p + q, j] = neg(v0) if and(lt(index(4*p + q), 7), ne(index(p + q), 1))
+""",
+        x=x,
+        out=out,
+    )
+    want = -x
+    want[1] = want[4] = 9.0
+    assert torch.equal(out, want)
+
+
 def test_tensors_may_have_any_strides():
     x, out = torch.randn(9, 5).t(), torch.empty(9, 10)[:, ::2].t()
     run(SOFTMAX, {"s0": 5, "s1": 9}, x=x, out=out)

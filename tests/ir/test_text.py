@@ -80,7 +80,7 @@ kernel every  i < 6, j < s0*s1
   store halves[i] = cast(bf16, cast(f32, load w[i]))
   v4 : i32[j] = index(i32, j + 2)
   store drawn[i, j] = add(v1, cast(i64, load a[v4, 0]))
-  store scalar[] = 0.1
+  store scalar[] = 0.1 if lt(index(s0), 5)
   check False "a \\"quoted\\", \\u00e9 # message"
 """
 

@@ -199,6 +199,41 @@ def test_a_plan_that_breaks_a_rule_is_refused(build, message):
         verify_plan(build())
 
 
+def over(new, old, **changed):
+    """`new` in the memory of `old`."""
+    return dataclasses.replace(buffer(new, "pooled"), reuses=old, **changed)
+
+
+def in_place():
+    """z = 2 * z"""
+    at = tuple(a.expr for a in K.axes)
+    body = (Store("x", at, Op.of("mul", Load.of("x", at, F32), Const.of(2, F32))),)
+    return Launch(Kernel(K.axes, K.params[:1], body), ("z",), name="in_place")
+
+
+def test_a_result_may_take_the_memory_of_a_block_that_is_read_no_more():
+    verify_plan(plan(XY, in_place(), Free(("y",)), outputs=(ref("z"),), extra=(buffer("y", "pooled"), over("z", "y"))))
+
+
+@pytest.mark.parametrize(
+    ("steps", "buffers", "message"),
+    [
+        (
+            (XY, in_place(), neg("y", "w")),
+            (buffer("y", "pooled"), over("z", "y"), buffer("w")),
+            "after z took its memory",
+        ),
+        ((XY, in_place()), (buffer("y"), over("z", "y")), "buffer z cannot take the memory of y, arena"),
+        ((XY, in_place()), (buffer("y", "pooled"), over("z", "x")), "buffer z cannot take the memory of x, input"),
+        ((in_place(),), (buffer("y", "pooled"), over("z", "y")), "buffer y is used before anything wrote it"),
+        ((XY, neg("y", "z")), (buffer("y", "pooled"), over("z", "y")), "which only a launch that writes it does"),
+    ],
+)
+def test_memory_that_cannot_be_taken_over(steps, buffers, message):
+    with pytest.raises(VerificationError, match=message):
+        verify_plan(plan(*steps, extra=buffers))
+
+
 @pytest.mark.parametrize(
     "wrong", [buffer("w", shape=(8, 4)), buffer("w", dtype=torch.float64), buffer("w", shape=(32,))]
 )
