@@ -1,7 +1,9 @@
-"""Memory that stays warm: arenas leased for a call, and tensors whose block comes back when they die.
+"""Memory that stays warm: arenas leased for a call, and tensors whose piece comes back when they die.
 
 Fresh pages cost more than the arithmetic on them (`clone` of 64 MB takes 18.8 ms, `copy_` into warm memory 2.8),
-so blocks are kept and handed out again. CPU only; on CUDA, PyTorch's caching allocator does the same.
+so memory is kept and handed out again. It comes from the system in segments of the size asked; a segment is split
+into pieces when less is wanted of it, and free neighbours coalesce. CPU only; on CUDA, PyTorch's caching allocator
+does the same.
 """
 
 from __future__ import annotations
@@ -10,82 +12,112 @@ import os
 import threading
 import time
 import weakref
+from bisect import bisect_left, insort
+from collections import deque
 from collections.abc import Sequence
-from contextlib import suppress
 from types import TracebackType
 from typing import Any
 
 import numpy as np
 import torch
 
+from minifuse.passes.memory import POOLED_BYTES
+
 # Below this many bytes torch's allocator is used: malloc keeps such pieces warm itself once it has grown, and wrapping
-# a block costs 4 us against 1.2. Writing one of four tensors in turn, fresh against pooled (us): 64 KiB 4 and 7,
+# a piece costs 4 us against 1.2. Writing one of four tensors in turn, fresh against pooled (us): 64 KiB 4 and 7,
 # 1 MiB 64 and 71, 4 MiB 384 and 352, 64 MiB 31,000 and 11,900.
-SMALL = 1 << 20
-# Blocks unused for this many seconds go back to the system when the pool next asks it for memory.
+SMALL = POOLED_BYTES
+# Segments unused for this many seconds go back to the system when the pool next asks it for memory.
 MAX_AGE = 30.0
-_STEPS = 8
-# A free block of one of the next sizes serves a request that has none of its own.
-NEAR_CLASSES = 4
 # Beyond what was in use at most, one part in so many may be held.
 SLACK = 32
-
-
-def size_class(nbytes: int) -> int:
-    """The bytes of the block that serves a request: eight sizes an octave, so that at most 1/8 is waste; 32 for
-    large ones, whose waste would show."""
-    if nbytes <= 512:
-        return -(-max(nbytes, 1) // 64) * 64
-    steps = _STEPS if nbytes < SMALL else 4 * _STEPS
-    step = 1 << ((nbytes - 1).bit_length() - steps.bit_length())
-    return -(-nbytes // step) * step
+# The bytes of a piece are a multiple of this, so that nearly equal requests find each other's pieces.
+PAGE = 4096
+# A rest of so many bytes is worth a piece of its own. Tensors have 16 times as much, so that a smaller rest serves
+# arenas alone and is waste of 1/16 at most; arenas smaller than this do not split what a tensor may want.
+KEEP = SMALL // 16
 
 
 class _Tenant(np.ndarray):
-    """The bytes that one tensor has of a block. torch's storage owns it alone, so it dies with the storage."""
+    """The bytes that one tensor has of a piece. torch's storage owns it alone, so it dies with the storage."""
 
     def __del__(self) -> None:
-        block = getattr(self, "block", None)
-        if block is not None:
-            block.give_back()
+        piece = getattr(self, "piece", None)
+        if piece is not None:
+            piece.give_back()
 
 
-class _Block:
-    """A 64-byte aligned piece of memory, in use or in its pool's free list of its size.
+class _Piece:
+    """A 64-byte aligned part of a segment, `offset` bytes into it, between its neighbours `below` and `above`.
 
-    `memo` is for what a user of the block wants to find again with it, by user; it dies with either.
+    `memo` is for what a user of the memory wants to find again with it, by user; it goes when the piece changes.
     """
 
-    __slots__ = ("array", "free", "memo", "since", "tensor", "usage")
+    __slots__ = (
+        "_memo", "_tensor", "above", "address", "array", "below", "free", "offset", "returned", "segment", "since",
+        "size",
+    )  # fmt: skip
 
-    def __init__(self, size: int, free: list[_Block], usage: _Usage) -> None:
-        self.tensor = torch.empty(size, dtype=torch.uint8)
-        self.array = self.tensor.numpy()
-        self.free = free
-        self.usage = usage
+    def __init__(self, segment: torch.Tensor, array: np.ndarray, returned: deque[_Piece]) -> None:
+        self.segment = segment
+        self.array = array
+        self.returned = returned
+        self.address: int = segment.data_ptr()
+        self.offset = 0
+        self.below: _Piece | None = None
+        self.above: _Piece | None = None
+        self.free = False
         self.since = 0.0
-        self.memo: weakref.WeakKeyDictionary[Any, Any] = weakref.WeakKeyDictionary()
+        self.resize(segment.nbytes)
+
+    def resize(self, size: int) -> None:
+        self.size = size
+        self._tensor: torch.Tensor | None = None
+        self._memo: weakref.WeakKeyDictionary[Any, Any] | None = None
+
+    @property
+    def tensor(self) -> torch.Tensor:
+        if self._tensor is None:
+            self._tensor = self.segment[self.offset : self.offset + self.size]
+        return self._tensor
+
+    @property
+    def memo(self) -> weakref.WeakKeyDictionary[Any, Any]:
+        if self._memo is None:
+            self._memo = weakref.WeakKeyDictionary()
+        return self._memo
+
+    @property
+    def whole(self) -> bool:
+        """Whether this is all of its segment."""
+        return self.below is None and self.above is None
+
+    def split(self, size: int) -> _Piece:
+        """Keep the first `size` bytes; the rest becomes a piece, which is returned."""
+        rest = _Piece(self.segment, self.array, self.returned)
+        rest.address = self.address + size
+        rest.offset = self.offset + size
+        rest.resize(self.size - size)
+        rest.since = self.since
+        rest.below, rest.above, self.above = self, self.above, rest
+        if rest.above is not None:
+            rest.above.below = rest
+        self.resize(size)
+        return rest
+
+    def absorb(self, above: _Piece) -> None:
+        """Take the neighbour's memory over; both are free."""
+        self.above = above.above
+        if self.above is not None:
+            self.above.below = self
+        self.since = max(self.since, above.since)
+        self.resize(self.size + above.size)
 
     def give_back(self) -> None:
-        # Runs in finalisers, on any thread, perhaps inside the pool's own code: the lock is reentrant.
+        # Runs in finalisers, on any thread, perhaps inside the pool's own code: it takes no lock and changes nothing
+        # that the pool reads; appending is atomic.
         self.since = time.monotonic()
-        self.usage.change(-self.tensor.nbytes)
-        self.free.append(self)
-
-
-class _Usage:
-    """Bytes in use, now and at most."""
-
-    __slots__ = ("lock", "most", "now")
-
-    def __init__(self) -> None:
-        self.now = self.most = 0
-        self.lock = threading.RLock()
-
-    def change(self, nbytes: int) -> None:
-        with self.lock:
-            self.now += nbytes
-            self.most = max(self.most, self.now)
+        self.returned.append(self)
 
 
 class Lease:
@@ -94,30 +126,30 @@ class Lease:
     `release()` gives it back, once; so does leaving a `with` block, or the death of the lease.
     """
 
-    __slots__ = ("_block", "nbytes")
+    __slots__ = ("_piece", "nbytes")
 
-    def __init__(self, block: _Block, nbytes: int) -> None:
-        self._block: _Block | None = block
+    def __init__(self, piece: _Piece, nbytes: int) -> None:
+        self._piece: _Piece | None = piece
         self.nbytes = nbytes
 
     @property
     def tensor(self) -> torch.Tensor:
         """The memory. Raises RuntimeError after the release."""
-        if self._block is None:
+        if self._piece is None:
             raise RuntimeError("this lease has been released; its memory may serve another call")
-        return self._block.tensor
+        return self._piece.tensor
 
     @property
     def memo(self) -> weakref.WeakKeyDictionary[Any, Any]:
         """What users of this memory left to be found with it."""
-        if self._block is None:
+        if self._piece is None:
             raise RuntimeError("this lease has been released; its memory may serve another call")
-        return self._block.memo
+        return self._piece.memo
 
     def release(self) -> None:
-        block, self._block = self._block, None
-        if block is not None:
-            block.give_back()
+        piece, self._piece = self._piece, None
+        if piece is not None:
+            piece.give_back()
 
     def __enter__(self) -> Lease:
         return self
@@ -126,49 +158,65 @@ class Lease:
         self.release()
 
     def __del__(self) -> None:
-        if getattr(self, "_block", None) is not None:
+        if getattr(self, "_piece", None) is not None:
             self.release()
 
 
 class Pool:
-    """Blocks of CPU memory by size class. Safe between threads; a forked child has its own copy.
+    """CPU memory in segments, split and coalesced: best fit (Knuth, TAOCP 1, section 2.5).
 
-    `limit_bytes`: how much may lie unused; beyond it the blocks unused longest go back to the system.
+    Safe between threads; a forked child has its own copy. `limit_bytes`: how much may lie unused; beyond it the
+    free segments unused longest go back to the system.
     """
 
     def __init__(self, limit_bytes: int = 4 << 30) -> None:
         self.limit_bytes = limit_bytes
-        self._free: dict[int, list[_Block]] = {}
-        self._held = 0
-        self._usage = _Usage()
         self._lock = threading.Lock()
+        self._forget()
         if hasattr(os, "register_at_fork"):
             this = weakref.ref(self)
             os.register_at_fork(after_in_child=lambda: _renew_lock(this))
 
+    def _forget(self) -> None:
+        """Begin anew. Pieces in use live on, and their segments go when they all have died."""
+        self._returned: deque[_Piece] = deque()  # given back, and not yet in `_free`
+        self._free: dict[int, dict[int, _Piece]] = {}  # by size, then by address
+        self._sizes: list[int] = []  # the keys of `_free`, ascending
+        self._kept: set[int] = set()  # segments of these sizes are not split
+        self._held = self._used = self._most = 0
+        self._torn = False
+
     @property
     def held_bytes(self) -> int:
         """Bytes that the pool has from the system, in use or not."""
-        return self._held
+        return self._counts()[0]
 
     @property
     def free_bytes(self) -> int:
-        """Bytes of blocks that wait for their next use."""
-        return sum(size * len(blocks) for size, blocks in list(self._free.items()))
+        """Bytes that wait for their next use."""
+        held, used = self._counts()
+        return held - used
 
     @property
     def used_bytes(self) -> int:
-        """Bytes of blocks under leases and living tensors."""
-        return self._usage.now
+        """Bytes of pieces under leases and living tensors."""
+        return self._counts()[1]
+
+    def _counts(self) -> tuple[int, int]:
+        with self._lock:
+            self._begin()
+            self._settle()
+            self._torn = False
+            return self._held, self._used
 
     def lease(self, nbytes: int) -> Lease:
         """An arena of at least `nbytes` bytes, contents undefined."""
         return Lease(self._take(nbytes), nbytes)
 
     def tensor(self, shape: Sequence[int], stride: Sequence[int], dtype: torch.dtype) -> torch.Tensor:
-        """An uninitialised tensor, like `torch.empty_strided`, over a block that returns when its storage dies.
+        """An uninitialised tensor, like `torch.empty_strided`, over a piece that returns when its storage dies.
 
-        Whatever holds the storage (views, detached aliases, saved tensors, numpy arrays of it) holds the block.
+        Whatever holds the storage (views, detached aliases, saved tensors, numpy arrays of it) holds the piece.
         The storage cannot grow: `resize_` to more bytes raises, as for any tensor over foreign memory.
         """
         count = 1
@@ -179,59 +227,139 @@ class Pool:
         nbytes = count * dtype.itemsize
         if nbytes < SMALL:
             return torch.empty_strided(shape, stride, dtype=dtype)
-        block = self._take(nbytes)
-        tenant = np.ndarray.__new__(_Tenant, (nbytes,), np.uint8, block.array)
-        tenant.block = block
+        piece = self._take(nbytes)
+        tenant = np.ndarray.__new__(_Tenant, (nbytes,), np.uint8, piece.array, piece.offset)
+        tenant.piece = piece
         flat = torch.frombuffer(tenant, dtype=dtype)
         return flat.set_(flat.untyped_storage(), 0, shape, stride)
 
     def trim(self, max_age: float = 0.0, limit_bytes: int = 0) -> int:
-        """Give blocks back to the system: those unused for `max_age` seconds, and the oldest of the others
+        """Give free segments back to the system: those unused for `max_age` seconds, and the oldest of the others
         while more than `limit_bytes` lie unused. Returns the bytes given back."""
-        now, given = time.monotonic(), 0
         with self._lock:
-            waiting = sorted((b for blocks in self._free.values() for b in list(blocks)), key=lambda b: b.since)
-            unused = sum(b.tensor.nbytes for b in waiting)
-            for block in waiting:
-                if now - block.since < max_age and unused - given <= limit_bytes:
-                    break
-                try:
-                    block.free.remove(block)
-                except ValueError:
-                    continue  # another thread took it meanwhile
-                given += block.tensor.nbytes
-            self._held -= given
-        return given
+            self._begin()
+            self._settle()
+            given = self._shrink(max_age, limit_bytes)
+            self._torn = False
+        return sum(piece.size for piece in given)
 
-    def _take(self, nbytes: int) -> _Block:
-        size = size_class(nbytes)
-        block = self._reuse(size) or self._new(size)
-        self._usage.change(block.tensor.nbytes)
-        return block
+    def _take(self, nbytes: int) -> _Piece:
+        size = -(-max(nbytes, 1) // PAGE) * PAGE
+        with self._lock:
+            self._begin()
+            piece = self._last(size)
+            if piece is None:
+                self._settle()
+                piece = self._fit(size) or self._fresh(size)
+                self._used += piece.size
+                if self._used > self._most:
+                    self._most = self._used
+            self._torn = False
+        return piece
 
-    def _reuse(self, size: int) -> _Block | None:
-        """A free block of this size, the warmest, or of one of the next sizes."""
-        for _ in range(1 + NEAR_CLASSES):
-            free = self._free.get(size)
-            with suppress(IndexError):  # another thread may take it first
-                if free:
-                    return free.pop()
-            size = size_class(size + 1)
+    # What follows runs under the lock, between `_begin` and `_torn = False`.
+    def _begin(self) -> None:
+        if self._torn:  # an interrupt, or a fork while another thread was inside, left a change half made
+            self._forget()
+        self._torn = True
+
+    def _last(self, size: int) -> _Piece | None:
+        """The piece given back last, if it has this size: warm, with its memo, and still counted as in use."""
+        if self._returned:
+            piece = self._returned.pop()
+            if piece.size == size:
+                return piece
+            self._returned.append(piece)
         return None
 
-    def _new(self, size: int) -> _Block:
-        """A block from the system. What is held stays near what was once in use together: unused blocks of
-        other sizes go first."""
-        with self._lock:
-            free = self._free.setdefault(size, [])
-        if self._held:
-            used = self._usage.now + size
-            most = max(self._usage.most, used)
-            self.trim(MAX_AGE, min(self.limit_bytes, most + most // SLACK - used))
-        block = _Block(size, free, self._usage)
-        with self._lock:
-            self._held += size
-        return block
+    def _settle(self) -> None:
+        """Put the pieces given back among the free ones, each as one with its free neighbours. Segments that were
+        split when others were wanted go back to the system once they are free."""
+        whole, returned = False, self._returned
+        while returned:
+            piece = returned.popleft()
+            self._used -= piece.size
+            below, above = piece.below, piece.above
+            if above is not None and above.free:
+                self._remove(above)
+                piece.absorb(above)
+            if below is not None and below.free:
+                self._remove(below)
+                below.absorb(piece)
+                piece = below
+            self._insert(piece)
+            whole = whole or (piece.below is None and piece.above is None)
+        if whole and self._held > self._bound():
+            self._shrink(MAX_AGE, self._bound() - self._used)
+
+    def _bound(self) -> int:
+        """The bytes that may be held: near what was once in use together."""
+        return self._most + self._most // SLACK
+
+    def _insert(self, piece: _Piece) -> None:
+        piece.free = True
+        size = piece.size
+        same = self._free.get(size)
+        if same is None:
+            self._free[size] = {piece.address: piece}
+            insort(self._sizes, size)
+        else:
+            same[piece.address] = piece
+
+    def _remove(self, piece: _Piece) -> None:
+        piece.free = False
+        size = piece.size
+        same = self._free[size]
+        del same[piece.address]
+        if not same:
+            del self._free[size], self._sizes[bisect_left(self._sizes, size)]
+
+    def _fit(self, size: int) -> _Piece | None:
+        """The piece of this size given back last, or else the first of the next size, split if its rest is worth it."""
+        same = self._free.get(size)
+        if same is not None:
+            piece = same[next(reversed(same))]
+            self._remove(piece)
+            return piece
+        for larger in self._sizes[bisect_left(self._sizes, size) :]:
+            same = self._free[larger]
+            piece = same[min(same)]
+            if larger - size < KEEP:
+                self._remove(piece)
+                return piece
+            if size >= KEEP and not (piece.whole and larger in self._kept):
+                self._remove(piece)
+                self._insert(piece.split(size))
+                return piece
+        return None
+
+    def _fresh(self, size: int) -> _Piece:
+        """A segment from the system; free segments of other sizes go first. Where more is held nevertheless than was
+        once in use together, parts of segments lie idle: segments of their sizes are not split again."""
+        used = self._used + size
+        seen, self._most = self._most, max(self._most, used)
+        self._shrink(MAX_AGE, min(self.limit_bytes, self._bound() - used))
+        if used <= seen and self._held + size > self._bound():
+            self._kept.update(p.segment.nbytes for same in self._free.values() for p in same.values())
+        try:
+            segment = torch.empty(size, dtype=torch.uint8)
+        except RuntimeError:  # no memory: the pool is whole, and goes on
+            self._most, self._torn = seen, False
+            raise
+        self._held += size
+        return _Piece(segment, segment.numpy(), self._returned)
+
+    def _shrink(self, max_age: float, limit_bytes: int) -> list[_Piece]:
+        """Drop free segments as `trim` says; returns them."""
+        whole = [p for same in self._free.values() for p in same.values() if p.below is None and p.above is None]
+        now, dropped = time.monotonic(), []
+        for piece in sorted(whole, key=lambda p: p.since):
+            if now - piece.since < max_age and self._held - self._used <= limit_bytes:
+                break
+            self._remove(piece)
+            self._held -= piece.size
+            dropped.append(piece)
+        return dropped
 
 
 def _renew_lock(pool: weakref.ref[Pool]) -> None:
@@ -239,4 +367,3 @@ def _renew_lock(pool: weakref.ref[Pool]) -> None:
     found = pool()
     if found is not None:
         found._lock = threading.Lock()
-        found._usage.lock = threading.RLock()
