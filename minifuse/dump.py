@@ -9,11 +9,8 @@ kernel_NAME.py                                                              runs
 
 from __future__ import annotations
 
-import contextlib
 import json
-import os
 import re
-import tempfile
 import warnings
 from pathlib import Path
 
@@ -25,6 +22,7 @@ from .ir.text import print_plan
 from .options import Options
 from .passes import pipeline
 from .records import Record
+from .runtime.cache import write_atomically
 
 REPLAYED_OPTIONS = ("target", "precise", "widen")
 _refused: set[str] = set()
@@ -39,7 +37,7 @@ def write(record: Record, root: str, options: Options | None = None) -> Path:
     try:
         folder.mkdir(parents=True, exist_ok=True)
         for name, text in contents(record, options or Options()).items():
-            write_atomically(folder / name, text)
+            write_atomically(folder / name, text.encode(errors="backslashreplace"))
     except OSError as error:
         if root not in _refused:
             _refused.add(root)
@@ -74,16 +72,3 @@ def contents(record: Record, options: Options) -> dict[str, str]:
             name = re.sub(r"[^A-Za-z0-9_]", "_", launch.name)
             files.setdefault(f"kernel_{name}.py", kernel_script(final, launch, chosen))
     return files
-
-
-def write_atomically(path: Path, text: str) -> None:
-    """The whole file or none of it."""
-    handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}-")
-    try:
-        with os.fdopen(handle, "w", encoding="utf-8", errors="backslashreplace") as f:
-            f.write(text)
-        os.replace(temporary, path)
-    except BaseException:
-        with contextlib.suppress(OSError):
-            os.unlink(temporary)
-        raise

@@ -15,11 +15,11 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from minifuse import dump
 from minifuse.explain.replay import kernel_script, replay
 from minifuse.ir.plan import Plan
 from minifuse.ir.text import print_kernel
 from minifuse.records import RECORDS
+from minifuse.runtime.cache import write_atomically
 
 STEM = ("decisions.json", "decisions.txt", "kernels.c", "program.py", "report.html", "report.json", "report.txt")
 
@@ -131,14 +131,14 @@ def test_text_of_the_user_stands_in_a_script_only_as_a_literal(tmp_path: Path) -
 
 def test_a_file_is_written_whole_or_not_at_all(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     target = tmp_path / "a.txt"
-    dump.write_atomically(target, "old")
+    write_atomically(target, b"old")
 
     def fail(*_: object) -> None:
         raise OSError("disk full")
 
     monkeypatch.setattr(os, "replace", fail)
     with pytest.raises(OSError, match="disk full"):
-        dump.write_atomically(target, "new")
+        write_atomically(target, b"new")
     assert [path.read_text() for path in tmp_path.iterdir()] == ["old"]
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import re
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from typing import Any, Literal
 
 import torch
@@ -231,9 +231,6 @@ class Plan:
         if size.is_const:
             return size.value
         return size.evaluate({name: s.hint for name, s in self.symbols.items()})
-
-    def with_steps(self, steps: Iterable[Step]) -> Plan:
-        return replace(self, steps=tuple(steps))
 
 
 @dataclass(frozen=True)

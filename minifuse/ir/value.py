@@ -19,6 +19,11 @@ _values: weakref.WeakValueDictionary[tuple, Value] = weakref.WeakValueDictionary
 NO_AXES: frozenset[Axis] = frozenset()
 
 
+def _field(i: int) -> Any:
+    """A name for entry `i` of `Value.fields`."""
+    return property(lambda self: self.fields[i])
+
+
 class Value:
     """A typed value that varies over `axes`; immutable and interned, so `is` compares meaning."""
 
@@ -89,21 +94,10 @@ class Load(Value):
             axes = axes if v is None else axes | v.axes
         return Load._make((param, index, mask, other), dtype, axes)
 
-    @property
-    def param(self) -> str:
-        return self.fields[0]
-
-    @property
-    def index(self) -> tuple[Index, ...]:
-        return self.fields[1]
-
-    @property
-    def mask(self) -> Value | None:
-        return self.fields[2]
-
-    @property
-    def other(self) -> Value | None:
-        return self.fields[3]
+    param: str = _field(0)
+    index: tuple[Index, ...] = _field(1)
+    mask: Value | None = _field(2)
+    other: Value | None = _field(3)
 
     @property
     def args(self) -> tuple[Value, ...]:
@@ -176,9 +170,7 @@ class IndexOf(Value):
             raise TypeError(f"an index is int64 or int32, found {dtype}")
         return IndexOf._make((expr,), dtype, expr.axes())
 
-    @property
-    def expr(self) -> Expr:
-        return self.fields[0]
+    expr: Expr = _field(0)
 
     def rebuild(self, args: tuple[Value, ...], index: Callable[[Expr], Expr]) -> Value:
         return IndexOf.of(index(self.expr), self.dtype)
@@ -198,13 +190,8 @@ class Op(Value):
             axes = axes | a.axes
         return Op._make((name, args), dtype, axes)
 
-    @property
-    def name(self) -> str:
-        return self.fields[0]
-
-    @property
-    def args(self) -> tuple[Value, ...]:
-        return self.fields[1]
+    name: str = _field(0)
+    args: tuple[Value, ...] = _field(1)
 
     def rebuild(self, args: tuple[Value, ...], index: Callable[[Expr], Expr]) -> Value:
         return Op.of(self.name, *args)
@@ -226,9 +213,7 @@ class Cast(Value):
             return Const.of(_round_const(arg.value, arg.dtype), dtype)
         return Cast._make((arg,), dtype, arg.axes)
 
-    @property
-    def arg(self) -> Value:
-        return self.fields[0]
+    arg: Value = _field(0)
 
     @property
     def args(self) -> tuple[Value, ...]:
@@ -271,21 +256,10 @@ class Random(Value):
         dtype = torch.int64 if kind == "bits" else torch.float32
         return Random._make((kind, seed, offset, index), dtype, seed.axes | index.axes())
 
-    @property
-    def kind(self) -> RandomKind:
-        return self.fields[0]
-
-    @property
-    def seed(self) -> Value:
-        return self.fields[1]
-
-    @property
-    def offset(self) -> int:
-        return self.fields[2]
-
-    @property
-    def index(self) -> Expr:
-        return self.fields[3]
+    kind: RandomKind = _field(0)
+    seed: Value = _field(1)
+    offset: int = _field(2)
+    index: Expr = _field(3)
 
     @property
     def args(self) -> tuple[Value, ...]:
@@ -329,21 +303,10 @@ class Reduce(Value):
             axes = axes | a.axes
         return Reduce._make((kind, args, over, lanes), args[0].dtype, axes - {over})
 
-    @property
-    def kind(self) -> str:
-        return self.fields[0]
-
-    @property
-    def args(self) -> tuple[Value, ...]:
-        return self.fields[1]
-
-    @property
-    def over(self) -> Axis:
-        return self.fields[2]
-
-    @property
-    def lanes(self) -> int:
-        return self.fields[3]
+    kind: str = _field(0)
+    args: tuple[Value, ...] = _field(1)
+    over: Axis = _field(2)
+    lanes: int = _field(3)
 
     @property
     def chunk(self) -> int:
@@ -368,13 +331,8 @@ class Pick(Value):
             raise IndexError(f"pick {i} of {len(value.args)} results")
         return Pick._make((value, i), value.args[i].dtype, value.axes)
 
-    @property
-    def value(self) -> Reduce:
-        return self.fields[0]
-
-    @property
-    def i(self) -> int:
-        return self.fields[1]
+    value: Reduce = _field(0)
+    i: int = _field(1)
 
     @property
     def args(self) -> tuple[Value, ...]:

@@ -213,24 +213,3 @@ def pack(intervals: Sequence[Interval], nbytes: Mapping[str, int]) -> tuple[dict
         placed.append((where, where + size, v))
         placed.sort(key=lambda p: p[0])
     return offsets, total
-
-
-def peak_bytes(plan: Plan) -> int:
-    """Bytes of the arena with every size at its hint."""
-    intervals = arena_intervals(plan)
-    sizes = {v.buffer: plan.hint(plan.buffers[v.buffer].extent) * dtypes.itemsize(plan.buffers[v.buffer].dtype)
-             for v in intervals}  # fmt: skip
-    return pack(intervals, sizes)[1]
-
-
-def launches_between_externs(plan: Plan) -> list[list[Step]]:
-    """Runs of launches that one call can do; each extern stands alone."""
-    runs: list[list[Step]] = []
-    for step in plan.steps:
-        if isinstance(step, Free):
-            continue
-        if isinstance(step, Launch) and runs and isinstance(runs[-1][0], Launch):
-            runs[-1].append(step)
-        else:
-            runs.append([step])
-    return runs

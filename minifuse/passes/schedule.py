@@ -33,20 +33,30 @@ HOLD_COST = 8.0
 Hint = Callable[[Expr], int]
 
 
+Pieces = Callable[[Kernel, str, Hint, dict[str, Buffer]], list[Kernel]]
+
+
 def schedule(plan: Plan, ctx: CompileContext) -> Plan:
-    """Give each launch a schedule; a reduction with too few rows is split in two launches."""
+    """Give each launch a schedule; a reduction that is better run by chunks is split in two launches."""
+    return scheduled(plan, ctx, split_reduction, choose)
+
+
+def scheduled(plan: Plan, ctx: CompileContext, pieces: Pieces, loops: Callable[[Kernel, Hint], Schedule]) -> Plan:
+    """The launches that each kernel becomes, by `pieces`, with the loops that a target chooses for them."""
     steps: list[Step] = []
     buffers = dict(plan.buffers)
     for step in plan.steps:
         if not isinstance(step, Launch):
             steps.append(step)
             continue
-        kernel = collapse(split_axes(step.kernel))
-        for k, made in enumerate(split_reduction(kernel, step.name, plan.hint, buffers)):
-            name = step.name if k == 0 else f"{step.name}_join"
-            binding = tuple(p.name for p in made.params)
-            final = canonical(made)
-            steps.append(Launch(final, binding, choose(final, plan.hint), name))
+        made = pieces(collapse(split_axes(step.kernel)), step.name, plan.hint, buffers)
+        for k, kernel in enumerate(made):
+            final = canonical(kernel)
+            name = step.name if k == 0 else f"{step.name}_join" if len(made) == 2 else f"{step.name}_{k}"
+            steps.append(Launch(final, tuple(p.name for p in kernel.params), loops(final, plan.hint), name))
+        if len(made) > 1:
+            ctx.record("split", step.name, taken=True, reason="{launches} launches along the trees of its reductions",
+                       launches=len(made), where=plan.origins.get(step.name, ""))  # fmt: skip
     return replace(plan, steps=tuple(steps), buffers=buffers)
 
 

@@ -23,18 +23,16 @@ from dataclasses import replace
 
 from minifuse.ir.index import Axis, Expr
 from minifuse.ir.kernel import Kernel, Loop, Root, Schedule, Store, rewrite
-from minifuse.ir.plan import Buffer, Launch, Plan, Step
+from minifuse.ir.plan import Buffer, Plan
 from minifuse.ir.shape import cdiv, product
 from minifuse.ir.value import LANES, Load, Reduce, Value, topological
 from minifuse.options import Options
 from minifuse.passes.context import CompileContext
 from minifuse.passes.schedule import (
     Hint,
-    canonical,
-    collapse,
     lane_axis,
     main_strides,
-    split_axes,
+    scheduled,
     transposed_axis,
     unit_weights,
 )
@@ -66,21 +64,7 @@ def target(plan: Plan, options: Options) -> str:
 
 def schedule(plan: Plan, ctx: CompileContext) -> Plan:
     """Give each launch a schedule; a reduction with too few points is split along its own tree."""
-    steps: list[Step] = []
-    buffers = dict(plan.buffers)
-    for step in plan.steps:
-        if not isinstance(step, Launch):
-            steps.append(step)
-            continue
-        made = pieces(collapse(split_axes(step.kernel)), step.name, plan.hint, buffers)
-        for k, kernel in enumerate(made):
-            final = canonical(kernel)
-            name = step.name if k == 0 else f"{step.name}_{k}"
-            steps.append(Launch(final, tuple(p.name for p in kernel.params), choose(final, plan.hint), name))
-        if len(made) > 1:
-            ctx.record("split", step.name, taken=True, reason="{launches} launches along the trees of its reductions",
-                       launches=len(made), where=plan.origins.get(step.name, ""))  # fmt: skip
-    return replace(plan, steps=tuple(steps), buffers=buffers)
+    return scheduled(plan, ctx, pieces, choose)
 
 
 def pieces(kernel: Kernel, name: str, hint: Hint, buffers: dict[str, Buffer]) -> list[Kernel]:

@@ -27,6 +27,19 @@ def default_dir() -> str:
     return os.path.join(base, "minifuse")
 
 
+def write_atomically(path: Path, data: bytes) -> None:
+    """The whole file or none of it, in place of an older one. Raises OSError."""
+    handle, temporary = tempfile.mkstemp(prefix=".new-", dir=path.parent)
+    try:
+        with os.fdopen(handle, "wb") as file:
+            file.write(data)
+        os.replace(temporary, path)
+    except BaseException:
+        with contextlib.suppress(OSError):
+            os.unlink(temporary)
+        raise
+
+
 class DiskCache:
     """Bytes by key in a directory (None: `default_dir()`), at most about `limit_bytes` of them.
 
@@ -85,15 +98,7 @@ class DiskCache:
 
     def _write(self, key: str, data: bytes) -> Path:
         target = self._dir / f"{key}-{_checksum(data)}.bin"
-        handle, temporary = tempfile.mkstemp(prefix=".new-", dir=self._dir)
-        try:
-            with os.fdopen(handle, "wb") as file:
-                file.write(data)
-            os.replace(temporary, target)
-        except BaseException:
-            with contextlib.suppress(OSError):
-                os.unlink(temporary)
-            raise
+        write_atomically(target, data)
         for old in self._entries(key):
             if old != target:
                 with contextlib.suppress(OSError):

@@ -12,12 +12,9 @@ is raised one call late. Loads are safe meanwhile: a checked index that is out o
 
 from __future__ import annotations
 
-import contextlib
 import ctypes
 import importlib.util
-import os
 import sys
-import tempfile
 import textwrap
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
@@ -41,7 +38,7 @@ from minifuse.ir.plan import Launch, Plan, content_hash
 from minifuse.passes.context import CompileContext
 
 from . import triton_interpret
-from .cache import DiskCache
+from .cache import DiskCache, write_atomically
 from .program import Frame, Layout, Program
 
 ALIGNED = 15
@@ -150,15 +147,7 @@ def load_module(text: str, cache_dir: str | None) -> ModuleType:
     folder.mkdir(mode=0o700, exist_ok=True)
     path = folder / f"{name}.py"
     if not path.exists() or path.read_text() != text:
-        handle, temporary = tempfile.mkstemp(prefix=".new-", dir=folder)
-        try:
-            with os.fdopen(handle, "w") as file:
-                file.write(text)
-            os.replace(temporary, path)
-        except BaseException:
-            with contextlib.suppress(OSError):
-                os.unlink(temporary)
-            raise
+        write_atomically(path, text.encode())
     spec = importlib.util.spec_from_file_location(name, path)
     assert spec is not None and spec.loader is not None
     module = importlib.util.module_from_spec(spec)
