@@ -73,7 +73,8 @@ def build(plan: Plan, ctx: CompileContext) -> Program:
         one.at = tuple(symbols.index(s) for s in one.kernel.symbols)
     binding = tuple(plan.steps[i].binding for i in steps)  # type: ignore[union-attr]
     host = ctx.stages["program"] = write_program(plan, binding, symbols, {i: k for k, i in enumerate(steps)})
-    return TritonProgram(plan, host, kept, binding, symbols, ctx.stages.get("constants", {}), device)
+    return TritonProgram(plan, host, kept, binding, symbols, ctx.stages.get("constants", {}), device,
+                         ctx.options.deterministic)  # fmt: skip
 
 
 def main_device(plan: Plan) -> torch.device:
@@ -307,11 +308,12 @@ class TritonProgram(Program):
         symbols: tuple[str, ...],
         constants: dict[str, torch.Tensor],
         device: torch.device,
+        deterministic: bool,
     ) -> None:
         self.device = device
         self.on_gpu = device.type != "cpu"
         messages = tuple(one.kernel.messages for one in launches)
-        super().__init__(plan, host, launches, binding, symbols, messages, constants)
+        super().__init__(plan, host, launches, binding, symbols, messages, constants, deterministic)
         self.checked = [k for k, one in enumerate(launches) if one.kernel.messages]
         self.launches = launches
         self.flags: torch.Tensor | None = None
