@@ -322,9 +322,9 @@ class TritonProgram(Program):
 
     def __call__(self, args: list[Any]) -> Any:
         if not self.on_gpu or torch.cuda.current_device() == self.device.index:
-            return self.call(args)
+            return super().__call__(args)
         with torch.cuda.device(self.device):
-            return self.call(args)
+            return super().__call__(args)
 
     def stream(self) -> int:
         return compat.current_raw_stream(self.device.index)
