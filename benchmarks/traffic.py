@@ -4,7 +4,7 @@
 
 Counted at compile time, so it needs no quiet machine. Both sides count each buffer that a kernel reads or writes once;
 calls into libraries (matmul, convolution, attention) stand apart. Inductor's bytes are those of its own metrics, node
-by node, and its kernels the launches in the code that it emits.
+by node; its kernels are the outermost loops of the C++ that it calls, as minifuse's are.
 """
 
 from __future__ import annotations
@@ -40,9 +40,33 @@ def probe_inductor(path: str, training: bool) -> dict[str, int]:
     set_logs(inductor_metrics=True)
     metrics.reset()
     _, sources = run_and_get_code(models.stepper(path, "inductor", training))
-    launches = sum(len(re.findall(r"^\s+(?:cpp|triton)_\w+(?:\.run)?\(", source, re.MULTILINE)) for source in sources)
+    launches = sum(map(inductor_kernels, sources))
     externs = sum(4 * quarters for node, quarters in metrics.nodes_num_elem if node.is_extern())
     return asdict(Traffic(launches, metrics.num_bytes_accessed - externs, externs))
+
+
+def inductor_kernels(source: str) -> int:
+    """Kernels that a module written by Inductor runs: the outermost loops of each C++ function, once a call of it, and
+    the launches of Triton kernels. One C++ function holds all loops between two library calls, so that counting calls
+    would compare them with minifuse's runs of several kernels."""
+    loops = {
+        name: _outermost_loops(text)
+        for name, text in re.findall(r"^(cpp_\w+) = async_compile\.cpp\w*\(.*?r'''(.*?)'''", source, re.M | re.S)
+    }
+    calls = re.findall(r"^\s+((?:cpp|triton)_\w+)(?:\.run)?\(", source, re.MULTILINE)
+    return sum(loops.get(name, 1) for name in calls)
+
+
+def _outermost_loops(text: str) -> int:
+    """How many `for` statements of a C++ text stand in no other; a text without one does one thing."""
+    found, depth, inside = 0, 0, None
+    for line in text.splitlines():
+        if inside is None and re.match(r"\s*for\s*\(", line):
+            found, inside = found + 1, depth
+        depth += line.count("{") - line.count("}")
+        if inside is not None and depth <= inside and "}" in line:
+            inside = None
+    return max(found, 1)
 
 
 WITHOUT_CACHES = {"TORCHINDUCTOR_FORCE_DISABLE_CACHES": "1"}

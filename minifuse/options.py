@@ -52,7 +52,8 @@ class Options:
 
     deterministic: bool = False
     """Run PyTorch's operators under `torch.use_deterministic_algorithms(True)`: one that has no deterministic form
-    raises. Generated kernels always are deterministic. Unset: torch's own setting at the call."""
+    raises. The setting holds for the whole process while a call runs. Generated kernels always are deterministic.
+    Unset: torch's own setting."""
 
     rng: str = "fast"
     """Random numbers: `fast` draws them inside the fused kernels, from a seed of torch's generator; `eager` calls

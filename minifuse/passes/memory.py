@@ -64,7 +64,7 @@ def place(plan: Plan, ctx: CompileContext) -> Plan:
         if isinstance(step, Extern) and step.results and step.results[0] in real:
             step = replace(step, out=True)
         elif isinstance(step, Launch):
-            step = take_over(step, [n for n in dead if n in ours], buffers)
+            step = take_over(step, [n for n in dead if n in ours and n not in step.writes], buffers)
         steps.append(step)
         if dead:
             steps.append(Free(tuple(dead)))

@@ -18,7 +18,7 @@ from minifuse.ir.plan import Buffer, Launch, Plan, Step
 from minifuse.ir.shape import linearize, product
 from minifuse.ir.value import COLUMN_CHUNK, LANES, Cast, IndexOf, Load, Op, Random, Reduce, Value, topological
 from minifuse.passes.context import CompileContext
-from minifuse.passes.split import Tree, after, closed, halves
+from minifuse.passes.split import Tree, closed, divide, halves
 
 LANE_TILE = 4096
 COLUMN_TILE = 256
@@ -190,10 +190,9 @@ def splittable(kernel: Kernel, hint: Hint) -> list[Reduce]:
             continue
         if any(v in found for r in reductions for v in topological(r.args)):
             continue
-        later = after(kernel, found)
-        beside = [r for r in kernel.body if r not in later]
+        beside, later = divide(kernel, found)
         rest = reductions != found or bool(beside)
-        if any(over in r.space for r in later) or not all(over in r.space for r in beside):
+        if any(over in r.space for r in later):
             continue
         if any(over not in r.axes for r in reductions if r not in found):
             continue

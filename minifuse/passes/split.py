@@ -13,7 +13,7 @@ from dataclasses import dataclass, replace
 import torch
 
 from minifuse.ir import ops
-from minifuse.ir.index import ZERO, Axis, Expr
+from minifuse.ir.index import ZERO, Axis, Expr, as_expr
 from minifuse.ir.kernel import Check, Kernel, Param, Root, Store, rewrite
 from minifuse.ir.plan import Buffer
 from minifuse.ir.shape import cdiv, contiguous_strides
@@ -38,13 +38,31 @@ class Halves:
     params: tuple[Param, ...]
 
 
-def after(kernel: Kernel, found: Sequence[Reduce]) -> list[Root]:
-    """The roots that need the result of one of these reductions."""
+def divide(kernel: Kernel, found: Sequence[Reduce]) -> tuple[list[Root], list[Root]]:
+    """Roots that walk the axis of these reductions and need no result of them, and the others.
+
+    A store over something that the others load is with them: they are to see what it overwrites.
+    """
     needs: set[Value] = set(found)
     for v in kernel.values():
         if any(a in needs for a in v.args):
             needs.add(v)
-    return [r for r in kernel.body if any(v in needs for v in r.values)]
+    beside = [r for r in kernel.body if found[0].over in r.space and not any(v in needs for v in r.values)]
+    while True:
+        rest = [r for r in kernel.body if r not in beside]
+        loaded = {v.param for v in topological(v for r in rest for v in r.values) if isinstance(v, Load)}
+        late = [r for r in beside if isinstance(r, Store) and r.param in loaded]
+        if not late:
+            return beside, rest
+        beside = [r for r in beside if r not in late]
+
+
+def fresh_axis(name: str, size: Expr, kernel: Kernel) -> Axis:
+    """An axis whose name no axis of the kernel has."""
+    taken = {a.name for a in kernel.axes}
+    while name in taken:
+        name += "_"
+    return Axis(name, size)
 
 
 def halves(kernel: Kernel, found: Sequence[Reduce], tree: Tree, name: str, buffers: dict[str, Buffer]) -> Halves:
@@ -53,12 +71,12 @@ def halves(kernel: Kernel, found: Sequence[Reduce], tree: Tree, name: str, buffe
     What needs none of them and runs over the axis goes with the first launch, masked past the axis' end.
     """
     over = found[0].over
-    part, inner = Axis("p", cdiv(over.size, tree.block)), Axis("q", tree.block)
+    part = fresh_axis("p", cdiv(over.size, tree.block), kernel)
+    inner = fresh_axis("q", as_expr(tree.block), kernel)
     whole = part.expr * tree.block + inner.expr
     even = (over.size % tree.block) is ZERO
     inside = None if even else Op.of("lt", IndexOf.of(whole), IndexOf.of(over.size))
-    later = after(kernel, found)
-    beside = [r for r in kernel.body if over in r.space and r not in later]
+    beside, others = divide(kernel, found)
     params = {p.name: p for p in kernel.params}
     begun = list(guarded(beside, over, whole, inside))
     partial: dict[Reduce, Load] = {}
@@ -79,7 +97,7 @@ def halves(kernel: Kernel, found: Sequence[Reduce], tree: Tree, name: str, buffe
         return None
 
     first = closed(Kernel((part, *kernel.axes, inner), tuple(params.values()), tuple(begun), kernel.origins))
-    rest = rewrite([r for r in kernel.body if r not in beside], None, joined)
+    rest = rewrite(others, None, joined)
     return Halves(first, part, rest, tuple(params.values()))
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ctypes
 import os
+import threading
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -43,6 +44,35 @@ class _Threads:
 
 
 threads = _Threads()
+
+
+class _Deterministic:
+    """torch's deterministic algorithms while any thread is inside; the setting is the whole process', as in torch."""
+
+    def __init__(self) -> None:
+        self.lock = threading.Lock()
+        self.inside = 0
+        self.before = (False, False)
+
+    def __enter__(self) -> None:
+        with self.lock:
+            if not self.inside:
+                self.before = (
+                    torch.are_deterministic_algorithms_enabled(),
+                    torch.is_deterministic_algorithms_warn_only_enabled(),
+                )
+                torch.use_deterministic_algorithms(True)
+            self.inside += 1
+
+    def __exit__(self, *_: object) -> None:
+        with self.lock:
+            self.inside -= 1
+            if not self.inside:
+                enabled, warn_only = self.before
+                torch.use_deterministic_algorithms(enabled, warn_only=warn_only)
+
+
+deterministic = _Deterministic()
 
 
 @dataclass(frozen=True)
@@ -101,13 +131,10 @@ class Program:
         self.call: Callable[[list[Any]], Any] = namespace["call"]
 
     def __call__(self, args: list[Any]) -> Any:
-        if not self.deterministic or torch.are_deterministic_algorithms_enabled():
+        if not self.deterministic:
             return self.call(args)
-        torch.use_deterministic_algorithms(True)  # for the whole process, as torch has it
-        try:
+        with deterministic:
             return self.call(args)
-        finally:
-            torch.use_deterministic_algorithms(False)
 
     # -- memory ----------------------------------------------------------------------------------
     def layout(self, key: tuple[int, ...]) -> Layout:

@@ -10,8 +10,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from minifuse import capture
+from minifuse.ir.interpret import run_plan
 from minifuse.ir.plan import Extern, Plan
 from minifuse.records import RECORDS
+from minifuse.runtime.program import deterministic
 from tests.judge import compiled, same
 
 ROWS = (512, 517, 300, 255, 64)  # whole chunks, a ragged last one, too few for chunks
@@ -175,3 +178,32 @@ def test_a_weights_gradient_comes_before_the_inputs_where_it_frees_more() -> Non
     products = [s for s in plan.steps if isinstance(s, Extern) and "mm" in str(s.target)]
     elements = [plan.buffers[s.writes[0]].numel.value for s in products]
     assert elements[0] == 64 * 512 and elements[1] == 4096 * 512
+
+
+# -- what a review found ----------------------------------------------------------------------------
+@pytest.mark.parametrize("shape", [(2048, 8), (4, 65_537), (1000, 24)])
+def test_an_overwritten_input_is_read_before_it_is_written(shape: tuple[int, int]) -> None:
+    def f(x: Tensor) -> tuple[Tensor, Tensor]:
+        y, z = x / (x.sum(0) + 7.0), x / (x.sum(1, keepdim=True) + 7.0)
+        x.add_(1.0)
+        return y, z
+
+    for target in ("c", "triton"):
+        gm = capture(f, torch.rand(shape), compile_options={"target": target})
+        x = torch.rand(shape)
+        want = f(x.clone())
+        torch.testing.assert_close(run_plan(gm.plans["inference"], [x])[-2:], list(want), rtol=1e-5, atol=1e-9)
+
+
+def test_a_sum_that_is_split_twice_keeps_its_axes_apart() -> None:
+    x = torch.rand(512, 512, 8)
+    plan = capture(lambda x: x.sum((0, 1)), x, compile_options={"target": "triton"}).plans["inference"]
+    torch.testing.assert_close(run_plan(plan, [x])[0], x.sum((0, 1)))
+
+
+def test_threads_that_ask_for_determinism_do_not_end_it_for_each_other() -> None:
+    with deterministic:
+        with deterministic:
+            assert torch.are_deterministic_algorithms_enabled()
+        assert torch.are_deterministic_algorithms_enabled()
+    assert not torch.are_deterministic_algorithms_enabled()

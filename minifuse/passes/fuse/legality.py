@@ -132,7 +132,7 @@ class Legality:
     def parallel(self, a: Group, b: Group, how: Unified) -> Refusal | None:
         """The merged kernel must keep enough independent work and its rows."""
         if a.chunked or b.chunked:
-            return Refusal("different rows", "{name} sums columns by chunks of rows, which the other does not walk",
+            return Refusal("different rows", "{name} sums columns by chunks of rows, and could not with the other",
                            {"name": a.name if a.chunked else b.name})  # fmt: skip
 
         def moved(g: Group, env: dict[Axis, Expr]) -> tuple[list[frozenset[Axis]], frozenset[Axis]]:
