@@ -13,7 +13,7 @@ import itertools
 import weakref
 from collections.abc import Callable, Mapping
 from math import gcd
-from typing import Union
+from typing import Any, ClassVar, Union
 
 Atom = Union["Sym", "Axis", "FloorDiv", "Mod"]
 Monomial = tuple[Atom, ...]
@@ -81,44 +81,39 @@ class Axis(_Atom):
         return Axis, (self.name, self.size)
 
 
-class FloorDiv(_Atom):
-    """`num // den`, rounded towards minus infinity; built only where it does not simplify."""
+class _Division(_Atom):
+    """A result of dividing `num` by `den`, built only where it does not simplify."""
 
     __slots__ = ("den", "num")
     num: Expr
     den: Expr
+    sign: ClassVar[str]
 
-    def __new__(cls, num: Expr, den: Expr) -> FloorDiv:
-        found = _atoms.get((cls, num, den))
+    def __new__(cls, num: Expr, den: Expr) -> Any:
+        found: Any = _atoms.get((cls, num, den))
         if found is None:
             found = super().__new__(cls)
             found.num, found.den = num, den
-            found.key, found.serial = f"({num}) // ({den})", next(_serial)
+            found.key, found.serial = f"({num}) {cls.sign} ({den})", next(_serial)
             _atoms[(cls, num, den)] = found
-        return found  # type: ignore[return-value]
+        return found
 
     def __reduce__(self) -> tuple:
-        return FloorDiv, (self.num, self.den)
+        return type(self), (self.num, self.den)
 
 
-class Mod(_Atom):
-    """`num % den` with the sign of `den`; built only where it does not simplify."""
+class FloorDiv(_Division):
+    """`num // den`, rounded towards minus infinity."""
 
-    __slots__ = ("den", "num")
-    num: Expr
-    den: Expr
+    __slots__ = ()
+    sign = "//"
 
-    def __new__(cls, num: Expr, den: Expr) -> Mod:
-        found = _atoms.get((cls, num, den))
-        if found is None:
-            found = super().__new__(cls)
-            found.num, found.den = num, den
-            found.key, found.serial = f"({num}) % ({den})", next(_serial)
-            _atoms[(cls, num, den)] = found
-        return found  # type: ignore[return-value]
 
-    def __reduce__(self) -> tuple:
-        return Mod, (self.num, self.den)
+class Mod(_Division):
+    """`num % den` with the sign of `den`."""
+
+    __slots__ = ()
+    sign = "%"
 
 
 def _order(atom: Atom) -> tuple[int, str]:

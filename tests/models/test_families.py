@@ -9,6 +9,8 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+import minifuse
+from minifuse.records import RECORDS
 from tests.models.families import FAMILIES
 
 BACKEND = "minifuse"
@@ -33,6 +35,19 @@ def _error(got: Tensor, exact: Tensor) -> float:
 @pytest.fixture(autouse=True)
 def fresh_compiler() -> None:
     torch.compiler.reset()
+    RECORDS.clear()
+
+
+@pytest.mark.parametrize("family", ["gpt2", "bert", "llama", "vit"])
+def test_nearly_all_that_can_be_fused_runs_in_generated_kernels(family: str) -> None:
+    model, inputs = FAMILIES[family]()
+    model.train()
+    _step(model, torch.compile(model, backend=BACKEND), inputs)
+    found = minifuse.reports()
+    assert {r.stage for r in found} >= {"forward", "backward"}
+    for report in found:
+        assert report.coverage >= 0.9, [(e.op, e.reason) for e in report.externs]
+        assert all(e.reason for e in report.externs)
 
 
 @pytest.mark.parametrize("family", FAMILIES)
