@@ -3,6 +3,7 @@ that no bit changes."""
 
 from __future__ import annotations
 
+import dataclasses
 from typing import Any
 
 import pytest
@@ -11,8 +12,15 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from minifuse import capture
+from minifuse.ir.index import ONE, Axis, as_expr
 from minifuse.ir.interpret import run_plan
-from minifuse.ir.plan import Extern, Plan
+from minifuse.ir.kernel import Kernel, Store
+from minifuse.ir.plan import Buffer, Extern, Launch, Plan, TensorRef
+from minifuse.ir.shape import product
+from minifuse.ir.value import Load, Op
+from minifuse.options import Options
+from minifuse.passes.context import CompileContext
+from minifuse.passes.memory import place
 from minifuse.records import RECORDS
 from minifuse.runtime.program import deterministic
 from tests.judge import compiled, same
@@ -207,3 +215,31 @@ def test_threads_that_ask_for_determinism_do_not_end_it_for_each_other() -> None
             assert torch.are_deterministic_algorithms_enabled()
         assert torch.are_deterministic_algorithms_enabled()
     assert not torch.are_deterministic_algorithms_enabled()
+
+
+def test_a_result_that_nobody_reads_gives_its_memory_to_no_other() -> None:
+    size, at = (as_expr(1 << 20),), (Axis("i", 1 << 20).expr,)
+    buffers = {n: Buffer(n, torch.float32, size, (ONE,), torch.device("cpu")) for n in ("x", "dead", "out")}
+    buffers["x"] = dataclasses.replace(buffers["x"], storage="input")
+    value = Load.of("x", at, torch.float32)
+    kernel = Kernel(
+        (at[0].atom,),
+        tuple(b.as_param() for b in buffers.values()),
+        (Store("dead", at, Op.of("neg", value)), Store("out", at, Op.of("abs", value))),
+    )
+    whole = TensorRef("out", size, (ONE,), as_expr(0))
+    plan = place(
+        Plan("p", ("x",), buffers, (Launch(kernel, tuple(buffers)),), (whole,)),
+        CompileContext("p", "inference", Options()),
+    )
+    assert not reuses(plan)
+
+
+@pytest.mark.parametrize(
+    "fn", [lambda x: (x.max(0), x * 2), lambda x: (x.var(0), x * 2)], ids=["two results", "nested"]
+)
+def test_columns_that_cannot_be_joined_stay_out_of_the_rows_kernel(fn: Any) -> None:
+    x = torch.randn(4096, 16)
+    same(compiled(fn)(x), fn(x), tolerance=1e-4)
+    grids = [product(loop.axis.size for loop in launch.schedule.grid) for launch in last_plan().launches]
+    assert max(g.value for g in grids) >= 4096

@@ -47,6 +47,7 @@ class Group:
         self.cost = 0.0
         self.pure = True
         axes: dict[Axis, None] = {}
+        reductions: list[Reduce] = []
         self.size = 0
         for v in topological(v for r in (*self.body, *self.inlined.values()) for v in r.values):
             self.size += 1
@@ -55,6 +56,7 @@ class Group:
                     self.reads.setdefault(v.param, {})[v.index] = None
             elif isinstance(v, Reduce):
                 self.reduced |= {v.over}
+                reductions.append(v)
                 self.trees |= {(v.over, v.lanes)}
                 self.folds.append((v.axes | {v.over}, v.lanes))
                 self.spaces.append(v.axes | {v.over})
@@ -68,8 +70,10 @@ class Group:
                 axes[a] = None
         self.axes = tuple(axes)
         self.checks = any(isinstance(r, Check) for r in self.body)
-        if any(lanes == 1 for _, lanes in self.trees):
+        columns = [v for v in reductions if v.lanes == 1]
+        if columns:
             self.summed = self._summed()
+        self.splits = all(len(v.args) == 1 and not reaches_column(v.args, self.summed) for v in columns)
 
     def _summed(self) -> frozenset[str]:
         """What is stored that needs a column's sum; of stores within the group too."""
@@ -77,7 +81,7 @@ class Group:
         stores = [r for r in (*self.inlined.values(), *self.body) if isinstance(r, Store)]
         more = True
         while more:
-            new = {s.param for s in stores if s.param not in found and reaches_column(s.value, found)}
+            new = {s.param for s in stores if s.param not in found and reaches_column([s.value], found)}
             found |= new
             more = bool(new)
         return frozenset(found)
@@ -117,12 +121,10 @@ class Group:
         self.refresh()
 
 
-def reaches_column(value: Value, stored: Container[str]) -> bool:
-    """Whether a value is computed from a column's sum, or from a load of what these stores hold."""
-    return any(
-        isinstance(v, Reduce) and v.lanes == 1 or isinstance(v, Load) and v.param in stored
-        for v in topological([value])
-    )
+def reaches_column(values: Iterable[Value], stored: Container[str]) -> bool:
+    """Whether values are computed from a column's sum, or from a load of what these stores hold."""
+    found = topological(values)
+    return any(v.lanes == 1 if isinstance(v, Reduce) else isinstance(v, Load) and v.param in stored for v in found)
 
 
 def grid_axes(spaces: Iterable[frozenset[Axis]], reduced: frozenset[Axis]) -> frozenset[Axis]:

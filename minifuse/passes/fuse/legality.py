@@ -11,7 +11,7 @@ from minifuse.ir.kernel import Store
 from minifuse.ir.plan import Buffer, Plan
 
 from .group import Group, grid_axes, innermost
-from .unify import Equation, Refusal, Substitution, Unified, unify
+from .unify import Equation, Refusal, Unified, image, unify
 
 MAX_BUFFERS = 28
 MAX_VALUES = 600
@@ -135,15 +135,8 @@ class Legality:
             return Refusal("different rows", "{name} sums columns by chunks of rows, and could not with the other",
                            {"name": a.name if a.chunked else b.name})  # fmt: skip
 
-        def moved(g: Group, env: dict[Axis, Expr]) -> tuple[list[frozenset[Axis]], frozenset[Axis]]:
-            if not env:
-                return g.spaces, g.reduced
-            image = {x: env[x].axes() if x in env else frozenset({x}) for x in g.axes}
-            spaces = [frozenset().union(*(image[x] for x in s)) if s else s for s in g.spaces]
-            return spaces, frozenset().union(*(image[x] for x in g.reduced)) if g.reduced else g.reduced
-
-        spaces_a, reduced_a = moved(a, how.first)
-        spaces_b, reduced_b = moved(b, how.second)
+        spaces_a, reduced_a = [image(s, how.first) for s in a.spaces], image(a.reduced, how.first)
+        spaces_b, reduced_b = [image(s, how.second) for s in b.spaces], image(b.reduced, how.second)
         dead = self.dies(a, b)
         if dead and not a.reduced:
             spaces_a = []
@@ -159,13 +152,13 @@ class Legality:
         for old, g in before:
             env = how.first if g is a else how.second
             inner = innermost(g, self.buffers)
-            inside = frozenset() if inner is None else env[inner].axes() if inner in env else frozenset({inner})
+            inside = frozenset() if inner is None else image([inner], env)
             lost = old - grid - reduced - inside
             if lost and work > SMALL_WORK:
                 return Refusal("different rows", "{name} runs over {lost}, which the other does not have",
                                {"name": g.name, "lost": sorted(map(str, lost))})  # fmt: skip
         if dead and not a.reduced and a.cost > CHEAP and spaces_b:
-            ran = {x for y in a.axes for x in (how.first[y].axes() if y in how.first else {y})}
+            ran = image(a.axes, how.first)
             times = work / max(self.extent(ran), 1)
             inner = innermost(b, self.buffers)
             if times > 1 and inner in ran:
@@ -175,10 +168,8 @@ class Legality:
     def by_chunks(self, a: Group, b: Group, how: Unified) -> bool:
         """Whether column sums ride along with what walks the same data row by row: a launch over chunks of rows does
         both, and one behind it joins the chunks' sums (`passes.split`)."""
-
-        def image(axes: Iterable[Axis], env: Substitution) -> frozenset[Axis]:
-            return frozenset().union(*(env[x].axes() if x in env else {x} for x in axes))
-
+        if not (a.splits and b.splits):
+            return False
         trees = {
             (x, lanes) for g, env in ((a, how.first), (b, how.second)) for y, lanes in g.trees for x in image([y], env)
         }

@@ -18,6 +18,11 @@ Substitution = dict[Axis, Expr]
 Equation = tuple[Expr, Expr]
 
 
+def image(axes: Iterable[Axis], env: Mapping[Axis, Expr]) -> frozenset[Axis]:
+    """The axes that these become."""
+    return frozenset().union(*(env[x].axes() if x in env else {x} for x in axes))
+
+
 @dataclass(frozen=True)
 class Refusal:
     """Why two kernels stay apart: the rule, a template of words, and the values that broke it."""
