@@ -146,9 +146,9 @@ class Legality:
         before = [(grid_axes(s, r), g) for s, r, g in ((spaces_a, reduced_a, a), (spaces_b, reduced_b, b)) if s]
         heavy = [self.extent(g) for (g, _), s in zip(before, (x for x in (spaces_a, spaces_b) if x), strict=True)
                  if max(self.extent(axes) for axes in s) > SMALL_WORK]  # fmt: skip
-        if heavy and self.extent(grid) < min(MIN_GRID, *heavy):
+        if heavy and self.extent(grid) < min(MIN_GRID, max(heavy)):
             return Refusal("loses parallelism", "{left} independent rows of {before}",
-                           {"left": self.extent(grid), "before": min(heavy)})  # fmt: skip
+                           {"left": self.extent(grid), "before": max(heavy)})  # fmt: skip
         for old, g in before:
             env = how.first if g is a else how.second
             inner = innermost(g, self.buffers)
