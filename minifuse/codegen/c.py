@@ -13,7 +13,7 @@ import torch
 
 from minifuse.ir import dtypes, ops
 from minifuse.ir.index import ONE, ZERO, Axis, Expr, Sym
-from minifuse.ir.kernel import Check, Kernel, Schedule, Store
+from minifuse.ir.kernel import Check, Kernel, Param, Schedule, Store
 from minifuse.ir.shape import cdiv, product
 from minifuse.ir.value import LANES, Cast, Load, Op, Random, Reduce, Value
 from minifuse.passes.schedule import affine_offset, tile_elements
@@ -21,6 +21,10 @@ from minifuse.passes.schedule import affine_offset, tile_elements
 from .c_text import MAX_LOCAL, SCALAR, combine, identities, literal, pointer, register
 from .looptree import Fold
 from .printer import CodegenError, Printer, Scope, floors
+
+# Bytes between what a row reads and what it asks for, and what a parameter must have to be read from memory.
+AHEAD = 4096
+STREAMED = 1 << 20
 
 
 @dataclass(frozen=True)
@@ -40,6 +44,7 @@ class CDialect:
         self.locals: dict[Fold | Value, Local] = {}
         self.vectors: dict[Fold, tuple[str, ...]] = {}
         self.messages: list[str] = []
+        self.streamed: set[Param] = set()
 
     # -- names -----------------------------------------------------------------------------------
     @staticmethod
@@ -205,12 +210,29 @@ class CDialect:
             text = f"mf_splat_{register(v.dtype)}(mf_load_{t}_s({base}))"
         elif step is ONE:
             text = f"mf_loadn_{t}({base}, n)" if self.ragged(p) else f"mf_load_{t}({base})"
+            if self.streams(p, param, offset):
+                text = f"({ahead(base)}, {text})"
         else:
             text = f"mf_loads_{t}({base}, {self.expr(step)}, {self.n(p)})"
         if v.mask is None:
             return text
         assert v.other is not None
         return f"({p.name(v.mask)} ? {text} : {self.vector(p, v.other)})"
+
+    def streams(self, p: Printer, param: Param, offset: Expr) -> bool:
+        """Whether this first access of a parameter, contiguous over the lane, walks on through memory in long rows."""
+        k = len(p.loops) - 1
+        if p.loops[k].kind != "lane" or param in self.streamed:
+            return False
+        self.streamed.add(param)
+        size, total, row = param.dtype.itemsize, product(param.shape), p.loops[k].axis.size
+        if not (total.is_const and total.value * size >= STREAMED and row.is_const):
+            return False
+        if self.previous(p, k) in (None, k - 1):
+            # The next row begins where this one ends, or this one is long.
+            follows = k == 0 or p.loops[k - 1].axis is p.lane or offset.coefficient(p.loops[k - 1].axis) == row
+            return follows or row.value * size >= 4 * AHEAD
+        return False
 
     def uniform(self, p: Printer, loaded: list[tuple[str, Value, Expr]]) -> str:
         return "".join(f" + {name} * ({self.expr(s)})" for name, i, s in loaded if not p.lanes(i))
@@ -241,7 +263,8 @@ class CDialect:
         value = self.vector(p, root.value)
         step = offset.coefficient(p.lane)
         if step is ONE:
-            return f"mf_storen_{t}({at}, {value}, n);" if self.ragged(p) else f"mf_store_{t}({at}, {value});"
+            text = f"mf_storen_{t}({at}, {value}, n);" if self.ragged(p) else f"mf_store_{t}({at}, {value});"
+            return f"{ahead(at, write=True)}; {text}" if self.streams(p, param, offset) else text
         if step is None:
             return f"mf_scatter_{t}({pointer(p, param)}, {self.lane_expr(p, offset)}, {value}, {self.n(p)});"
         return f"mf_stores_{t}({at}, {value}, {self.expr(step)}, {self.n(p)});"
@@ -457,6 +480,12 @@ class CDialect:
         body = [f"  {text}" for text in lines[:counted]]
         body += [f"  {opening}", *(f"    {text}" for text in lines[counted:]), "  }"]
         return "\n".join([head, "{", *body, "}"])
+
+
+def ahead(at: str, write: bool = False) -> str:
+    """Asks for what a row needs soon: the machine's own prefetch stops at each page, and waits for a core to ask before
+    it makes a line writable."""
+    return f"__builtin_prefetch((const char*)({at}) + {AHEAD}, {int(write)})"
 
 
 def divisions(e: Expr) -> tuple[str, str]:

@@ -17,6 +17,7 @@ from dataclasses import dataclass
 from functools import lru_cache
 from string import Template
 
+from minifuse.codegen.c_maths import INLINE, definition
 from minifuse.codegen.c_tables import (
     ARG_REDUCTIONS,
     FIXED,
@@ -95,6 +96,10 @@ class MathLibrary:
             wanted = [c for c in calls if c.library == "libmvec"]
         return wanted[0] if wanted else MathCall("libm", op + REGISTERS[dtype].suffix, 1)
 
+    def inlines(self, op: str, dtype: str) -> bool:
+        """Whether generated code computes `op` itself: 3 ulp off, on a machine with fused multiply-adds."""
+        return op in INLINE and dtype == "f32" and not self.precise and self.isa in ("avx512", "avx2", "neon")
+
 
 def _vector_calls(isa: str, op: str, dtype: str) -> list[MathCall]:
     abi, reg = ABIS.get(isa), REGISTERS[dtype]
@@ -121,6 +126,7 @@ def candidates(isa: str) -> dict[str, tuple[str, ...]]:
 _NAME = re.compile(r"\b(?:mf_\w+|[uv]_\w+)\b")
 _PARTS = re.compile(r"mf_([a-z0-9]+)_(" + "|".join(REGISTERS) + r")(_s)?")
 _CAST = re.compile(r"mf_cast_({0})_({0})(_s)?".format("|".join(REGISTERS)))
+_LIBRARY = re.compile(r"mf_library_([a-z0-9]+)")
 _HREDUCE = re.compile(r"mf_(hreduce)_([a-z]+)_(" + "|".join(REGISTERS) + r")")
 
 
@@ -155,6 +161,8 @@ def helper(name: str, maths: MathLibrary) -> str | None:
         return _vector_type(name[2:])
     if name.startswith("u_"):
         return _unaligned_type(name[2:])
+    if m := _LIBRARY.fullmatch(name):
+        return _maths(name, m[1], REGISTERS["f32"], False, maths)
     if m := _CAST.fullmatch(name):
         return _cast(name, REGISTERS[m[1]], REGISTERS[m[2]], bool(m[3]))
     if m := _HREDUCE.fullmatch(name):
@@ -163,7 +171,11 @@ def helper(name: str, maths: MathLibrary) -> str | None:
         return None
     op, reg, scalar = m[1], REGISTERS[m[2]], bool(m[3])
     if op in MATHS:
-        return _maths(name, op, reg, scalar, maths) if reg.kind == "f" and not reg.half else None
+        if reg.kind != "f" or reg.half:
+            return None
+        if maths.inlines(op, reg.name):
+            return _from_vector(name, reg, "a") if scalar else definition(op)
+        return _maths(name, op, reg, scalar, maths)
     if op in OPERATORS:
         return _operator(name, op, reg, scalar)
     key = op + ("_s" if scalar else "")
@@ -252,6 +264,13 @@ def _hreduce(name: str, combine: str, reg: Register) -> str | None:
     return f"MF_ONCE {reg.scalar} {name}(v_{reg.name} x) {{ {' '.join(lines)} return {last}; }}"
 
 
+def _from_vector(name: str, reg: Register, names: str) -> str:
+    """The scalar form as lane 0 of the vector form."""
+    args = ", ".join(f"{reg.scalar} {a}" for a in names)
+    splats = ", ".join(f"mf_splat_{reg.name}({a})" for a in names)
+    return f"MF {reg.scalar} {name}({args}) {{ return {name[:-2]}({splats})[0]; }}"
+
+
 def _maths(name: str, op: str, reg: Register, scalar: bool, maths: MathLibrary) -> str:
     call = maths.call(op, reg.name)
     names = "ab"[: MATHS[op]]
@@ -268,9 +287,7 @@ def _maths(name: str, op: str, reg: Register, scalar: bool, maths: MathLibrary) 
         # The scalar form declares nothing twice: C allows a repeated declaration.
         return declared + _define(name, reg.name, [(reg.name, a) for a in names], expr, scalar)
     if scalar:
-        args = ", ".join(f"{reg.scalar} {a}" for a in names)
-        splats = ", ".join(f"mf_splat_{reg.name}({a})" for a in names)
-        return f"MF {reg.scalar} {name}({args}) {{ return {name[:-2]}({splats})[0]; }}"
+        return _from_vector(name, reg, names)
     part = f"part_{reg.name}"
     attribute = ABIS[maths.isa].attribute if call.library == "libmvec" else ""
     text = (

@@ -317,6 +317,21 @@ FIXED = {
     "mf_iota_i64": "MF v_i64 mf_iota_i64(void) { return (v_i64){" + ", ".join(map(str, range(16))) + "}; }",
     "mf_lanes": "MF v_bool mf_lanes(int64_t n) { v_bool r; int m = (int)n; MF_LANES r[l] = l < m ? -1 : 0; return r; }",
     "mf_all": "MF int mf_all(v_bool x) { int32_t r = -1; for (int l = 0; l < 16; l++) r &= x[l]; return r; }",
+    "mf_beyond": """
+/* Whether any |x| is over the limit or NaN. */
+MF int mf_beyond(v_f32 x, float limit) {
+  v_f32 y, most = mf_splat_f32(limit); MF_LANES y[l] = __builtin_fabsf(x[l]);
+#if defined(__AVX512F__)
+  return __builtin_ia32_cmpps512_mask(y, most, 6, -1, 4);
+#elif defined(__AVX__)
+  typedef float half __attribute__((vector_size(32)));
+  half a[2], b; __builtin_memcpy(a, &y, 64); __builtin_memcpy(&b, &most, 32);
+  return __builtin_ia32_movmskps256(__builtin_ia32_cmpps256(a[0], b, 6)) |
+         __builtin_ia32_movmskps256(__builtin_ia32_cmpps256(a[1], b, 6));
+#else
+  int32_t r = 0; for (int l = 0; l < 16; l++) r |= -!(y[l] <= limit); return r;
+#endif
+}""",
     "mf_widen_bool": "MF v_bool mf_widen_bool(v_u8 x) { v_bool r; MF_LANES r[l] = x[l] ? -1 : 0; return r; }",
     "mf_narrow_bool": "MF v_u8 mf_narrow_bool(v_bool x) { v_u8 r; MF_LANES r[l] = (uint8_t)(x[l] & 1); return r; }",
     "mf_widen_bool_s": "MF int32_t mf_widen_bool_s(uint8_t x) { return x ? -1 : 0; }",
