@@ -225,14 +225,12 @@ class CDialect:
         if p.loops[k].kind != "lane" or param in self.streamed:
             return False
         self.streamed.add(param)
-        size, total, row = param.dtype.itemsize, product(param.shape), p.loops[k].axis.size
-        if not (total.is_const and total.value * size >= STREAMED and row.is_const):
+        size, row = param.dtype.itemsize, p.loops[k].axis.size
+        if not _may_reach(product(param.shape) * size, STREAMED) or self.previous(p, k) not in (None, k - 1):
             return False
-        if self.previous(p, k) in (None, k - 1):
-            # The next row begins where this one ends, or this one is long.
-            follows = k == 0 or p.loops[k - 1].axis is p.lane or offset.coefficient(p.loops[k - 1].axis) == row
-            return follows or row.value * size >= 4 * AHEAD
-        return False
+        # The next row begins where this one ends, or this one is long.
+        follows = k == 0 or p.loops[k - 1].axis is p.lane or offset.coefficient(p.loops[k - 1].axis) == row
+        return follows or _may_reach(row * size, 4 * AHEAD)
 
     def uniform(self, p: Printer, loaded: list[tuple[str, Value, Expr]]) -> str:
         return "".join(f" + {name} * ({self.expr(s)})" for name, i, s in loaded if not p.lanes(i))
@@ -480,6 +478,10 @@ class CDialect:
         body = [f"  {text}" for text in lines[:counted]]
         body += [f"  {opening}", *(f"    {text}" for text in lines[counted:]), "  }"]
         return "\n".join([head, "{", *body, "}"])
+
+
+def _may_reach(size: Expr, least: int) -> bool:
+    return not size.is_const or size.value >= least
 
 
 def ahead(at: str, write: bool = False) -> str:
