@@ -18,13 +18,21 @@ from minifuse.ir.shape import cdiv, product
 from minifuse.ir.value import LANES, Cast, Load, Op, Random, Reduce, Value
 from minifuse.passes.schedule import affine_offset, tile_elements
 
-from .c_text import MAX_LOCAL, SCALAR, combine, identities, literal, pointer, register
+from .c_text import (
+    AHEAD,
+    MAX_LOCAL,
+    SCALAR,
+    STREAMED,
+    ahead,
+    combine,
+    identities,
+    literal,
+    may_reach,
+    pointer,
+    register,
+)
 from .looptree import Fold
 from .printer import CodegenError, Printer, Scope, floors
-
-# Bytes between what a row reads and what it asks for, and what a parameter must have to be read from memory.
-AHEAD = 4096
-STREAMED = 1 << 20
 
 
 @dataclass(frozen=True)
@@ -226,11 +234,11 @@ class CDialect:
             return False
         self.streamed.add(param)
         size, row = param.dtype.itemsize, p.loops[k].axis.size
-        if not _may_reach(product(param.shape) * size, STREAMED) or self.previous(p, k) not in (None, k - 1):
+        if not may_reach(product(param.shape) * size, STREAMED) or self.previous(p, k) not in (None, k - 1):
             return False
         # The next row begins where this one ends, or this one is long.
         follows = k == 0 or p.loops[k - 1].axis is p.lane or offset.coefficient(p.loops[k - 1].axis) == row
-        return follows or _may_reach(row * size, 4 * AHEAD)
+        return follows or may_reach(row * size, 4 * AHEAD)
 
     def uniform(self, p: Printer, loaded: list[tuple[str, Value, Expr]]) -> str:
         return "".join(f" + {name} * ({self.expr(s)})" for name, i, s in loaded if not p.lanes(i))
@@ -478,16 +486,6 @@ class CDialect:
         body = [f"  {text}" for text in lines[:counted]]
         body += [f"  {opening}", *(f"    {text}" for text in lines[counted:]), "  }"]
         return "\n".join([head, "{", *body, "}"])
-
-
-def _may_reach(size: Expr, least: int) -> bool:
-    return not size.is_const or size.value >= least
-
-
-def ahead(at: str, write: bool = False) -> str:
-    """Asks for what a row needs soon: the machine's own prefetch stops at each page, and waits for a core to ask before
-    it makes a line writable."""
-    return f"__builtin_prefetch((const char*)({at}) + {AHEAD}, {int(write)})"
 
 
 def divisions(e: Expr) -> tuple[str, str]:

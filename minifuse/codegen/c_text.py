@@ -7,6 +7,7 @@ import math
 import torch
 
 from minifuse.ir import dtypes, ops
+from minifuse.ir.index import Expr
 from minifuse.ir.kernel import Param
 from minifuse.ir.value import Reduce
 
@@ -19,6 +20,9 @@ SCALAR = {
 }  # fmt: skip
 MAX_LOCAL = 262_144
 LAST_INDEX = "INT64_MAX"
+# Bytes between what a row reads and what it asks for, and what a parameter must have to be read from memory.
+AHEAD = 4096
+STREAMED = 1 << 20
 
 
 def register(dtype: torch.dtype) -> str:
@@ -67,3 +71,14 @@ def combine(r: Reduce, into: tuple[str, ...] | list[str], args: list[str], suffi
     if row.c.startswith("@"):
         return f"{into[0]} = mf_{row.c[1:]}_{t}{suffix}({into[0]}, {args[0]});"
     return f"{into[0]} = {row.c.format(into[0], args[0])};"
+
+
+def may_reach(size: Expr, least: int) -> bool:
+    """Whether a size may be that large, as far as is known."""
+    return not size.is_const or size.value >= least
+
+
+def ahead(at: str, write: bool = False) -> str:
+    """Asks for what a row needs soon: the machine's own prefetch stops at each page, and waits for a core to ask before
+    it makes a line writable."""
+    return f"__builtin_prefetch((const char*)({at}) + {AHEAD}, {int(write)})"

@@ -14,6 +14,7 @@ from minifuse.records import RECORDS
 from tests.models.families import FAMILIES
 
 BACKEND = "minifuse"
+DRAWS = 4
 
 
 def _step(model: nn.Module, run: Callable[..., Any], inputs: dict[str, Any]) -> dict[str, Tensor]:
@@ -52,20 +53,32 @@ def test_nearly_all_that_can_be_fused_runs_in_generated_kernels(family: str) -> 
 
 @pytest.mark.parametrize("family", FAMILIES)
 def test_a_training_step_is_as_exact_as_eager(family: str) -> None:
-    torch.manual_seed(0)
-    model, inputs = FAMILIES[family]()
-    model.train()
-    exact_model, eager_model = copy.deepcopy(model).double(), copy.deepcopy(model)
+    """Over several draws of weights and inputs: what is zero but for rounding differs by chance in any one of them."""
+    model = None
+    ours: dict[str, float] = {}
+    allowed: dict[str, float] = {}
+    for draw in range(DRAWS):
+        torch.manual_seed(draw)
+        eager_model, inputs = FAMILIES[family]()
+        eager_model.train()
+        exact_model = copy.deepcopy(eager_model).double()
+        if model is None:
+            model = copy.deepcopy(eager_model)
+            run = torch.compile(model, backend=BACKEND)
+        model.load_state_dict(eager_model.state_dict())
+        model.zero_grad()
 
-    exact = _step(exact_model, exact_model, _to_double(inputs))
-    eager = _step(eager_model, eager_model, inputs)
-    compiled = _step(model, torch.compile(model, backend=BACKEND), inputs)
+        exact = _step(exact_model, exact_model, _to_double(inputs))
+        eager = _step(eager_model, eager_model, inputs)
+        compiled = _step(model, run, inputs)
 
-    assert compiled.keys() == eager.keys()
-    assert math.isfinite(eager["loss"].item())
-    for name, value in eager.items():
-        got = compiled[name]
-        assert (got.shape, got.dtype, got.stride()) == (value.shape, value.dtype, value.stride()), name
-        ulp = torch.finfo(value.dtype).eps * exact[name].abs().max().item()
-        allowed = max(4 * _error(value, exact[name]), 4 * ulp)
-        assert _error(got, exact[name]) <= allowed, f"{name}: eager's own error is {_error(value, exact[name]):.3g}"
+        assert compiled.keys() == eager.keys()
+        assert math.isfinite(eager["loss"].item())
+        for name, value in eager.items():
+            got = compiled[name]
+            assert (got.shape, got.dtype, got.stride()) == (value.shape, value.dtype, value.stride()), name
+            ulp = torch.finfo(value.dtype).eps * exact[name].abs().max().item()
+            ours[name] = max(ours.get(name, 0.0), _error(got, exact[name]))
+            allowed[name] = max(allowed.get(name, 0.0), 4 * _error(value, exact[name]), 4 * ulp)
+    for name, error in ours.items():
+        assert error <= allowed[name], name
