@@ -133,7 +133,7 @@ def _range(e: sympy.Symbol, env: Any) -> tuple[int, int | None]:
     bounds = env.var_to_range.get(e)
     if bounds is None:
         return 0, None
-    low = int(bounds.lower) if bounds.lower.is_Integer and int(bounds.lower) > 0 else 0
+    low = int(bounds.lower) if bounds.lower.is_Integer else -(2**62)
     high = int(bounds.upper) if bounds.upper.is_Integer and int(bounds.upper) < 2**40 else None
     return low, high
 

@@ -22,9 +22,10 @@ typedef __UINT32_TYPE__ uint32_t; typedef __UINT64_TYPE__ uint64_t;
 #define MF_ONCE static __attribute__((noinline))
 #define MF_SIMD _Pragma("omp simd")
 #define MF_LANES MF_SIMD for (int l = 0; l < 16; l++)
-/* Rounding down, by a positive divisor; on scalars and vectors. */
-#define MF_FLOORDIV(a, b) (((a) / (b)) + (((a) % (b)) >> 63))
-#define MF_MOD(a, b) (((a) % (b)) + ((((a) % (b)) >> 63) & (b)))
+/* Rounding down; on scalars and vectors. -1 where a remainder is there and has not the divisor's sign. */
+#define MF_OPPOSITE(r, b) ((((r) ^ (b)) & ((r) | -(r))) >> 63)
+#define MF_FLOORDIV(a, b) (((a) / (b)) + MF_OPPOSITE((a) % (b), b))
+#define MF_MOD(a, b) (((a) % (b)) + (MF_OPPOSITE((a) % (b), b) & (b)))
 """
 
 

@@ -229,10 +229,10 @@ class Printer:
 
 
 def floors(expr: Expr) -> bool:
-    """Whether a division in an expression may have a negative numerator, where a target's own
-    division and remainder would round towards zero."""
+    """Whether a division in an expression may have a negative side, where a target's own division and remainder
+    would round towards zero."""
     parts = [a for mono, _ in expr.terms for a in mono if isinstance(a, (FloorDiv, Mod))]
-    return any(not a.num.is_nonneg() or floors(a.num) or floors(a.den) for a in parts)
+    return any(not (a.num.is_nonneg() and a.den.is_nonneg()) or floors(a.num) or floors(a.den) for a in parts)
 
 
 def _items(node: Node) -> list[object]:

@@ -40,7 +40,7 @@ class _Atom:
 
 
 class Sym(_Atom):
-    """A dynamic size: a name, and the range `lo..hi` (inclusive; `hi` None is unbounded)."""
+    """A dynamic size or other integer of a call: a name, and the range `lo..hi` (inclusive; `hi` None is unbounded)."""
 
     __slots__ = ("hi", "lo", "name")
     name: str
@@ -357,28 +357,25 @@ def _min_value(e: Expr) -> int:
     total = 0
     for mono, coef in e.terms:
         low, high = 1, 1
-        unbounded = False
         for a in mono:
-            if isinstance(a, Sym):
-                low *= a.lo
-                unbounded = unbounded or a.hi is None
-                high *= a.hi or 0
-            elif isinstance(a, (FloorDiv, Mod)):
-                if not (a.num.is_nonneg() and (a.den - 1).is_nonneg()):
-                    return _UNBOUNDED
-                low = 0
-                top = (a.den - 1).max_value() if isinstance(a, Mod) else a.num.max_value()
-                unbounded = unbounded or top is None
-                high *= top or 0
-            else:
+            ends = _ends(a)
+            if ends is None:
                 return _UNBOUNDED
-        if coef > 0:
-            total += coef * low
-        elif unbounded:
-            return _UNBOUNDED
-        else:
-            total += coef * high
-    return total
+            # An infinite end stays one whatever it is multiplied by: the least is then unknown, which is safe.
+            corners = [x * y for x in (low, high) for y in ends]
+            low, high = max(min(corners), _UNBOUNDED), min(max(corners), -_UNBOUNDED)
+        total += coef * (low if coef > 0 else high)
+    return max(total, _UNBOUNDED)
+
+
+def _ends(a: _Atom) -> tuple[int, int] | None:
+    """The least and the largest value of a symbol, or of a quotient or remainder that is not negative."""
+    if isinstance(a, Sym):
+        return a.lo, -_UNBOUNDED if a.hi is None else a.hi
+    if isinstance(a, (FloorDiv, Mod)) and a.num.is_nonneg() and (a.den - 1).is_nonneg():
+        top = (a.den - 1).max_value() if isinstance(a, Mod) else a.num.max_value()
+        return 0, -_UNBOUNDED if top is None else top
+    return None
 
 
 def _bound(e: Expr, low: bool) -> Expr | None:
@@ -386,6 +383,8 @@ def _bound(e: Expr, low: bool) -> Expr | None:
     for mono, coef in e.terms:
         product = as_expr(coef)
         want_small = (coef > 0) == low
+        if len(mono) > 1 and any(isinstance(a, Sym) and a.lo < 0 for a in mono):
+            return None  # of unknown sign: it turns the bounds of what it multiplies
         for a in mono:
             if isinstance(a, Sym):
                 product = product * a.expr
@@ -450,6 +449,8 @@ def _opaque_divmod(quotient: Expr, r: Expr, den: Expr) -> tuple[Expr, Expr]:
     """The quotient and remainder of `den*quotient + r`, where r shares no multiple of den."""
     if not r.terms:
         return quotient, ZERO
+    if not den.is_nonneg():
+        return quotient + FloorDiv(r, den).expr, Mod(r, den).expr
     if r.is_nonneg():
         top = r.upper()
         if top is not None and (den - 1 - top).is_nonneg():

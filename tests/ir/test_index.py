@@ -18,12 +18,16 @@ class Case:
     def __init__(self, rng: random.Random):
         self.rng = rng
         self.syms = [Sym("s0", 2), Sym("s1", 1, 7)]
+        self.signed = Sym("s2", -9, 9)
         sizes = [rng.choice(SIZES) for _ in range(2)]
         self.axes = [Axis("i", sizes[0]), Axis("j", sizes[1]), Axis("k", self.syms[0].expr)]
-        self.leaves = [a.expr for a in self.axes] + [s.expr for s in self.syms]
+        self.leaves = [a.expr for a in self.axes] + [s.expr for s in (*self.syms, self.signed)]
 
-    def positive(self):
-        if self.rng.random() < 0.3:
+    def divisor(self):
+        chance = self.rng.random()
+        if chance < 0.1:
+            return self.signed.expr, lambda env: env["s2"]
+        if chance < 0.3:
             s = self.rng.choice(self.syms)
             return s.expr, lambda env, s=s: env[s.name]
         c = self.rng.choice(SIZES)
@@ -40,7 +44,7 @@ class Case:
             return as_expr(c), lambda env: c
         a, fa = self.build(depth - 1)
         if kind in "/%":
-            b, fb = self.positive()
+            b, fb = self.divisor()
             if kind == "/":
                 return a // b, lambda env: fa(env) // fb(env)
             return a % b, lambda env: fa(env) % fb(env)
@@ -53,7 +57,11 @@ class Case:
 
     def environments(self, count: int = 24):
         for _ in range(count):
-            env = {"s0": self.rng.randint(2, 9), "s1": self.rng.randint(1, 7)}
+            env = {
+                "s0": self.rng.randint(2, 9),
+                "s1": self.rng.randint(1, 7),
+                "s2": self.rng.choice((-9, -2, -1, 1, 3, 9)),
+            }
             for a in self.axes:
                 env[a.name] = self.rng.randrange(a.size.evaluate(env))
             yield env
@@ -106,7 +114,7 @@ def test_what_is_printed_parses_to_the_identical_expression(seed):
     for _ in range(200):
         case = Case(rng)
         e, _ = case.build(rng.randint(1, 3))
-        names = {a.name: a for a in (*case.axes, *case.syms)}
+        names = {a.name: a for a in (*case.axes, *case.syms, case.signed)}
         assert parse(str(e), names) is e
 
 
