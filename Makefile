@@ -8,7 +8,7 @@ PY := $(if $(ACTIVE),python,.venv/bin/python)
 PROBE := import expecttest, hypothesis, jinja2, minifuse, mypy, networkx, pytest, rich, ruff, scipy, sklearn, transformers, triton, xdist; \
          from importlib.metadata import entry_points as e; e(group="torch_dynamo_backends")["minifuse"]
 
-.PHONY: env test demo fuzz bench gpu
+.PHONY: env test demo fuzz conformance bench gpu
 
 env:
 	@test -n "$(ACTIVE)" || test -x $(PY) || python3 -m venv .venv
@@ -26,6 +26,9 @@ test: env
 
 demo: env
 	$(PY) -m examples.gpt_on_text
+
+conformance: env
+	$(PY) -m tests.conformance
 
 fuzz: env
 	$(PY) -m tests.fuzz

@@ -114,12 +114,13 @@ def _convert(e: sympy.Expr, env: Any, symbols: MutableMapping[str, Symbol]) -> E
     for inner in sorted(e.free_symbols, key=str):
         _convert(inner, env, symbols)
     text = PythonPrinter().doprint(e)
+    low, high = _bounds(env.bound_sympy(e))
     for name, known in symbols.items():
         if known.source == text:
-            return Sym(name, 0).expr
+            return Sym(name, low, high).expr
     name = f"z{len(symbols)}"
     symbols[name] = Symbol(name, _hint(e, env), text)
-    return Sym(name, 0).expr
+    return Sym(name, low, high).expr
 
 
 def _hint(e: sympy.Expr, env: Any) -> int:
@@ -131,10 +132,13 @@ def _hint(e: sympy.Expr, env: Any) -> int:
 
 def _range(e: sympy.Symbol, env: Any) -> tuple[int, int | None]:
     bounds = env.var_to_range.get(e)
-    if bounds is None:
-        return 0, None
-    low = int(bounds.lower) if bounds.lower.is_Integer else -(2**62)
-    high = int(bounds.upper) if bounds.upper.is_Integer and int(bounds.upper) < 2**40 else None
+    return (0, None) if bounds is None else _bounds(bounds)
+
+
+def _bounds(found: Any) -> tuple[int, int | None]:
+    """A range of torch's as integers; what is unbounded below has a low end that no size reaches."""
+    low = int(found.lower) if found.lower.is_Integer else -(2**62)
+    high = int(found.upper) if found.upper.is_Integer and int(found.upper) < 2**40 else None
     return low, high
 
 
@@ -187,6 +191,12 @@ def core_decompositions() -> dict[Any, Callable[..., Any]]:
 def all_decompositions() -> Mapping[Any, Callable[..., Any]]:
     """Every decomposition that torch knows."""
     return decomposition_table
+
+
+def registered_prim(name: str) -> Any:
+    """The overload `prims::name`, or None while no module defines it: Dynamo loads some when it needs them."""
+    packet = getattr(torch.ops.prims, name, None)
+    return None if packet is None else packet.default
 
 
 @contextmanager

@@ -11,6 +11,8 @@ from torch import Tensor
 
 from minifuse import compat
 
+from . import foreach
+
 aten = torch.ops.aten
 
 # Decomposed by torch into core ATen, but kept whole here: ATen's kernel is better than its parts.
@@ -19,6 +21,7 @@ _KEEP = (
     " _scaled_dot_product_flash_attention_for_cpu_backward _scaled_dot_product_efficient_attention"
     " _scaled_dot_product_flash_attention max_pool2d_with_indices _cdist_forward upsample_nearest2d upsample_bilinear2d"
     " grid_sampler_2d linear matmul rand_like randn_like randint_like bernoulli native_dropout select_scatter"
+    " addcmul addcdiv"
 ).split()
 # Not core ATen's to decompose, but parts fuse: norms, softmax, activations and losses.
 _ALSO = (
@@ -26,7 +29,7 @@ _ALSO = (
     " _log_softmax_backward_data gelu gelu_backward native_group_norm native_group_norm_backward"
     " native_batch_norm _native_batch_norm_legit _native_batch_norm_legit_functional"
     " _native_batch_norm_legit_no_training native_batch_norm_backward var std_mean std silu_backward"
-    " mse_loss smooth_l1_loss"
+    " mse_loss smooth_l1_loss elu leaky_relu"
 ).split()
 
 
@@ -90,9 +93,14 @@ _OURS: dict[Any, Callable[..., Any]] = {
 }
 
 
-@functools.cache
 def decompositions(rng: str) -> dict[Any, Callable[..., Any]]:
     """Overload -> function. With rng="eager" dropout stays ATen's own."""
+    fma = compat.registered_prim("fma")
+    return _table(rng) if fma is None else {**_table(rng), fma: lambda a, b, c: a * b + c}
+
+
+@functools.cache
+def _table(rng: str) -> dict[Any, Callable[..., Any]]:
     keep = {"aten::" + name for name in _KEEP}
     table = {op: fn for op, fn in compat.core_decompositions().items() if op.name().split(".")[0] not in keep}
     everything = compat.all_decompositions()
@@ -102,6 +110,7 @@ def decompositions(rng: str) -> dict[Any, Callable[..., Any]]:
             op = getattr(packet, overload)
             if op in everything:
                 table[op] = everything[op]
+    table.update(foreach.decompositions())
     table.update(_OURS)
     if rng == "eager":
         table.pop(aten.native_dropout.default, None)

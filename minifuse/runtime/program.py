@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ctypes
+import math
 import os
 import threading
 from collections.abc import Callable, Sequence
@@ -121,7 +122,7 @@ class Program:
         self.layouts: dict[tuple[int, ...], Layout] = {}
         self.frames: dict[tuple[tuple[int, ...], int], Frame] = {}
         namespace: dict[str, Any] = {
-            "torch": torch, "enter": self.enter, "leave": self.leave, "view": compat.reinterpret_tensor,
+            "torch": torch, "math": math, "enter": self.enter, "leave": self.leave, "view": compat.reinterpret_tensor,
             "empty": compat.empty_strided_cpu, "new": new, "adopt": adopt,
             "fail": self.fail, "threads": threads, "interpret": self.interpret, **host.objects,
         }  # fmt: skip
@@ -216,7 +217,8 @@ def new(
 
 
 def adopt(x: torch.Tensor, size: tuple[int, ...], stride: tuple[int, ...], copy: bool = False) -> torch.Tensor:
-    """An operator's result with the strides that the plan was made for; copied where it has others."""
+    """An operator's result with the strides that the plan was made for; copied where it has others, or shares memory
+    that is not its own (`copy`). A copy keeps the storage offset: a view of an input is found again by it."""
     if not copy and x.stride() == stride:
         return x
     laid_out = all(n == 1 or a == b for n, a, b in zip(size, x.stride(), stride, strict=True))
@@ -226,4 +228,6 @@ def adopt(x: torch.Tensor, size: tuple[int, ...], stride: tuple[int, ...], copy:
     shared = span < x.numel() or any(d == 0 and n > 1 for n, d in zip(size, stride, strict=True))
     if laid_out and shared and x.numel():  # elements share memory: copy the memory, not them
         return x.as_strided((span,), (1,)).clone().as_strided(size, stride, 0)
-    return torch.empty_strided(size, stride, dtype=x.dtype, device=x.device).copy_(x)
+    begin = x.storage_offset() if copy and x.numel() else 0
+    memory = torch.empty((begin + span,) if x.numel() else (0,), dtype=x.dtype, device=x.device)
+    return memory.as_strided(size, stride, begin).copy_(x)

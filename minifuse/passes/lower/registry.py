@@ -24,7 +24,8 @@ def lowers(*targets: Any) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
 
 
 def dims_of(dims: Any, rank: int) -> list[int]:
-    """The dimensions that an operator names, sorted and not negative; all of them for None or an empty list."""
-    if dims is None or (isinstance(dims, (list, tuple)) and not dims):
+    """The dimensions that an operator names, sorted and not negative; all of them for None or an empty list, and none
+    of a tensor that has none, which may be named 0 or -1."""
+    if rank == 0 or dims is None or (isinstance(dims, (list, tuple)) and not dims):
         return list(range(rank))
-    return sorted({d % max(rank, 1) for d in (dims if isinstance(dims, (list, tuple)) else [dims])})
+    return sorted({d % rank for d in (dims if isinstance(dims, (list, tuple)) else [dims])})

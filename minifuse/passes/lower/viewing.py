@@ -8,11 +8,14 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import fx
 
-from minifuse.ir.index import ZERO, Axis, as_expr
+from minifuse.ir.index import ONE, ZERO, Axis, Expr, as_expr
+from minifuse.ir.shape import delinearize
+from minifuse.ir.value import Value
 
+from .nodes import is_dense
 from .pointwise import Unsupported
 from .registry import dims_of, lowers
-from .view import View
+from .view import View, placeholders
 
 if TYPE_CHECKING:
     from .graph import Lowering
@@ -154,3 +157,51 @@ def _diagonal(lo: Lowering, node: fx.Node, x: fx.Node, offset: int = 0, dim1: in
         for d in range(rank)
     ]
     return view.reindex(shape, back, at)
+
+
+@lowers(aten.unfold.default)
+def _unfold(lo: Lowering, node: fx.Node, x: fx.Node, dim: int, size: int, step: int) -> View:
+    view = lo.view(x)
+    if not view.at:
+        return view.reshape(lo.shape(node))
+    dim %= len(view.at)
+    at = placeholders(lo.shape(node))
+    back = [a.expr * step + at[-1].expr if d == dim else a.expr for d, a in enumerate(at[:-1])]
+    return view.reindex((), back, at)
+
+
+@lowers(aten.as_strided.default)
+def _as_strided(
+    lo: Lowering, node: fx.Node, x: fx.Node, size: Any, stride: Sequence[Any], storage_offset: Any = None
+) -> View:
+    """Elements by their place in memory, where a buffer is laid out as eager has it."""
+    view, val = lo.view(x), x.meta["val"]
+    found, buffer = view.strided(), view.buffer
+    here = lo.strides(val.stride())
+    if found is None or any(
+        n is not ONE and a is not b for n, a, b in zip(view.shape, found.stride, here, strict=True)
+    ):
+        raise Unsupported("as_strided of a view that has other strides in eager")
+    if not is_dense(buffer.shape, buffer.stride, lo.hint):
+        raise Unsupported("as_strided of a buffer with gaps")
+    begin = lo.size(val.storage_offset())
+    at = placeholders(lo.shape(node))
+    place = found.offset + (begin if storage_offset is None else lo.size(storage_offset)) - begin
+    for a, step in zip(at, stride, strict=True):
+        place = place + a.expr * lo.size(step)
+    order = sorted(range(len(buffer.shape)), key=lambda d: (lo.hint(buffer.stride[d]), lo.hint(buffer.shape[d])))
+    index = [ZERO] * len(order)
+    for d, part in zip(reversed(order), delinearize(place, [buffer.shape[d] for d in reversed(order)]), strict=True):
+        index[d] = part
+    return View(buffer, at, tuple(index))
+
+
+@lowers(aten.repeat.default)
+def _repeat(lo: Lowering, node: fx.Node, x: fx.Node, repeats: Any) -> View:
+    view = lo.view(x)
+    skip = len(repeats) - len(view.at)
+
+    def value(where: tuple[Expr, ...]) -> Value:
+        return view.read([w % a.size for w, a in zip(where[skip:], view.at, strict=True)])
+
+    return lo.emit(value, node.meta["val"])
