@@ -15,24 +15,25 @@ from minifuse.ir import dtypes, ops
 from minifuse.ir.index import ONE, ZERO, Axis, Expr, Sym
 from minifuse.ir.kernel import Check, Kernel, Param, Schedule, Store
 from minifuse.ir.shape import cdiv, product
-from minifuse.ir.value import LANES, Cast, Load, Op, Random, Reduce, Value
+from minifuse.ir.value import LANES, Cast, Load, Op, Random, Reduce, Scan, Value
 from minifuse.passes.schedule import affine_offset, tile_elements
 
 from .c_text import (
-    AHEAD,
     MAX_LOCAL,
     SCALAR,
-    STREAMED,
     ahead,
     combine,
+    divisions,
     identities,
+    identity,
+    joined,
     literal,
-    may_reach,
     pointer,
     register,
+    streams,
 )
 from .looptree import Fold
-from .printer import CodegenError, Printer, Scope, floors
+from .printer import CodegenError, Printer, Scope
 
 
 @dataclass(frozen=True)
@@ -100,13 +101,8 @@ class CDialect:
             p.line(f"const int64_t n = {self.end(p, k)} - {self.var(p, k)} < {LANES} ? "
                    f"{self.end(p, k)} - {self.var(p, k)} : {LANES};")  # fmt: skip
 
-    def previous(self, p: Printer, k: int) -> int | None:
-        """The loop that tiles loop k, if one does."""
-        before = [j for j in range(k) if p.loops[j].axis is p.loops[k].axis]
-        return before[-1] if before else None
-
     def end(self, p: Printer, k: int) -> str:
-        outer = self.previous(p, k)
+        outer = p.previous(k)
         return self.expr(p.loops[k].axis.size) if outer is None else f"e_{self.var(p, outer)}"
 
     def close_loop(self, p: Printer, k: int, inner: Scope) -> None:
@@ -128,7 +124,7 @@ class CDialect:
             head = f"const int64_t {var} = {at}" + (f" * {loop.step};" if loop.step > 1 else ";")
             p.here.lines += [head, *lines]
             return
-        outer = self.previous(p, k)
+        outer = p.previous(k)
         begin = "0" if outer is None else self.var(p, outer)
         step = LANES if loop.kind == "lane" else loop.step
         p.here.lines.append(f"for (int64_t {var} = {begin}; {var} < {self.end(p, k)}; {var} += {step}) {{")
@@ -186,6 +182,20 @@ class CDialect:
         index = self.lane_expr(p, v.index) if lanes else self.expr(v.index)
         return f"{helper}({seed}, {v.offset}u, {index})"
 
+    def scan(self, p: Printer, v: Scan, around: Scope, scope: Scope, lanes: bool) -> str:
+        t, running = register(v.dtype), p.fresh("s")
+        start, arg = identity(v.kind, v.dtype), self.vector(p, v.arg) if lanes else p.name(v.arg)
+        name = ops.REDUCTIONS[v.kind].combine
+        if v.lanes > 1:
+            if p.lane is not v.over:
+                raise CodegenError(f"{v.over} is scanned by lanes and is not the lane")
+            around.lines.append(f"{SCALAR[t]} {running} = {start};")
+            return f"mf_scan{name}_{t}({arg}, &{running})"
+        start = f"mf_splat_{t}({start})" if lanes else start
+        around.lines.append(f"{self.ctype(v.dtype, lanes)} {running} = {start};")
+        scope.lines.append(joined(name, v.dtype, running, arg, "" if lanes else "_s"))
+        return running
+
     # -- memory ----------------------------------------------------------------------------------
     def load(self, p: Printer, v: Load, lanes: bool) -> str:
         param = p.param(v.param)
@@ -218,7 +228,7 @@ class CDialect:
             text = f"mf_splat_{register(v.dtype)}(mf_load_{t}_s({base}))"
         elif step is ONE:
             text = f"mf_loadn_{t}({base}, n)" if self.ragged(p) else f"mf_load_{t}({base})"
-            if self.streams(p, param, offset):
+            if streams(p, param, offset, self.streamed):
                 text = f"({ahead(base)}, {text})"
         else:
             text = f"mf_loads_{t}({base}, {self.expr(step)}, {self.n(p)})"
@@ -226,19 +236,6 @@ class CDialect:
             return text
         assert v.other is not None
         return f"({p.name(v.mask)} ? {text} : {self.vector(p, v.other)})"
-
-    def streams(self, p: Printer, param: Param, offset: Expr) -> bool:
-        """Whether this first access of a parameter, contiguous over the lane, walks on through memory in long rows."""
-        k = len(p.loops) - 1
-        if p.loops[k].kind != "lane" or param in self.streamed:
-            return False
-        self.streamed.add(param)
-        size, row = param.dtype.itemsize, p.loops[k].axis.size
-        if not may_reach(product(param.shape) * size, STREAMED) or self.previous(p, k) not in (None, k - 1):
-            return False
-        # The next row begins where this one ends, or this one is long.
-        follows = k == 0 or p.loops[k - 1].axis is p.lane or offset.coefficient(p.loops[k - 1].axis) == row
-        return follows or may_reach(row * size, 4 * AHEAD)
 
     def uniform(self, p: Printer, loaded: list[tuple[str, Value, Expr]]) -> str:
         return "".join(f" + {name} * ({self.expr(s)})" for name, i, s in loaded if not p.lanes(i))
@@ -270,7 +267,7 @@ class CDialect:
         step = offset.coefficient(p.lane)
         if step is ONE:
             text = f"mf_storen_{t}({at}, {value}, n);" if self.ragged(p) else f"mf_store_{t}({at}, {value});"
-            return f"{ahead(at, write=True)}; {text}" if self.streams(p, param, offset) else text
+            return f"{ahead(at, write=True)}; {text}" if streams(p, param, offset, self.streamed) else text
         if step is None:
             return f"mf_scatter_{t}({pointer(p, param)}, {self.lane_expr(p, offset)}, {value}, {self.n(p)});"
         return f"mf_stores_{t}({at}, {value}, {self.expr(step)}, {self.n(p)});"
@@ -292,8 +289,8 @@ class CDialect:
         return tuple(k for k in p.tree.loops_of(fold.value.axes) if k > fold.loop)
 
     def axes_below(self, p: Printer, loops: tuple[int, ...]) -> list[Axis]:
-        """Axes of a local buffer."""
-        return list(dict.fromkeys(p.loops[k].axis for k in loops))
+        """Axes of a local buffer, the lane last: a vector's elements lie together."""
+        return sorted(dict.fromkeys(p.loops[k].axis for k in loops), key=lambda a: a is p.lane)
 
     def padded(self, p: Printer, a: Axis) -> Expr:
         """Elements of a local buffer along an axis, whole vectors along the lane."""
@@ -324,16 +321,13 @@ class CDialect:
         name = p.fresh("a")
         names = tuple(f"{name}_{i}" for i in range(len(types)))
         deeper = self.deeper(p, fold)
-        lane = p.loops[fold.loop].kind == "lane"
-        if lane:
-            for n, t, s in zip(names, types, start, strict=True):
-                p.line(f"v_{register(t)} {n} = mf_splat_{register(t)}({s});")
-            self.vectors[fold] = names
-            return
         rows = r.lanes if fold.level == 0 else 1
-        if not deeper and rows == 1:
+        lane = p.loops[fold.loop].kind == "lane"
+        if lane or not deeper and rows == 1:
             for n, t, s in zip(names, types, start, strict=True):
-                p.line(f"{SCALAR[register(t)]} {n} = {s};")
+                vector = lane or p.lanes(r)
+                s = f"mf_splat_{register(t)}({s})" if vector else s
+                p.line(f"{self.ctype(t, vector)} {n} = {s};")
             self.vectors[fold] = names
             return
         size = product(self.padded(p, a) for a in self.axes_below(p, deeper))
@@ -359,7 +353,9 @@ class CDialect:
             p.line(combine(r, names, args, ""))
             return
         if fold in self.vectors:
-            p.line(combine(r, self.vectors[fold], [p.name(a) for a in r.args], "_s"))
+            lanes = p.lanes(r)
+            args = [self.vector(p, a) if lanes else p.name(a) for a in r.args]
+            p.line(combine(r, self.vectors[fold], args, "" if lanes else "_s"))
             return
         local = self.locals[fold]
         axes = self.axes_below(p, self.deeper(p, fold))
@@ -384,7 +380,7 @@ class CDialect:
         below = p.tree.folds[r][fold.level - 1]
         if fold in self.vectors:
             args = self.scalars[below]
-            p.line(combine(r, self.vectors[fold], list(args), "_s"))
+            p.line(combine(r, self.vectors[fold], list(args), "" if p.lanes(r) else "_s"))
             return
         mine, theirs = self.locals[fold], self.locals[below]
         p.line(f"for (int64_t k = 0; k < {mine.size}; ++k) {{")
@@ -486,11 +482,6 @@ class CDialect:
         body = [f"  {text}" for text in lines[:counted]]
         body += [f"  {opening}", *(f"    {text}" for text in lines[counted:]), "  }"]
         return "\n".join([head, "{", *body, "}"])
-
-
-def divisions(e: Expr) -> tuple[str, str]:
-    """C's own division and remainder where they round as Python's do, else helpers that do."""
-    return ("MF_FLOORDIV(", "MF_MOD(") if floors(e) else ("/", "%")
 
 
 def kernel_source(kernel: Kernel, schedule: Schedule, name: str) -> tuple[str, tuple[str, ...]]:

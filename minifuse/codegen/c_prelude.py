@@ -127,6 +127,7 @@ _NAME = re.compile(r"\b(?:mf_\w+|[uv]_\w+)\b")
 _PARTS = re.compile(r"mf_([a-z0-9]+)_(" + "|".join(REGISTERS) + r")(_s)?")
 _CAST = re.compile(r"mf_cast_({0})_({0})(_s)?".format("|".join(REGISTERS)))
 _LIBRARY = re.compile(r"mf_library_([a-z0-9]+)")
+_SCAN = re.compile(r"mf_scan([a-z]+)_(" + "|".join(REGISTERS) + r")")
 _HREDUCE = re.compile(r"mf_(hreduce)_([a-z]+)_(" + "|".join(REGISTERS) + r")")
 
 
@@ -167,6 +168,8 @@ def helper(name: str, maths: MathLibrary) -> str | None:
         return _cast(name, REGISTERS[m[1]], REGISTERS[m[2]], bool(m[3]))
     if m := _HREDUCE.fullmatch(name):
         return _hreduce(name, m[2], REGISTERS[m[3]])
+    if m := _SCAN.fullmatch(name):
+        return _scan(name, m[1], REGISTERS[m[2]])
     if not (m := _PARTS.fullmatch(name)):
         return None
     op, reg, scalar = m[1], REGISTERS[m[2]], bool(m[3])
@@ -262,6 +265,26 @@ def _hreduce(name: str, combine: str, reg: Register) -> str | None:
     last = expr.replace("{a}", "h2[0]").replace("{b}", "h2[1]")
     # Out of line: inlined twice into each of 48 norm-like kernels it is a fifth of their compile time.
     return f"MF_ONCE {reg.scalar} {name}(v_{reg.name} x) {{ {' '.join(lines)} return {last}; }}"
+
+
+def _scan(name: str, combine: str, reg: Register) -> str:
+    """Running results over 16 lanes and what came before them: lane p with p-1, p-2, p-4, p-8, then with `*before`."""
+    expr = _combining(combine, reg)
+    lines = []
+    for step in (1, 2, 4, 8):
+        moved = ", ".join(str(max(p - step, 0)) for p in range(16))
+        pair = expr.replace("{a}", "y[l]").replace("{b}", "x[l]")
+        lines.append(f"y = __builtin_shufflevector(x, x, {moved}); MF_LANES x[l] = l < {step} ? x[l] : {pair};")
+    last = expr.replace("{a}", "before[0]").replace("{b}", "x[l]")
+    v, r = f"v_{reg.name}", reg.scalar
+    lines.append(f"MF_LANES x[l] = {last}; *before = x[15]; return x;")
+    return f"MF {v} {name}({v} x, {r}* before) {{ {v} y; {' '.join(lines)} }}"
+
+
+def _combining(combine: str, reg: Register) -> str:
+    """The lane expression of `{a}` and `{b}` by which a reduction joins two results."""
+    expr = REDUCTIONS.get(combine) or OPERATORS[combine].by_kind[reg.kind]
+    return _fill(expr, reg)
 
 
 def _from_vector(name: str, reg: Register, names: str) -> str:

@@ -9,9 +9,10 @@ import torch
 from minifuse.ir import dtypes, ops
 from minifuse.ir.index import Expr
 from minifuse.ir.kernel import Param
+from minifuse.ir.shape import product
 from minifuse.ir.value import Reduce
 
-from .printer import Printer
+from .printer import Printer, floors
 
 REGISTER = {torch.bfloat16: torch.float32, torch.float16: torch.float32}
 SCALAR = {
@@ -56,9 +57,14 @@ def literal(value: object, dtype: torch.dtype) -> str:
     return f"({text})" if text.startswith("-") else text
 
 
+def identity(kind: str, dtype: torch.dtype) -> str:
+    """What the reduction of nothing gives."""
+    return literal(ops.REDUCTIONS[kind].identity(dtype), dtype)
+
+
 def identities(r: Reduce) -> tuple[str, ...]:
     """What an empty fold holds: the identity, and for an argument reduction an index that never wins."""
-    first = literal(ops.REDUCTIONS[r.kind].identity(r.args[0].dtype), r.args[0].dtype)
+    first = identity(r.kind, r.args[0].dtype)
     return (first,) if len(r.args) == 1 else (first, LAST_INDEX)
 
 
@@ -67,10 +73,29 @@ def combine(r: Reduce, into: tuple[str, ...] | list[str], args: list[str], suffi
     t = register(r.args[0].dtype)
     if len(r.args) > 1:
         return f"mf_{r.kind}_{t}{suffix}(&{into[0]}, &{into[1]}, {args[0]}, {args[1]});"
-    row = ops.row(ops.REDUCTIONS[r.kind].combine)
+    return joined(ops.REDUCTIONS[r.kind].combine, r.args[0].dtype, into[0], args[0], suffix)
+
+
+def joined(op: str, dtype: torch.dtype, into: str, arg: str, suffix: str) -> str:
+    """A statement that joins `arg` to `into` by an operator."""
+    row = ops.row(op)
     if row.c.startswith("@"):
-        return f"{into[0]} = mf_{row.c[1:]}_{t}{suffix}({into[0]}, {args[0]});"
-    return f"{into[0]} = {row.c.format(into[0], args[0])};"
+        return f"{into} = mf_{row.c[1:]}_{register(dtype)}{suffix}({into}, {arg});"
+    return f"{into} = {row.c.format(into, arg)};"
+
+
+def streams(p: Printer, param: Param, offset: Expr, seen: set[Param]) -> bool:
+    """Whether this first access of a parameter, contiguous over the lane, walks on through memory in long rows."""
+    k = len(p.loops) - 1
+    if p.loops[k].kind != "lane" or param in seen:
+        return False
+    seen.add(param)
+    size, row = param.dtype.itemsize, p.loops[k].axis.size
+    if not may_reach(product(param.shape) * size, STREAMED) or p.previous(k) not in (None, k - 1):
+        return False
+    # The next row begins where this one ends, or this one is long.
+    follows = k == 0 or p.loops[k - 1].axis is p.lane or offset.coefficient(p.loops[k - 1].axis) == row
+    return follows or may_reach(row * size, 4 * AHEAD)
 
 
 def may_reach(size: Expr, least: int) -> bool:
@@ -82,3 +107,8 @@ def ahead(at: str, write: bool = False) -> str:
     """Asks for what a row needs soon: the machine's own prefetch stops at each page, and waits for a core to ask before
     it makes a line writable."""
     return f"__builtin_prefetch((const char*)({at}) + {AHEAD}, {int(write)})"
+
+
+def divisions(e: Expr) -> tuple[str, str]:
+    """C's own division and remainder where they round as Python's do, else helpers that do."""
+    return ("MF_FLOORDIV(", "MF_MOD(") if floors(e) else ("/", "%")

@@ -15,7 +15,7 @@ import torch
 
 from minifuse.ir.index import Axis, Expr, FloorDiv, Mod, Sym
 from minifuse.ir.kernel import Check, Kernel, Param, Schedule, Store
-from minifuse.ir.value import Cast, Const, IndexOf, Load, Op, Pick, Random, Reduce, Value
+from minifuse.ir.value import Cast, Const, IndexOf, Load, Op, Pick, Random, Reduce, Scan, Value
 
 from .looptree import Fold, Hold, LoopTree, Node, with_held
 
@@ -46,6 +46,7 @@ class Dialect(Protocol):
     def cast(self, p: Printer, v: Cast, lanes: bool) -> str: ...
     def load(self, p: Printer, v: Load, lanes: bool) -> str: ...
     def random(self, p: Printer, v: Random, lanes: bool) -> str: ...
+    def scan(self, p: Printer, v: Scan, around: Scope, scope: Scope, lanes: bool) -> str: ...
     def store(self, p: Printer, root: Store) -> None: ...
     def check(self, p: Printer, root: Check) -> None: ...
     def fold_begin(self, p: Printer, fold: Fold) -> None: ...
@@ -204,11 +205,18 @@ class Printer:
             text = d.load(self, v, lanes)
         elif isinstance(v, Random):
             text = d.random(self, v, lanes)
+        elif isinstance(v, Scan):
+            text = d.scan(self, v, self.around(v.over), scope, lanes)
         else:
             raise CodegenError(f"no text for {type(v).__name__}")
         name = self.fresh()
         d.declare(self, scope, name, v.dtype, text, lanes)
         scope.names[v] = (name,)
+
+    def around(self, axis: Axis) -> Scope:
+        """The scope in front of an axis' loops below the grid: what is declared there lives through all of them."""
+        k = next(k for k, loop in enumerate(self.loops) if loop.axis is axis and loop.kind != "grid")
+        return self.scopes[next(i for i, scope in enumerate(self.scopes) if scope.loop == k) - 1]
 
     # -- help for dialects -----------------------------------------------------------------------
     def line(self, text: str) -> None:
@@ -223,6 +231,10 @@ class Printer:
             if loop.axis is axis and loop.kind == "grid" and loop.step > 1:
                 return k
         return None
+
+    def previous(self, k: int) -> int | None:
+        """The loop that tiles loop k, if one does."""
+        return max((j for j in range(k) if self.loops[j].axis is self.loops[k].axis), default=None)
 
     def last_loop(self, axis: Axis) -> int:
         return max(k for k, loop in enumerate(self.loops) if loop.axis is axis)

@@ -20,7 +20,7 @@ from minifuse.ir.kernel import Check, Kernel, Param, Schedule, Store
 from minifuse.ir.plan import Launch
 from minifuse.ir.shape import cdiv
 from minifuse.ir.text import kernel_hash
-from minifuse.ir.value import Cast, Const, IndexOf, Load, Op, Random, Reduce, Value
+from minifuse.ir.value import Cast, Const, IndexOf, Load, Op, Random, Reduce, Scan, Value
 from minifuse.passes.schedule import affine_offset
 from minifuse.passes.schedule_triton import blocks, grid_size, power_of_2, problem
 
@@ -203,6 +203,9 @@ class TritonDialect:
             if narrow
             else f"{arg}.to({dtypes.row(target).triton})"
         )
+
+    def scan(self, p: Printer, v: Scan, around: Scope, scope: Scope, lanes: bool) -> str:
+        raise CodegenError("a scan")
 
     def random(self, p: Printer, v: Random, lanes: bool) -> str:
         index = typed(v.index.value, torch.int64) if v.index.is_const else self.expr(v.index)

@@ -10,8 +10,9 @@ from minifuse.ir.plan import Launch
 from minifuse.ir.shape import cdiv, product
 from minifuse.ir.text import kernel_hash
 
-from .c import divisions, kernel_source
+from .c import kernel_source
 from .c_prelude import MathLibrary, prelude
+from .c_text import divisions
 
 # A thread is woken for at least this many bytes of a kernel's work.
 GRAIN_BYTES = 32_768

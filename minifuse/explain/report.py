@@ -24,7 +24,7 @@ from minifuse.ir import ops
 from minifuse.ir.decision import Decision, bytes_text
 from minifuse.ir.device import DeviceModel
 from minifuse.ir.plan import Extern, Launch, Plan, launch_traffic
-from minifuse.ir.value import Cast, Op, Random, Reduce, Value
+from minifuse.ir.value import Cast, Op, Random, Reduce, Scan, Value
 from minifuse.passes.remat.plan import RECOMPUTE, SAVE, Choice, RematPlan
 from minifuse.records import RECORDS, Record
 
@@ -327,7 +327,7 @@ def instructions(plan: Plan, values: Iterable[Value]) -> float:
             cost = ops.TABLE[v.name].cost
         elif isinstance(v, Random):
             cost = RANDOM_COST
-        elif isinstance(v, (Cast, Reduce)):
+        elif isinstance(v, (Cast, Reduce, Scan)):
             cost = 1.0
         else:
             continue

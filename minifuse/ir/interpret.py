@@ -17,7 +17,7 @@ from . import ops
 from .index import Axis, Expr, FloorDiv, Mod, Sym
 from .kernel import Check, Kernel, Param, Store
 from .plan import Buffer, Extern, Free, Launch, Opaque, Plan, TensorRef
-from .value import Cast, Const, Index, IndexOf, Load, Op, Pick, Random, RandomKind, Reduce, Value, topological
+from .value import Cast, Const, Index, IndexOf, Load, Op, Pick, Random, RandomKind, Reduce, Scan, Value, topological
 
 Number = int | torch.Tensor
 ZERO_DIVISION = "ZeroDivisionError"
@@ -145,6 +145,8 @@ class _Run:
         if isinstance(v, Reduce):
             self.results[v] = self._reduce(v)
             return self.results[v][0]
+        if isinstance(v, Scan):
+            return self._scan(v)
         if isinstance(v, Pick):
             return self.results[v.value][v.i]
         raise TypeError(f"no meaning for {type(v).__name__}")
@@ -162,6 +164,13 @@ class _Run:
             )
         found = row.meaning(*(a.expand(shape) for a in args), dim)
         return found if isinstance(found, tuple) else (found,)
+
+    def _scan(self, v: Scan) -> torch.Tensor:
+        meaning, dim = ops.REDUCTIONS[v.kind].scan, self.dims[v.over]
+        assert meaning is not None
+        arg = self.known[v.arg]
+        shape = [self.extents[v.over] if d == dim else n for d, n in enumerate(arg.shape)]
+        return meaning(arg.expand(shape), dim)
 
     def at(
         self, what: str, index: Sequence[Index], shape: Sequence[int], mask: torch.Tensor | None

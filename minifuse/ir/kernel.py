@@ -16,7 +16,7 @@ import torch
 
 from .index import Axis, Expr, Sym
 from .shape import linearize
-from .value import IndexOf, Load, Random, Reduce, Value, index_axes, topological
+from .value import IndexOf, Load, Random, Reduce, Scan, Value, index_axes, topological
 
 
 @dataclass(frozen=True)
@@ -115,7 +115,7 @@ class Kernel:
                     raise ValueError(f"load of {v.param}: not a parameter of {sorted(known)}")
                 if len(v.index) != len(param.shape) or v.dtype is not param.dtype:
                     raise ValueError(f"load {v.param}: rank or dtype differs from {param}")
-            elif isinstance(v, Reduce) and v.over not in axes:
+            elif isinstance(v, (Reduce, Scan)) and v.over not in axes:
                 raise ValueError(f"reduces over {v.over}, which is not an axis of the kernel")
 
     def values(self) -> tuple[Value, ...]:
@@ -137,6 +137,15 @@ class Kernel:
     @property
     def reductions(self) -> Iterator[Reduce]:
         return (v for v in self.values() if isinstance(v, Reduce))
+
+    @property
+    def scans(self) -> Iterator[Scan]:
+        return (v for v in self.values() if isinstance(v, Scan))
+
+    @cached_property
+    def ordered(self) -> frozenset[Axis]:
+        """The axes whose elements have an order: those that are reduced or scanned."""
+        return frozenset(r.over for r in self.reductions) | frozenset(s.over for s in self.scans)
 
     def param(self, name: str) -> Param:
         return next(p for p in self.params if p.name == name)

@@ -161,7 +161,7 @@ def result_dtype(name: str, args: tuple[torch.dtype, ...]) -> torch.dtype:
 
 @dataclass(frozen=True)
 class ReduceRow:
-    """One kind of reduction: how many values it carries, its identity, and its meaning.
+    """One kind of reduction: how many values it carries, its identity, its meaning, and that of its running results.
 
     `combine` names the operator of the table that joins two partial results (argument reductions
     join pairs and have their own helper in each target).
@@ -172,6 +172,7 @@ class ReduceRow:
     combine: str
     identity: Callable[[torch.dtype], Any]
     meaning: Callable[..., Any]
+    scan: Callable[..., torch.Tensor] | None = None
 
 
 def _lowest(dtype: torch.dtype) -> Any:
@@ -197,10 +198,28 @@ def _arg(fn: Callable) -> Callable:
 REDUCTIONS: dict[str, ReduceRow] = {
     r.name: r
     for r in (
-        ReduceRow("sum", 1, "add", lambda d: 0, lambda a, dim: a.sum(dim, keepdim=True, dtype=a.dtype)),
-        ReduceRow("prod", 1, "mul", lambda d: 1, lambda a, dim: a.prod(dim, keepdim=True, dtype=a.dtype)),
-        ReduceRow("max", 1, "maximum", _lowest, lambda a, dim: a.amax(dim, keepdim=True)),
-        ReduceRow("min", 1, "minimum", _highest, lambda a, dim: a.amin(dim, keepdim=True)),
+        ReduceRow(
+            "sum",
+            1,
+            "add",
+            lambda d: 0,
+            lambda a, dim: a.sum(dim, keepdim=True, dtype=a.dtype),
+            lambda a, dim: a.cumsum(dim, dtype=a.dtype),
+        ),
+        ReduceRow(
+            "prod",
+            1,
+            "mul",
+            lambda d: 1,
+            lambda a, dim: a.prod(dim, keepdim=True, dtype=a.dtype),
+            lambda a, dim: a.cumprod(dim, dtype=a.dtype),
+        ),
+        ReduceRow(
+            "max", 1, "maximum", _lowest, lambda a, dim: a.amax(dim, keepdim=True), lambda a, dim: a.cummax(dim).values
+        ),
+        ReduceRow(
+            "min", 1, "minimum", _highest, lambda a, dim: a.amin(dim, keepdim=True), lambda a, dim: a.cummin(dim).values
+        ),
         ReduceRow("any", 1, "or", lambda d: False, lambda a, dim: a.any(dim, keepdim=True)),
         ReduceRow("all", 1, "and", lambda d: True, lambda a, dim: a.all(dim, keepdim=True)),
         ReduceRow("argmax", 2, "argmax", _lowest, _arg(torch.argmax)),

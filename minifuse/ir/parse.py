@@ -14,7 +14,7 @@ from . import dtypes, ops, shape
 from .index import Atom, Axis, Expr, Sym
 from .kernel import Check, Kernel, Loop, Param, Root, Schedule, Store
 from .shape import contiguous_strides
-from .value import Cast, Const, Index, IndexOf, Load, Op, Pick, Random, Reduce, Value
+from .value import Cast, Const, Index, IndexOf, Load, Op, Pick, Random, Reduce, Scan, Value
 
 _SPACES = re.compile(r"\s*")
 _WORD = re.compile(r"[A-Za-z_]\w*")
@@ -281,6 +281,7 @@ class _Parser:
             "index": self.index,
             "random": self.random,
             "reduce": self.reduce,
+            "scan": self.scan,
             "pick": self.pick,
         }
         v = rules[name](r) if name in rules else self.op(name, r)
@@ -335,6 +336,17 @@ class _Parser:
         r.expect(",")
         r.expect("lanes")
         return Reduce.of(kind, args, over, r.integer())
+
+    def scan(self, r: _Reader) -> Value:
+        kind = r.word("a scan")
+        r.expect(",")
+        arg = self.value(r, None)
+        r.expect(",")
+        r.expect("over")
+        over = self.axis(r)
+        r.expect(",")
+        r.expect("lanes")
+        return Scan.of(kind, arg, over, r.integer())
 
     def pick(self, r: _Reader) -> Value:
         v = self.value(r, None)

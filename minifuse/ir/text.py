@@ -30,7 +30,7 @@ from .parse import parse as parse
 from .parse import parse_kernel as parse_kernel
 from .plan import Buffer, Extern, Free, Launch, Opaque, Plan, Step, TensorRef, content_hash, launch_traffic
 from .shape import contiguous_strides
-from .value import Cast, Const, IndexOf, Load, Op, Pick, Random, Reduce, Value
+from .value import Cast, Const, IndexOf, Load, Op, Pick, Random, Reduce, Scan, Value
 
 INLINE_DEPTH = 3
 INLINE_CHARS = 64
@@ -112,7 +112,7 @@ class _Printer:
     def stands_inline(self, v: Value, text: str, depth: int) -> bool:
         if isinstance(v, IndexOf):
             return True
-        if isinstance(v, Reduce) or (isinstance(v, Load) and v.mask is not None):
+        if isinstance(v, (Reduce, Scan)) or (isinstance(v, Load) and v.mask is not None):
             return False
         levels = depth - (v in self.stored)
         return self.uses[v] == 1 and levels < INLINE_DEPTH and len(text) <= INLINE_CHARS
@@ -150,6 +150,8 @@ class _Printer:
             return f"random({v.kind}, seed {self.arg(v.seed, bare=True)}, offset {v.offset}, index {v.index})"
         if isinstance(v, Reduce):
             return f"reduce({v.kind}, {_list(map(self.arg, v.args))}, over {v.over.name}, lanes {v.lanes})"
+        if isinstance(v, Scan):
+            return f"scan({v.kind}, {self.arg(v.arg)}, over {v.over.name}, lanes {v.lanes})"
         if isinstance(v, Pick):
             return f"pick({self.text[v.value]}, {v.i})"
         raise TypeError(f"no text for {type(v).__name__}")

@@ -319,6 +319,45 @@ class Reduce(Value):
         return Reduce.of(self.kind, args, over, self.lanes)
 
 
+class Scan(Value):
+    """The running reduction of its argument along an axis: at k what elements 0..k give together.
+
+    As with `Reduce` the order is part of the meaning. With 1 lane each element joins the running result in turn, from
+    the identity. With 16, where the scanned dimension was the innermost in memory when lowered, elements are taken 16
+    at a time: element p joins p-1, then p-2, p-4 and p-8 (Hillis and Steele, "Data Parallel Algorithms", 1986), and
+    the running result of what lies before joins all of them.
+    """
+
+    __slots__ = ()
+    fields: tuple[str, Value, Axis, int]
+
+    @staticmethod
+    def of(kind: str, arg: Value, over: Axis, lanes: int = LANES) -> Scan:
+        if kind not in ops.REDUCTIONS or ops.REDUCTIONS[kind].scan is None:
+            known = ", ".join(k for k, row in ops.REDUCTIONS.items() if row.scan is not None)
+            raise KeyError(f"no scan {kind!r}; known: {known}")
+        if lanes not in (1, LANES):
+            raise ValueError(f"a scan has 1 or {LANES} lanes, found {lanes}")
+        if dtypes.is_half(arg.dtype):
+            raise TypeError(f"{kind} on {arg.dtype} must accumulate in float32 with casts around")
+        return Scan._make((kind, arg, over, lanes), arg.dtype, arg.axes | {over})
+
+    kind: str = _field(0)
+    arg: Value = _field(1)
+    over: Axis = _field(2)
+    lanes: int = _field(3)
+
+    @property
+    def args(self) -> tuple[Value, ...]:
+        return (self.arg,)
+
+    def rebuild(self, args: tuple[Value, ...], index: Callable[[Expr], Expr]) -> Value:
+        over = index(self.over.expr).atom
+        if not isinstance(over, Axis):
+            raise ValueError(f"a scanned axis must stay an axis, found {index(self.over.expr)}")
+        return Scan.of(self.kind, args[0], over, self.lanes)
+
+
 class Pick(Value):
     """Result `i` of a value with several results."""
 

@@ -117,22 +117,24 @@ def verify_schedule(kernel: Kernel, schedule: Schedule) -> None:
     """Raise VerificationError unless the loops run every point of every root once, grid loops first
     and over no reduced axis, lane loops last, and the held values exist.
     """
-    reduced = {r.over for r in kernel.reductions}
-    needed = reduced.union(*(root.space for root in kernel.body))
+    needed = kernel.ordered.union(*(root.space for root in kernel.body))
     missing = [a.name for a in kernel.axes if a in needed and a not in {loop.axis for loop in schedule.loops}]
     if missing:
         raise VerificationError(f"schedule {schedule}: no loop over {_list(missing)}")
     kinds = [loop.kind for loop in schedule.loops]
     if "grid" in kinds[len(schedule.grid) :]:
         raise VerificationError(f"schedule {schedule}: grid loops come first")
-    lanes = kinds.count("lane")
-    if "lane" in kinds[: len(kinds) - lanes]:
-        raise VerificationError(f"schedule {schedule}: lane loops are the last")
+    scanned = {s.over for s in kernel.scans}
+    behind = False
+    for loop in schedule.loops:
+        if behind and loop.kind != "lane" and loop.axis not in scanned:
+            raise VerificationError(f"schedule {schedule}: lane loops are the last, but for scans")
+        behind = behind or loop.kind == "lane"
     for n, loop in enumerate(schedule.loops):
         if loop.axis not in kernel.axes:
             raise VerificationError(f"schedule {schedule}: {loop.axis} is not an axis of {_list(kernel.axes)}")
-        if loop.kind == "grid" and loop.axis in reduced:
-            raise VerificationError(f"schedule {schedule}: the grid runs over {loop.axis}, which is reduced")
+        if loop.kind == "grid" and loop.axis in kernel.ordered:
+            raise VerificationError(f"schedule {schedule}: the grid runs over {loop.axis}, which is reduced or scanned")
         inside = any(later.axis is loop.axis for later in schedule.loops[n + 1 :])
         if inside and loop.step <= 1:
             raise VerificationError(f"schedule {schedule}: {loop.axis} has an inner loop, so its outer one has a tile")

@@ -16,7 +16,7 @@ from minifuse.ir.index import ONE, ZERO, Axis, Expr, FloorDiv, Mod, as_expr
 from minifuse.ir.kernel import Kernel, Loop, Param, Schedule, Store, rewrite
 from minifuse.ir.plan import Buffer, Launch, Plan, Step
 from minifuse.ir.shape import linearize, product
-from minifuse.ir.value import COLUMN_CHUNK, LANES, Cast, IndexOf, Load, Op, Random, Reduce, Value, topological
+from minifuse.ir.value import COLUMN_CHUNK, LANES, Cast, IndexOf, Load, Op, Random, Reduce, Scan, Value, topological
 from minifuse.passes.context import CompileContext
 from minifuse.passes.split import Tree, closed, divide, halves
 
@@ -82,11 +82,10 @@ def affine_offset(param: Param, load: Load) -> Expr:
 
 def split_axes(kernel: Kernel) -> Kernel:
     """Cut an axis that offsets divide by a constant: `j // 64` and `j % 64` become two axes."""
-    reduced = {r.over for r in kernel.reductions}
     for _ in range(8):
         cut: tuple[Axis, int] | None = None
         for e in index_exprs(kernel):
-            cut = next((c for c in _divisions(e) if c[0] not in reduced), None)
+            cut = next((c for c in _divisions(e) if c[0] not in kernel.ordered), None)
             if cut is not None:
                 break
         if cut is None:
@@ -114,7 +113,6 @@ def _divisions(e: Expr) -> Iterable[tuple[Axis, int]]:
 
 def collapse(kernel: Kernel) -> Kernel:
     """Join two axes that every access walks as one long axis."""
-    reduced = {r.over for r in kernel.reductions}
     spaces = [r.space for r in kernel.body] + [r.axes | {r.over} for r in kernel.reductions]
     joined = True
     while joined:
@@ -122,7 +120,7 @@ def collapse(kernel: Kernel) -> Kernel:
         exprs = list(dict.fromkeys(index_exprs(kernel)))
         for outer in kernel.axes:
             for inner in kernel.axes:
-                if outer is inner or outer in reduced or inner in reduced:
+                if outer is inner or outer in kernel.ordered or inner in kernel.ordered:
                     continue
                 if any((outer in s) != (inner in s) for s in spaces) or not _joins(exprs, outer, inner):
                     continue
@@ -182,7 +180,7 @@ def split_reduction(kernel: Kernel, name: str, hint: Hint, buffers: dict[str, Bu
 def splittable(kernel: Kernel, hint: Hint) -> list[Reduce]:
     """The reductions, all over one axis, that are run by chunks: those with too few independent rows, and column sums
     beside what walks the same data row by row."""
-    reductions = list(kernel.reductions)
+    reductions = [] if any(kernel.scans) else list(kernel.reductions)
     for over in dict.fromkeys(r.over for r in reductions):
         found = [r for r in reductions if r.over is over]
         first = found[0]
@@ -212,12 +210,14 @@ def choose(kernel: Kernel, hint: Hint) -> Schedule:
     reduced = {r.over: r for r in reductions}
     spaces = [r.space for r in kernel.body] + [r.axes | {r.over} for r in reductions]
     common = frozenset.intersection(*spaces) if spaces else frozenset()
-    grid = [a for a in kernel.axes if a in common and a not in reduced]
+    grid = [a for a in kernel.axes if a in common and a not in kernel.ordered]
     weight = unit_weights(kernel, hint)
     lane = lane_axis(kernel, reduced, weight, hint)
+    # What is scanned as a column runs inside of the lanes, each with a running result of its own.
+    inside = [a for a in kernel.axes if any(s.over is a and s.lanes == 1 for s in kernel.scans)]
     stride = main_strides(kernel, hint)
     grid.sort(key=lambda a: (-stride.get(a, 0), a.name))
-    rest = [a for a in kernel.axes if a not in grid and a is not lane]
+    rest = [a for a in kernel.axes if a not in grid and a is not lane and a not in inside]
     rest.sort(key=lambda a: (_depth(a, reductions), -stride.get(a, 0), a.name))
     loops: list[Loop] = []
     across = transposed_axis(grid, lane, weight) if not reduced else None
@@ -240,7 +240,7 @@ def choose(kernel: Kernel, hint: Hint) -> Schedule:
         loops.append(Loop(lane, "grid", lane_tile))
     if across is not None:
         loops.append(Loop(across, "loop"))
-    for a in [*rest, *([lane] if lane is not None else [])]:
+    for a in [*rest, *([lane] if lane is not None else []), *inside]:
         loops += [Loop(a, "loop", step) for step in chunk_steps(reduced.get(a))]
         loops.append(Loop(a, "lane" if a is lane else "loop"))
     return Schedule(tuple(loops))
@@ -301,8 +301,10 @@ def main_strides(kernel: Kernel, hint: Hint) -> dict[Axis, int]:
 
 
 def lane_axis(kernel: Kernel, reduced: dict[Axis, Reduce], weight: dict[Axis, int], hint: Hint) -> Axis | None:
-    """The vector axis: the most bytes at unit stride; never one whose tree is a column."""
-    able = [a for a in kernel.axes if a not in reduced or reduced[a].lanes == LANES]
+    """The vector axis: one scanned by lanes, else the most bytes at unit stride; never one whose tree is a column."""
+    scanned = {s.over: s.lanes for s in kernel.scans}
+    able = [a for a in kernel.axes if (a not in reduced or reduced[a].lanes == LANES) and scanned.get(a) != 1]
+    able = [a for a in able if scanned.get(a) == LANES] or able
     if not able:
         return None
     return max(able, key=lambda a: (weight.get(a, 0), a in reduced, hint(a.size), a.name))
@@ -327,6 +329,8 @@ def value_costs(values: Iterable[Value]) -> dict[Value, float]:
             base = 40.0
         elif isinstance(v, (Load, Cast)):
             base = 1.0
+        elif isinstance(v, Scan):
+            base = 4.0
         own[v] = base if isinstance(v, Reduce) else base + sum(own[a] for a in v.args)
     return own
 

@@ -62,6 +62,20 @@ kernel argmax  i < 4, j < s0
   store at[i] = add(v1, cast(i64, load table[v1, 3]))
 """
 
+RUNNING_SUM = """\
+kernel running  i < s0, j < 64
+  sizes s0 >= 2
+  param x : f32[s0, 64]
+  param columns : f32[s0, 64]
+  param rows : f32[s0, 64]
+  v0 : f32[i, j] = exp(load x[i, j])
+  v1 : f32[i, j] = scan(sum, v0, over i, lanes 1)
+  store columns[i, j] = v1
+  v2 : f32[i, j] = scan(max, v0, over i, lanes 1)
+  store rows[i, j] = v2
+  schedule j: grid tile 256, j: lane, i: loop
+"""
+
 EVERY_CONSTRUCT = """\
 kernel every  i < 6, j < s0*s1
   sizes s0 >= 2, 0 <= s1 <= 8
@@ -85,7 +99,7 @@ kernel every  i < 6, j < s0*s1
 """
 
 
-@pytest.mark.parametrize("text", [SOFTMAX, RESIDUAL_LAYER_NORM, ARGMAX_AND_GATHER, EVERY_CONSTRUCT])
+@pytest.mark.parametrize("text", [SOFTMAX, RESIDUAL_LAYER_NORM, ARGMAX_AND_GATHER, RUNNING_SUM, EVERY_CONSTRUCT])
 def test_text_parses_and_prints_as_it_was(text):
     parsed = parse(text)
     assert print_kernel(parsed.kernel, parsed.schedule, parsed.name) == text

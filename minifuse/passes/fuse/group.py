@@ -9,7 +9,7 @@ from minifuse.ir import ops
 from minifuse.ir.index import ONE, Axis, Expr
 from minifuse.ir.kernel import Check, Kernel, Param, Root, Store, rewrite
 from minifuse.ir.plan import Buffer, Launch
-from minifuse.ir.value import Cast, Const, Index, IndexOf, Load, Op, Random, Reduce, Value, at_values, topological
+from minifuse.ir.value import Cast, Const, Index, IndexOf, Load, Op, Random, Reduce, Scan, Value, at_values, topological
 
 from .unify import Substitution
 
@@ -41,6 +41,7 @@ class Group:
         self.reads: dict[str, dict[tuple[Index, ...], None]] = {}
         self.reduced: frozenset[Axis] = frozenset()
         self.trees: frozenset[tuple[Axis, int]] = frozenset()
+        self.scanned: frozenset[Axis] = frozenset()
         self.spaces: list[frozenset[Axis]] = [r.space for r in self.body]
         self.folds: list[tuple[frozenset[Axis], int]] = []
         self.summed: frozenset[str] = frozenset()
@@ -61,6 +62,12 @@ class Group:
                 self.folds.append((v.axes | {v.over}, v.lanes))
                 self.spaces.append(v.axes | {v.over})
                 self.pure = False
+            elif isinstance(v, Scan):
+                # Its axis keeps its order, as a reduced one does.
+                self.reduced |= {v.over}
+                self.trees |= {(v.over, v.lanes)}
+                self.scanned |= {v.over}
+                self.pure = False
             elif isinstance(v, Op):
                 self.cost += ops.TABLE[v.name].cost
             elif isinstance(v, Random):
@@ -73,7 +80,8 @@ class Group:
         columns = [v for v in reductions if v.lanes == 1]
         if columns:
             self.summed = self._summed()
-        self.splits = all(len(v.args) == 1 and not reaches_column(v.args, self.summed) for v in columns)
+        whole = not self.scanned  # a chunk of a scan does not stand alone
+        self.splits = whole and all(len(v.args) == 1 and not reaches_column(v.args, self.summed) for v in columns)
 
     def _summed(self) -> frozenset[str]:
         """What is stored that needs a column's sum; of stores within the group too."""
@@ -317,7 +325,7 @@ def build(
     for v in values:
         if isinstance(v, Load):
             params.setdefault(v.param, buffers[v.param].as_param())
-        elif isinstance(v, Reduce):
+        elif isinstance(v, (Reduce, Scan)):
             axes[v.over] = None
     for root in body:
         if isinstance(root, Store):

@@ -125,6 +125,8 @@ class Legality:
                 ):
                     if any(0 < len(xs & r.space) < len(xs) for xs in joined.values()):
                         return Refusal("partial rows", "{name} would be stored more than once", {"name": r.param})
+        if (a.scanned or b.scanned) and len({x for x, _ in trees}) > 1:
+            return Refusal("two orders", "one scans an axis, the other reduces or scans another", {})
         if len({x for x, _ in trees}) < len(trees):
             return Refusal("different trees", "one reduces a row and the other a column along one axis", {})
         return None
