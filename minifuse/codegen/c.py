@@ -252,7 +252,11 @@ class CDialect:
 
     def store(self, p: Printer, root: Store) -> None:
         if root.mask is not None and p.lanes(root.mask):
-            raise CodegenError("a store whose mask differs between lanes")
+            param, mask = p.param(root.param), p.name(root.mask)
+            at, value = self.lane_expr(p, param.offset(root.index)), self.vector(p, root.value)
+            t = dtypes.name(param.dtype)
+            p.line(f"mf_scatterm_{t}({pointer(p, param)}, {at}, {value}, {mask}, {self.n(p)});")
+            return
         write = self.writing(p, root)
         p.line(write if root.mask is None else f"if ({p.name(root.mask)}) {{ {write} }}")
 

@@ -188,6 +188,11 @@ MF void mf_scatter_$T($S* p, v_i64 offsets, $V v, int64_t n) {
   $Q* q = (void*)p; $P r = $narrow(v);
   for (int l = 0; l < n; l++) q[offsets[l]] = r[l];
 }""",
+    "scatterm": """
+MF void mf_scatterm_$T($S* p, v_i64 offsets, $V v, v_bool mask, int64_t n) {
+  $Q* q = (void*)p; $P r = $narrow(v);
+  for (int l = 0; l < n; l++) if (mask[l]) q[offsets[l]] = r[l];
+}""",
     "load_s": "MF $R mf_load_${T}_s(const $S* p) { $Q x; __builtin_memcpy(&x, p, sizeof x); return $widen_s(x); }",
     "store_s": "MF void mf_store_${T}_s($S* p, $R x) { $Q r = $narrow_s(x); __builtin_memcpy(p, &r, sizeof r); }",
 }

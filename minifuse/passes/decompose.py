@@ -29,7 +29,7 @@ _ALSO = (
     " _log_softmax_backward_data gelu gelu_backward native_group_norm native_group_norm_backward"
     " native_batch_norm _native_batch_norm_legit _native_batch_norm_legit_functional"
     " _native_batch_norm_legit_no_training native_batch_norm_backward var std_mean std silu_backward"
-    " mse_loss smooth_l1_loss elu leaky_relu"
+    " mse_loss smooth_l1_loss elu leaky_relu linalg_vector_norm"
 ).split()
 
 

@@ -21,7 +21,8 @@ import torch
 from .known import KNOWN
 from .run import DTYPES, Failure, Job, check, operators
 
-TIMEOUT = 240.0
+# Seconds for one operator: torch traces some convolutions with dynamic shapes for minutes.
+TIMEOUT = 900.0
 
 
 def serve() -> None:

@@ -7,6 +7,7 @@ extern with a reason. Nothing is fused here; views cost nothing.
 from __future__ import annotations
 
 import operator
+import re
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from typing import Any
@@ -30,6 +31,8 @@ from .structural import STRUCTURAL
 from .view import View
 
 Tree = Any
+# How axes and symbols are called; an operator may be too (the Bessel function `i0`).
+_TAKEN = re.compile(r"[idsuz]\d\w*")
 Number = (bool, int, float)
 
 
@@ -46,6 +49,9 @@ class Lowering:
         self.symbols: dict[str, Symbol] = {}
         self.mutated: set[str] = set()
         self.origin: dict[str, str] = {}
+        for n in graph.nodes:
+            if _TAKEN.fullmatch(n.name):
+                n.name = f"{n.name}_"
         self.node_names = {n.name for n in graph.nodes}
         self.node: fx.Node = next(iter(graph.nodes))
         self.written_inputs = {m.name for n in graph.nodes for m in mutated_arguments(n) if m.op == "placeholder"}
@@ -301,8 +307,9 @@ class Lowering:
         found: dict[str, tuple[int, int, str]] = {}
         for i, name in enumerate(results):
             for d, size in enumerate(self.buffers[name].shape if name is not None else ()):
-                if isinstance(size.atom, Sym) and size.atom.name not in before:
-                    found.setdefault(size.atom.name, (i, d, size.atom.name))
+                atom = size.atom
+                if isinstance(atom, Sym) and atom.name not in before and not self.symbols[atom.name].source:
+                    found.setdefault(atom.name, (i, d, atom.name))
         return tuple(found.values())
 
     def sources(self) -> None:

@@ -76,10 +76,11 @@ def _gather(lo: Lowering, node: fx.Node, x: fx.Node, dim: int, index: fx.Node, s
     dim %= len(table.at)
     where = lo.axes(lo.shape(node))
     raw = Cast.of(torch.int64, at.read(where))
-    n, zero = IndexOf.of(table.shape[dim]), Const.of(0, torch.int64)
-    good = Op.of("and", Op.of("ge", raw, zero), Op.of("lt", raw, n))
+    length, zero = IndexOf.of(table.shape[dim]), Const.of(0, torch.int64)
+    good = Op.of("and", Op.of("ge", raw, zero), Op.of("lt", raw, length))
     position = Op.of("where", good, raw, zero)
-    coordinates = [position if d == dim else ZERO if table.shape[d] is ONE else w for d, w in enumerate(where)]
+    # Beside a table of one dimension an index may have none.
+    coordinates = [position if d == dim else ZERO if n is ONE else where[d] for d, n in enumerate(table.shape)]
     message = f"index out of bounds for dimension {dim}"
     return lo.emit(lambda _: gather_read(table, coordinates), node.meta["val"], checks=[Check(good, message)])
 

@@ -128,6 +128,8 @@ def _select_scatter(lo: Lowering, node: fx.Node, x: fx.Node, src: fx.Node, dim: 
     dim %= len(base.at)
     at = lo.size(index)
     at = at + base.shape[dim] if at.is_const and at.value < 0 else at
+    if not at.is_nonneg():
+        raise Unsupported("a select_scatter whose index may be negative")
 
     def value(where: tuple[Expr, ...]) -> Value:
         mask = Op.of("eq", IndexOf.of(where[dim]), IndexOf.of(at))

@@ -51,6 +51,8 @@ class View:
 
     def strided(self) -> TensorRef | None:
         """This view as strides and an offset, or None where it is not affine."""
+        if self.index == tuple(a.expr for a in self.at) and self.shape == self.buffer.shape:
+            return TensorRef(self.buffer.name, self.shape, self.buffer.stride, ZERO)
         offset = linearize(self.index, self.buffer.stride)
         strides: list[Expr] = []
         for a in self.at:

@@ -202,6 +202,7 @@ def _repeat(lo: Lowering, node: fx.Node, x: fx.Node, repeats: Any) -> View:
     skip = len(repeats) - len(view.at)
 
     def value(where: tuple[Expr, ...]) -> Value:
-        return view.read([w % a.size for w, a in zip(where[skip:], view.at, strict=True)])
+        # Of an empty dimension nothing is read, and the empty axis says so.
+        return view.read([w if a.size is ZERO else w % a.size for w, a in zip(where[skip:], view.at, strict=True)])
 
     return lo.emit(value, node.meta["val"])

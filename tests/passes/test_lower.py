@@ -1,0 +1,103 @@
+"""Forms of operators that lowering once got wrong, or that were found by PyTorch's operator database and the fuzzer."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from tests.judge import check, compiled, externs, same
+
+
+def test_a_reduction_of_a_scalar_may_name_its_missing_dimension() -> None:
+    def fn(x: Tensor) -> tuple[Any, ...]:
+        return x.sum(0), x.softmax(0), x.log_softmax(-1), torch.max(x, 0), x.argmin(-1), torch.aminmax(x, dim=0)
+
+    check(fn, torch.tensor(2.0))
+
+
+def test_numbers_that_are_no_sizes_may_be_negative() -> None:
+    x = torch.randn(5, 5)
+
+    def fn(x: Tensor, k: int, source: Tensor) -> tuple[Tensor, ...]:
+        return (
+            torch.arange(k, k - 6, -2), x.select(0, k), torch.select_scatter(x, source, 1, k), x * k, x[k:],
+            torch.full((3,), k), x.roll(k, 0),
+        )  # fmt: skip
+
+    run = compiled(fn, dynamic=True)
+    for k in (-2, -1, 3, 0):
+        same(run(x, k, torch.ones(5)), fn(x, k, torch.ones(5)))
+
+
+@pytest.mark.parametrize("dynamic", [False, True])
+def test_views_by_strides_windows_and_repeats(dynamic: bool) -> None:
+    x = torch.randn(4, 6)
+
+    def fn(x: Tensor) -> tuple[Tensor, ...]:
+        y = x * 2
+        return (
+            x.as_strided((2, 3), (1, 2), 3), y.as_strided((3, 2), (6, 1), 2) + 1,
+            x[1:].as_strided((2, 2), (6, 1), 0) * 3, y.unfold(1, 3, 2).sum(-1), x.unfold(0, 2, 1),
+            x.repeat(2, 3), x.repeat(1, 0, 2), x[:, :0].repeat(2, 2),
+        )  # fmt: skip
+
+    check(fn, x, dynamic=dynamic)
+    check(fn, torch.randn(6, 4).t(), dynamic=dynamic)
+
+
+def test_a_view_of_an_input_by_strides_aliases_it() -> None:
+    x = torch.randn(4, 6, requires_grad=True)
+    check(lambda x: x.as_strided((2, 2), (1, 2), 1), x, dynamic=True)
+    check(lambda x: x.as_strided((2, 2), (1, 2), 1).sin(), x)
+
+
+def test_an_operator_may_be_called_as_axes_are() -> None:
+    x = torch.rand(3, 7, requires_grad=True)
+    check(lambda x: (torch.special.i0(x) * x.sum(0), torch.special.i1(x)), x)
+
+
+def test_gather_by_an_index_without_dimensions() -> None:
+    check(lambda x, i: x.gather(0, i) + 1, torch.randn(5), torch.tensor(3))
+
+
+def test_complex_numbers_and_sizes_of_results_with_dynamic_shapes() -> None:
+    x = torch.randn(3, 5, 4, requires_grad=True)
+    check(lambda x: (torch.fft.irfft(x), torch.fft.fft(x).abs()), x, dynamic=True, tolerance=1e-5)
+    check(lambda x: torch.linalg.lu_factor(x)[1] + 1, torch.randn(2, 3, 5), dynamic=True)
+
+
+@pytest.mark.parametrize("form", ["foreach", "each"])
+def test_an_optimiser_step_is_kernels(form: str) -> None:
+    def parameters() -> list[Tensor]:
+        made = [torch.nn.Parameter(torch.linspace(-1, 1, 12 * n).view(n, 12)) for n in (1, 2, 3)]
+        for p in made:
+            p.grad = p.detach().cos()
+        return made
+
+    mine, theirs = parameters(), parameters()
+    a, b = (torch.optim.AdamW(ps, lr=0.1, foreach=form == "foreach") for ps in (mine, theirs))
+    step = compiled(a.step)
+    for _ in range(3):
+        step()
+        b.step()
+    same([p.detach() for p in mine], [p.detach() for p in theirs])
+    assert not externs()
+
+
+def test_operators_over_lists() -> None:
+    xs, ys = [torch.randn(n) for n in (3, 5, 1)], [torch.rand(n) for n in (3, 5, 1)]
+
+    def fn(xs: list[Tensor], ys: list[Tensor]) -> list[Any]:
+        return [
+            torch._foreach_add(xs, ys, alpha=2), torch._foreach_add(xs, [1.0, 2.0, 3.0]), torch._foreach_mul(xs, 3),
+            torch._foreach_addcdiv(xs, xs, ys, [1.0, 2.0, 3.0]), torch._foreach_maximum(xs, 0.1),
+            torch._foreach_norm(xs),
+            torch._foreach_minimum(xs, ys), torch._foreach_lerp(xs, ys, 0.3), torch._foreach_pow(2.0, ys),
+            torch._foreach_sqrt(ys), torch._foreach_max(xs), torch._foreach_clamp_min(xs, [0.0, 0.1, 0.2]),
+        ]  # fmt: skip
+
+    check(fn, xs, ys)
+    assert not externs()
