@@ -41,13 +41,14 @@ def place(plan: Plan, ctx: CompileContext) -> Plan:
     """Storage for every buffer, and a `Free` after the last reader of each adopted result."""
     outputs = {o.buffer for o in plan.outputs if isinstance(o, TensorRef)}
     late = unknown_at_start(plan)
+    kept = held(plan)
     buffers: dict[str, Buffer] = {}
     steps: list[Step] = []
     real = {s.results[0] for s in plan.externs if has_real_out(s, plan)}
     for name, b in plan.buffers.items():
         if b.storage in ("input", "constant") or b.storage == "extern" and name not in real:
             buffers[name] = b
-        elif name in outputs or large(plan, b) or any(s.name in late for s in b.extent.symbols()):
+        elif name in outputs or name in kept or large(plan, b) or any(s.name in late for s in b.extent.symbols()):
             buffers[name] = replace(b, storage="pooled")
         else:
             buffers[name] = replace(b, storage="arena")
@@ -72,14 +73,20 @@ def place(plan: Plan, ctx: CompileContext) -> Plan:
 
 
 def own_memory(plan: Plan, buffers: Mapping[str, Buffer]) -> set[str]:
-    """Blocks of their own that nothing else can hold on to: a custom operator may keep what it was given or what it
-    gave, a collective may still be reading."""
-    held: set[str] = set()
+    """Blocks of their own that nothing else can hold on to."""
+    kept = held(plan)
+    return {n for n, b in buffers.items() if b.storage in ("pooled", "extern") and n not in kept}
+
+
+def held(plan: Plan) -> set[str]:
+    """Buffers that may be in use after their last reader: a custom operator may keep what it was given or what it
+    gave, a region (`invoke_subgraph`) may return it, a collective may still be reading it."""
+    found: set[str] = set()
     for step in plan.externs:
         target = step.target
         if not isinstance(target, compat.OpOverload) or target.namespace != "aten" or step.effect:
-            held |= {*step.reads, *step.writes}
-    return {n for n, b in buffers.items() if b.storage in ("pooled", "extern") and n not in held}
+            found |= {*step.reads, *step.writes}
+    return found
 
 
 def take_over(step: Launch, dying: Collection[str], buffers: dict[str, Buffer]) -> Launch:

@@ -263,7 +263,7 @@ def _signbit(x: Value) -> Value:
     return Op.of("lt", Op.of("copysign", const_like(x, 1), x), const_like(x, 0))
 
 
-def _identity(x: Value) -> Value:
+def _identity(x: Value, *_: object) -> Value:
     return x
 
 
@@ -363,9 +363,9 @@ ROWS: dict[compat.OpOverload, Row] = {
     aten.lift_fresh_copy.default: Row(_identity),
     aten.contiguous.default: Row(_identity),
     aten._to_copy.default: Row(_identity),
-    aten.to.dtype: Row(_identity),
-    prims.convert_element_type.default: Row(_identity),
-    prims.device_put.default: Row(_identity),
+    aten.to.dtype: Row(_identity, scalars=(1, 2, 3, 4)),
+    prims.convert_element_type.default: Row(_identity, scalars=(1,)),
+    prims.device_put.default: Row(_identity, scalars=(1, 2)),
 }
 for _name in (
     "exp exp2 expm1 log log2 log10 log1p sin cos tan asin acos atan sinh cosh tanh asinh acosh atanh erf erfc"
