@@ -216,12 +216,10 @@ class CDialect:
             assert v.other is not None
             at = self.offsets(p, offset, varying, loaded)
             mask, other = p.name(v.mask), self.vector(p, v.other)
-            some = f"mf_gatherm_{t}({pointer(p, param)}, {at}, {mask}, {other}, {self.n(p)})"
             if not varying and step is ONE:
                 contiguous = f"{pointer(p, param)} + ({self.expr(offset)})" + self.uniform(p, loaded)
-                whole = f"mf_loadn_{t}({contiguous}, {self.n(p)})" if self.ragged(p) else f"mf_load_{t}({contiguous})"
-                return f"mf_all({p.name(v.mask)}) ? {whole} : {some}"
-            return some
+                return f"mf_loadm_{t}({contiguous}, {mask}, {other}, {self.n(p)})"
+            return f"mf_gatherm_{t}({pointer(p, param)}, {at}, {mask}, {other}, {self.n(p)})"
         if varying or step is None:
             text = f"mf_gather_{t}({pointer(p, param)}, {self.offsets(p, offset, varying, loaded)}, {self.n(p)})"
         elif step is ZERO:

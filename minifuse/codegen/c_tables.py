@@ -141,7 +141,7 @@ REDUCTIONS = {"add": "{a} + {b}", "mul": "{a} * {b}", "or": "{a} | {b}", "and": 
 
 # Memory. A tail reads and writes its n lanes only; n == 16 takes the whole-vector path.
 MEMORY = {
-    "splat": "MF $V mf_splat_$T($R x) { return ($V){x, x, x, x, x, x, x, x, x, x, x, x, x, x, x, x}; }",
+    "splat": "MF $V mf_splat_$T($R x) { $V r; MF_LANES r[l] = x; return r; }",
     "load": "MF $V mf_load_$T(const $S* p) { $P r; __builtin_memcpy(&r, p, sizeof r); return $widen(r); }",
     "loadn": """
 MF $V mf_loadn_$T(const $S* p, int64_t n) {
@@ -169,6 +169,13 @@ MF $V mf_gatherm_$T(const $S* p, v_i64 offsets, v_bool mask, $V other, int64_t n
   $V r = other;
   for (int l = 0; l < n; l++) if (mask[l]) r[l] = mf_load_${T}_s(p + offsets[l]);
   return r;
+}""",
+    "loadm": """
+MF $V mf_loadm_$T(const $S* p, v_bool mask, $V other, int64_t n) {
+  const $Q* q = (const void*)p; int m = (int)n; $P r;
+  MF_LANES r[l] = (l < m) & mask[l] ? q[l] : 0;
+  $V x = $widen(r); MF_LANES x[l] = mask[l] ? x[l] : other[l];
+  return x;
 }""",
     "store": "MF void mf_store_$T($S* p, $V v) { $P r = $narrow(v); __builtin_memcpy(p, &r, sizeof r); }",
     "storen": """

@@ -307,7 +307,7 @@ def lane_axis(kernel: Kernel, reduced: dict[Axis, Reduce], weight: dict[Axis, in
     able = [a for a in able if scanned.get(a) == LANES] or able
     if not able:
         return None
-    return max(able, key=lambda a: (weight.get(a, 0), a in reduced, hint(a.size), a.name))
+    return max(able, key=lambda a: (weight.get(a, 0) * min(hint(a.size), LANES), a in reduced, hint(a.size), a.name))
 
 
 def transposed_axis(grid: list[Axis], lane: Axis | None, weight: dict[Axis, int]) -> Axis | None:
