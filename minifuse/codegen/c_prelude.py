@@ -253,10 +253,9 @@ def _cast(name: str, a: Register, b: Register, scalar: bool) -> str:
 
 def _hreduce(name: str, combine: str, reg: Register) -> str | None:
     """One scalar from 16 lanes by halves: lane p with p+8, then p+4, p+2, p+1."""
-    expr = REDUCTIONS.get(combine) or (OPERATORS[combine].by_kind.get(reg.kind) if combine in OPERATORS else None)
+    expr = _combining(combine, reg)
     if expr is None:
         return None
-    expr = _fill(expr, reg)
     lines, source = [], "x"
     for half in (8, 4, 2):
         pair = expr.replace("{a}", f"{source}[l]").replace("{b}", f"{source}[l + {half}]")
@@ -267,9 +266,11 @@ def _hreduce(name: str, combine: str, reg: Register) -> str | None:
     return f"MF_ONCE {reg.scalar} {name}(v_{reg.name} x) {{ {' '.join(lines)} return {last}; }}"
 
 
-def _scan(name: str, combine: str, reg: Register) -> str:
+def _scan(name: str, combine: str, reg: Register) -> str | None:
     """Running results over 16 lanes and what came before them: lane p with p-1, p-2, p-4, p-8, then with `*before`."""
     expr = _combining(combine, reg)
+    if expr is None:
+        return None
     lines = []
     for step in (1, 2, 4, 8):
         moved = ", ".join(str(max(p - step, 0)) for p in range(16))
@@ -281,10 +282,10 @@ def _scan(name: str, combine: str, reg: Register) -> str:
     return f"MF {v} {name}({v} x, {r}* before) {{ {v} y; {' '.join(lines)} }}"
 
 
-def _combining(combine: str, reg: Register) -> str:
-    """The lane expression of `{a}` and `{b}` by which a reduction joins two results."""
-    expr = REDUCTIONS.get(combine) or OPERATORS[combine].by_kind[reg.kind]
-    return _fill(expr, reg)
+def _combining(combine: str, reg: Register) -> str | None:
+    """The lane expression of `{a}` and `{b}` by which a reduction joins two results; None where there is none."""
+    expr = REDUCTIONS.get(combine) or (OPERATORS[combine].by_kind.get(reg.kind) if combine in OPERATORS else None)
+    return None if expr is None else _fill(expr, reg)
 
 
 def _from_vector(name: str, reg: Register, names: str) -> str:

@@ -318,7 +318,7 @@ class Expr:
         if high is None:
             return None
         least = _min_value(-high)
-        return None if least == _UNBOUNDED else -least
+        return None if least <= _UNBOUNDED // 2 else -least  # an infinite end, whatever was added to it
 
 
 def as_expr(x: IntLike) -> Expr:

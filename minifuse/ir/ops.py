@@ -195,31 +195,17 @@ def _arg(fn: Callable) -> Callable:
     return meaning
 
 
+def _in_its_dtype(fn: Callable, **given: Any) -> Callable:
+    return lambda a, dim: fn(a, dim, dtype=a.dtype, **given)
+
+
 REDUCTIONS: dict[str, ReduceRow] = {
     r.name: r
     for r in (
-        ReduceRow(
-            "sum",
-            1,
-            "add",
-            lambda d: 0,
-            lambda a, dim: a.sum(dim, keepdim=True, dtype=a.dtype),
-            lambda a, dim: a.cumsum(dim, dtype=a.dtype),
-        ),
-        ReduceRow(
-            "prod",
-            1,
-            "mul",
-            lambda d: 1,
-            lambda a, dim: a.prod(dim, keepdim=True, dtype=a.dtype),
-            lambda a, dim: a.cumprod(dim, dtype=a.dtype),
-        ),
-        ReduceRow(
-            "max", 1, "maximum", _lowest, lambda a, dim: a.amax(dim, keepdim=True), lambda a, dim: a.cummax(dim).values
-        ),
-        ReduceRow(
-            "min", 1, "minimum", _highest, lambda a, dim: a.amin(dim, keepdim=True), lambda a, dim: a.cummin(dim).values
-        ),
+        ReduceRow("sum", 1, "add", lambda d: 0, _in_its_dtype(_T.sum, keepdim=True), _in_its_dtype(_T.cumsum)),
+        ReduceRow("prod", 1, "mul", lambda d: 1, _in_its_dtype(_T.prod, keepdim=True), _in_its_dtype(_T.cumprod)),
+        ReduceRow("max", 1, "maximum", _lowest, lambda a, dim: a.amax(dim, True), lambda a, dim: a.cummax(dim).values),
+        ReduceRow("min", 1, "minimum", _highest, lambda a, dim: a.amin(dim, True), lambda a, dim: a.cummin(dim).values),
         ReduceRow("any", 1, "or", lambda d: False, lambda a, dim: a.any(dim, keepdim=True)),
         ReduceRow("all", 1, "and", lambda d: True, lambda a, dim: a.all(dim, keepdim=True)),
         ReduceRow("argmax", 2, "argmax", _lowest, _arg(torch.argmax)),

@@ -1,4 +1,4 @@
-"""Operators over lists of tensors (`torch._foreach_*`), and the fused optimisers, as their elementwise parts.
+"""Operators over lists of tensors (`torch._foreach_*`) as their elementwise parts.
 
 Each list operator becomes one operator a tensor; fusion then sees an optimiser's step as one chain a parameter.
 """
