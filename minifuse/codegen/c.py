@@ -46,6 +46,17 @@ class Local:
     dtypes: tuple[torch.dtype, ...]
 
 
+@dataclass(frozen=True)
+class Place:
+    """Where an access is: the address but for what differs between lanes, and the element offset as what is an
+    expression, what is loaded for all lanes, and what is loaded for each."""
+
+    base: str
+    offset: Expr
+    uniform: str
+    varying: str
+
+
 class CDialect:
     """Text of one kernel in C."""
 
@@ -200,28 +211,20 @@ class CDialect:
     def load(self, p: Printer, v: Load, lanes: bool) -> str:
         param = p.param(v.param)
         t = dtypes.name(v.dtype)
-        base = f"{pointer(p, param)} + ({self.expr(affine_offset(param, v))})"
-        loaded = [(p.name(i), i, s) for i, s in zip(v.index, param.stride, strict=True) if isinstance(i, Value)]
-        for name, i, s in loaded:
-            if not p.lanes(i):
-                base += f" + {name} * ({self.expr(s)})"
-        lane = p.lane
-        offset = affine_offset(param, v)
-        step = offset.coefficient(lane) if lane is not None else ZERO
-        varying = [(name, s) for name, i, s in loaded if p.lanes(i)]
+        at = self.place_of(p, param, v)
+        base, offset, varying = at.base, at.offset, at.varying
+        step = offset.coefficient(p.lane) if p.lane is not None else ZERO
         if not lanes:
             text = f"mf_load_{t}_s({base})"
             return text if v.mask is None else f"({p.name(v.mask)} ? {text} : {p.name(v.other)})"  # type: ignore[arg-type]
         if v.mask is not None and p.lanes(v.mask):
             assert v.other is not None
-            at = self.offsets(p, offset, varying, loaded)
             mask, other = p.name(v.mask), self.vector(p, v.other)
             if not varying and step is ONE:
-                contiguous = f"{pointer(p, param)} + ({self.expr(offset)})" + self.uniform(p, loaded)
-                return f"mf_loadm_{t}({contiguous}, {mask}, {other}, {self.n(p)})"
-            return f"mf_gatherm_{t}({pointer(p, param)}, {at}, {mask}, {other}, {self.n(p)})"
+                return f"mf_loadm_{t}({base}, {mask}, {other}, {self.n(p)})"
+            return f"mf_gatherm_{t}({pointer(p, param)}, {self.offsets(p, at)}, {mask}, {other}, {self.n(p)})"
         if varying or step is None:
-            text = f"mf_gather_{t}({pointer(p, param)}, {self.offsets(p, offset, varying, loaded)}, {self.n(p)})"
+            text = f"mf_gather_{t}({pointer(p, param)}, {self.offsets(p, at)}, {self.n(p)})"
         elif step is ZERO:
             text = f"mf_splat_{register(v.dtype)}(mf_load_{t}_s({base}))"
         elif step is ONE:
@@ -235,23 +238,26 @@ class CDialect:
         assert v.other is not None
         return f"({p.name(v.mask)} ? {text} : {self.vector(p, v.other)})"
 
-    def uniform(self, p: Printer, loaded: list[tuple[str, Value, Expr]]) -> str:
-        return "".join(f" + {name} * ({self.expr(s)})" for name, i, s in loaded if not p.lanes(i))
+    def place_of(self, p: Printer, param: Param, access: Load | Store) -> Place:
+        offset = affine_offset(param, access)
+        uniform, varying = "", ""
+        for i, s in zip(access.index, param.stride, strict=True):
+            if isinstance(i, Value):
+                term = f" + {p.name(i)} * ({self.expr(s)})"
+                uniform, varying = (uniform, varying + term) if p.lanes(i) else (uniform + term, varying)
+        return Place(f"{pointer(p, param)} + ({self.expr(offset)}){uniform}", offset, uniform, varying)
 
-    def offsets(
-        self, p: Printer, offset: Expr, varying: list[tuple[str, Expr]], loaded: list[tuple[str, Value, Expr]]
-    ) -> str:
-        """Element offsets of a gather, a vector of int64."""
+    def offsets(self, p: Printer, at: Place) -> str:
+        """Element offsets of a gather or a scatter, a vector of int64."""
         assert p.lane is not None
-        over_lane = p.lane in offset.atoms()
-        text = self.lane_expr(p, offset) if over_lane else f"mf_splat_i64({self.expr(offset)})"
-        text += "".join(f" + {name} * ({self.expr(s)})" for name, s in varying)
-        return text + self.uniform(p, loaded)
+        over_lane = p.lane in at.offset.atoms()
+        text = self.lane_expr(p, at.offset) if over_lane else f"mf_splat_i64({self.expr(at.offset)})"
+        return text + at.varying + at.uniform
 
     def store(self, p: Printer, root: Store) -> None:
         if root.mask is not None and p.lanes(root.mask):
             param, mask = p.param(root.param), p.name(root.mask)
-            at, value = self.lane_expr(p, param.offset(root.index)), self.vector(p, root.value)
+            at, value = self.offsets(p, self.place_of(p, param, root)), self.vector(p, root.value)
             t = dtypes.name(param.dtype)
             p.line(f"mf_scatterm_{t}({pointer(p, param)}, {at}, {value}, {mask}, {self.n(p)});")
             return
@@ -261,17 +267,17 @@ class CDialect:
     def writing(self, p: Printer, root: Store) -> str:
         param = p.param(root.param)
         t = dtypes.name(param.dtype)
-        offset = param.offset(root.index)
-        at = f"{pointer(p, param)} + ({self.expr(offset)})"
+        place = self.place_of(p, param, root)
+        at, offset = place.base, place.offset
         if p.lane is None or p.lane not in root.space:
             return f"mf_store_{t}_s({at}, {p.name(root.value)});"
         value = self.vector(p, root.value)
         step = offset.coefficient(p.lane)
+        if place.varying or step is None:
+            return f"mf_scatter_{t}({pointer(p, param)}, {self.offsets(p, place)}, {value}, {self.n(p)});"
         if step is ONE:
             text = f"mf_storen_{t}({at}, {value}, n);" if self.ragged(p) else f"mf_store_{t}({at}, {value});"
             return f"{ahead(at, write=True)}; {text}" if streams(p, param, offset, self.streamed) else text
-        if step is None:
-            return f"mf_scatter_{t}({pointer(p, param)}, {self.lane_expr(p, offset)}, {value}, {self.n(p)});"
         return f"mf_stores_{t}({at}, {value}, {self.expr(step)}, {self.n(p)});"
 
     def check(self, p: Printer, root: Check) -> None:

@@ -8,11 +8,12 @@ nothing about structure; targets differ in a table.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Protocol
 
 import torch
 
+from minifuse.ir import dtypes
 from minifuse.ir.index import Axis, Expr, FloorDiv, Mod, Sym
 from minifuse.ir.kernel import Check, Kernel, Param, Schedule, Store
 from minifuse.ir.value import Cast, Const, IndexOf, Load, Op, Pick, Random, Reduce, Scan, Value
@@ -90,7 +91,7 @@ class Printer:
             elif isinstance(item, Store):
                 for load in self.tree.late.get(item, ()):
                     self.name(load)
-                self.dialect.store(self, item)
+                self.dialect.store(self, joining(item) if item.mode else item)
             elif isinstance(item, Check):
                 self.dialect.check(self, item)
             elif isinstance(item, Hold):
@@ -238,6 +239,15 @@ class Printer:
 
     def last_loop(self, axis: Axis) -> int:
         return max(k for k, loop in enumerate(self.loops) if loop.axis is axis)
+
+
+def joining(s: Store) -> Store:
+    """A scatter as a store of what is there and what comes, joined."""
+    if s.mode == "last":
+        return s
+    here, compute = Load.of(s.param, s.index, s.value.dtype), dtypes.row(s.value.dtype).compute
+    value = Op.of(s.mode, Cast.of(compute, here), Cast.of(compute, s.value))
+    return replace(s, value=Cast.of(s.value.dtype, value))
 
 
 def floors(expr: Expr) -> bool:

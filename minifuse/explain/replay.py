@@ -113,9 +113,9 @@ def plan_of(launch: Launch, sizes: Mapping[str, int], device: torch.device) -> P
 def index_limit(kernel: Kernel, sizes: Mapping[str, int]) -> int:
     """One past the largest integer that may be an index: the smallest dimension that is read at a computed place."""
     at = [
-        kernel.param(load.param).shape[d].evaluate(sizes)
-        for load in kernel.loads
-        for d, entry in enumerate(load.index)
+        kernel.param(access.param).shape[d].evaluate(sizes)
+        for access in kernel.accesses
+        for d, entry in enumerate(access.index)
         if isinstance(entry, Value) and reads_memory(entry)
     ]
     return max(min(at, default=8), 1)

@@ -206,6 +206,9 @@ class _Run:
 
     def store(self, s: Store) -> None:
         target, value = self.tensors[s.param], self.known[s.value]
+        if s.mode:
+            self.scatter(s)
+            return
         mask = None if s.mask is None else self.known[s.mask]
         index = self.at(f"store {s.param}", s.index, target.shape, mask)
         if not index:
@@ -220,6 +223,22 @@ class _Run:
             some = mask.expand(shape)
             at, value = [i[some] for i in at], value[some]
         target.index_put_(tuple(at), value)
+
+    def scatter(self, s: Store) -> None:
+        """Element by element of the axis that a scatter runs along."""
+        target, mask = self.tensors[s.param], None if s.mask is None else self.known[s.mask]
+        index = self.at(f"store {s.param}", s.index, target.shape, mask)
+        given = [*index, self.known[s.value], *([] if mask is None else [mask])]
+        space = [self.extents[a] if a in s.space else 1 for a in self.dims] or [1]
+        given = [x.expand(space) for x in given]
+        dim = 0 if s.over is None else self.dims[s.over]
+        slices = [given] if s.over is None else [[x.narrow(dim, k, 1) for x in given] for k in range(space[dim])]
+        for part in slices:
+            some = part.pop() if mask is not None else torch.ones_like(part[-1], dtype=torch.bool)
+            value, at = part.pop()[some], tuple(i[some] for i in part)
+            if s.mode != "last":
+                value = _apply(s.mode, [target[at].flatten(), value]).to(target.dtype)
+            target.index_put_(at, value) if at else target.copy_(value.reshape(target.shape))
 
 
 _DIVISIONS = {"truncdiv", "floordiv", "mod", "rem"}

@@ -8,15 +8,16 @@ the parallel grid and which one is the vector lane.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cached_property
+from itertools import chain
 from typing import Any, Literal
 
 import torch
 
-from .index import Axis, Expr, Sym
+from .index import ZERO, Axis, Expr, Sym
 from .shape import linearize
-from .value import IndexOf, Load, Random, Reduce, Scan, Value, index_axes, topological
+from .value import Index, IndexOf, Load, Random, Reduce, Scan, Value, index_axes, topological
 
 
 @dataclass(frozen=True)
@@ -24,16 +25,24 @@ class Store:
     """Write a value into a parameter at a logical index, where `mask` holds. Every element is written once.
 
     `space` holds the axes that the store runs over: those of the index, all of which it needs.
+
+    With a `mode` it is a scatter: coordinates may be computed, and what is stored joins what is there, by an operator
+    ("add", "mul", "maximum", "minimum") or in its place ("last"). It runs after the plain stores of its parameter.
+    Points that may meet at one place differ along the axis `over` alone, and come in its order.
     """
 
     param: str
-    index: tuple[Expr, ...]
+    index: tuple[Index, ...]
     value: Value
     mask: Value | None = None
+    mode: str = ""
+    over: Axis | None = None
 
     @property
     def values(self) -> tuple[Value, ...]:
-        return (self.value,) if self.mask is None else (self.mask, self.value)
+        """The coordinates that are computed, the mask, the value."""
+        mask = () if self.mask is None else (self.mask,)
+        return (*(i for i in self.index if isinstance(i, Value)), *mask, self.value)
 
     @property
     def space(self) -> frozenset[Axis]:
@@ -61,6 +70,7 @@ class Check:
 
 
 Root = Store | Check
+MODES = ("add", "mul", "maximum", "minimum", "last")
 
 
 @dataclass(frozen=True)
@@ -72,8 +82,9 @@ class Param:
     shape: tuple[Expr, ...]
     stride: tuple[Expr, ...]
 
-    def offset(self, index: Iterable[Expr]) -> Expr:
-        return linearize(index, self.stride)
+    def offset(self, index: Iterable[Index]) -> Expr:
+        """The part of an element offset that is an expression; computed coordinates count as zero."""
+        return linearize([i if isinstance(i, Expr) else ZERO for i in index], self.stride)
 
 
 @dataclass(frozen=True)
@@ -104,6 +115,10 @@ class Kernel:
                     raise ValueError(f"store {root.param}: its value varies over more than its index")
                 if root.mask is not None and root.mask.dtype is not torch.bool:
                     raise TypeError(f"store {root.param}: a mask is a bool, found {root.mask.dtype}")
+                if root.mode not in ("", *MODES):
+                    raise ValueError(f"store {root.param}: no mode {root.mode!r}; known: {', '.join(MODES)}")
+                if not root.mode and not all(isinstance(i, Expr) for i in root.index):
+                    raise ValueError(f"store {root.param}: a computed coordinate needs a mode")
             elif root.condition.dtype is not torch.bool:
                 raise TypeError(f"a check needs a bool, found {root.condition.dtype}")
             if not root.space <= axes:
@@ -135,6 +150,10 @@ class Kernel:
         return (r for r in self.body if isinstance(r, Store))
 
     @property
+    def accesses(self) -> Iterator[Load | Store]:
+        return chain(self.loads, self.stores)
+
+    @property
     def reductions(self) -> Iterator[Reduce]:
         return (v for v in self.values() if isinstance(v, Reduce))
 
@@ -144,16 +163,23 @@ class Kernel:
 
     @cached_property
     def ordered(self) -> frozenset[Axis]:
-        """The axes whose elements have an order: those that are reduced or scanned."""
-        return frozenset(r.over for r in self.reductions) | frozenset(s.over for s in self.scans)
+        """The axes whose elements have an order: those that are reduced, scanned or scattered along."""
+        scattered = frozenset(s.over for s in self.stores if s.over is not None)
+        return frozenset(r.over for r in self.reductions) | frozenset(s.over for s in self.scans) | scattered
+
+    @cached_property
+    def joins(self) -> tuple[str, ...]:
+        """Parameters that hold what was there but for what is scattered into them."""
+        begun = {s.param for s in self.stores if not s.mode}
+        return tuple(dict.fromkeys(s.param for s in self.stores if s.param not in begun))
 
     def param(self, name: str) -> Param:
         return next(p for p in self.params if p.name == name)
 
     @cached_property
     def reads(self) -> tuple[str, ...]:
-        """Names of parameters that are loaded, in order of first use."""
-        return tuple(dict.fromkeys(v.param for v in self.loads))
+        """Names of parameters whose memory is read, in order of first use."""
+        return tuple(dict.fromkeys((*(v.param for v in self.loads), *self.joins)))
 
     @cached_property
     def writes(self) -> tuple[str, ...]:
@@ -205,11 +231,23 @@ def rewrite(
             new = replace_value(new) or new
         out[v] = new
     return tuple(
-        Store(r.param, tuple(index(i) for i in r.index), out[r.value], None if r.mask is None else out[r.mask])
+        replace(
+            r,
+            index=tuple(index(i) if isinstance(i, Expr) else out[i] for i in r.index),
+            value=out[r.value],
+            mask=None if r.mask is None else out[r.mask],
+            over=None if r.over is None else _axis(index(r.over.expr)),
+        )
         if isinstance(r, Store)
         else Check(out[r.condition], r.message)
         for r in roots
     )
+
+
+def _axis(e: Expr) -> Axis:
+    if not isinstance(e.atom, Axis):
+        raise ValueError(f"a scattered axis must stay an axis, found {e}")
+    return e.atom
 
 
 # -- schedules --------------------------------------------------------------------------------------

@@ -201,10 +201,12 @@ class _Parser:
 
     def store_line(self, r: _Reader) -> None:
         name = r.word("a parameter")
-        at = tuple(map(self.expr, r.raws()))
+        at = tuple(map(self.entry, r.raws()))
+        mode = "" if r.peek() == "=" else r.word("a mode")
         r.expect("=")
         value = self.value(r, self.param(name).dtype)
-        self.body.append(Store(name, at, value, self.value(r, torch.bool) if r.accept("if") else None))
+        over = self.axis(r) if r.accept("over") else None
+        self.body.append(Store(name, at, value, self.value(r, torch.bool) if r.accept("if") else None, mode, over))
 
     def check_line(self, r: _Reader) -> None:
         condition = self.value(r, torch.bool)
@@ -291,7 +293,7 @@ class _Parser:
     def load(self, r: _Reader) -> Value:
         param = self.param(r.word("a parameter"))
         at = tuple(map(self.entry, r.raws()))
-        if not r.accept("if"):
+        if " else " not in r.text or not r.accept("if"):  # a store may have a mask behind what it loads
             return Load.of(param.name, at, param.dtype)
         mask = self.value(r, torch.bool)
         r.expect("else")

@@ -274,6 +274,8 @@ def launch_traffic(plan: Plan, step: Launch | Extern) -> Traffic:
         elements = plan.hint(product(a.size for a in index_axes(store.index)))
         nbytes = elements * dtypes.itemsize(store.value.dtype)
         written[store.param] = min(whole[store.param], written.get(store.param, 0) + nbytes)
+        if store.mode and store.mode != "last":
+            read[store.param] = min(whole[store.param], read.get(store.param, 0) + nbytes)
     return Traffic(sum(read.values()), sum(written.values()))
 
 

@@ -75,8 +75,8 @@ class _Printer:
         self.uses.update(v for root in kernel.body for v in root.values)
         self.stored = {root.value for root in kernel.body}
         self.named: set[Value] = set(schedule.held) if schedule else set()
-        for load in kernel.loads:
-            self.named.update(i for i in load.index if isinstance(i, Value))
+        for access in kernel.accesses:
+            self.named.update(i for i in access.index if isinstance(i, Value))
         self.text: dict[Value, str] = {}
         self.depth: dict[Value, int] = {}
         self.lines: list[str] = []
@@ -88,8 +88,11 @@ class _Printer:
             while any(v not in self.depth for v in root.values):
                 self.add(next(rest))
             if isinstance(root, Store):
+                at = _list(i if isinstance(i, Expr) else self.text[i] for i in root.index)
+                mode = f"{root.mode} =" if root.mode else "="
+                over = "" if root.over is None else f" over {root.over.name}"
                 mask = "" if root.mask is None else f" if {self.arg(root.mask)}"
-                self.lines.append(f"store {root.param}[{_list(root.index)}] = {self.arg(root.value, bare=True)}{mask}")
+                self.lines.append(f"store {root.param}[{at}] {mode} {self.arg(root.value, bare=True)}{over}{mask}")
             else:
                 self.lines.append(f"check {self.arg(root.value)} {json.dumps(root.message)}")
         return self.lines

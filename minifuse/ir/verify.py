@@ -45,6 +45,14 @@ def verify_kernel(kernel: Kernel) -> None:
             _verify_bounds("load", kernel.param(load.param), load.index)
     for load in kernel.loads:
         _verify_in_place(load.param, load, stored.get(load.param, []))
+    for s in kernel.stores:
+        if s.mode and (s.over is None) != (s.space <= _places(s)):
+            raise VerificationError(f"store {s.param}: scattered over {s.over}, found {_list(s.index)}")
+
+
+def _places(s: Store) -> frozenset[Axis]:
+    """The axes along which a store's points differ whatever its computed coordinates hold."""
+    return frozenset[Axis]().union(*(i.axes() for i in s.index if isinstance(i, Expr)))
 
 
 def _verify_stores(param: Param, stores: list[Store]) -> None:
@@ -67,7 +75,7 @@ def _points(stores: Iterable[Store]) -> int | None:
     """How many elements the stores write in all, None where a size is a symbol or a mask chooses."""
     total = 0
     for store in stores:
-        if store.mask is not None:
+        if store.mask is not None or store.mode:
             return None
         size = product(a.size for a in store.space)
         if not size.is_const:
@@ -175,7 +183,7 @@ class _Memory:
     def take(self, name: str) -> None:
         """Let a buffer that is about to be written take over the memory of the one that it reuses."""
         new = self.plan.buffers[name]
-        if new.reuses is None:
+        if new.reuses is None or name in self.live:
             return
         self.read(new.reuses)
         old = self.plan.buffers[new.reuses]
@@ -186,7 +194,7 @@ class _Memory:
         self.taken[new.reuses] = name
         self.live.add(name)
 
-    def write(self, name: str) -> None:
+    def write(self, name: str, joins: tuple[str, ...] = ()) -> None:
         if name not in self.plan.buffers:
             raise self.fail(f"no buffer {name}")
         if name in self.freed:
@@ -197,7 +205,7 @@ class _Memory:
         over = self.plan.buffers[name].reuses
         if over is not None and self.taken.get(over) != name:
             raise self.fail(f"buffer {name} is to take the memory of {over}, which only a launch that writes it does")
-        if not given and name in self.writer:
+        if not given and name in self.writer and name not in joins:
             raise self.fail(f"buffer {name} was written by {self.writer[name]} already")
         self.writer[name] = self.where
         self.live.add(name)
@@ -299,7 +307,7 @@ def _verify_launch(memory: _Memory, step: Launch) -> None:
         except VerificationError as e:
             raise memory.fail(str(e)) from None
     for name, stores in stored.items():
-        memory.write(name)
+        memory.write(name, step.buffers(kernel.joins))
         points, numel = _points(stores), buffers[name].numel
         partly = points is not None and numel.is_const and points < numel.value
         if partly and buffers[name].storage != "input":

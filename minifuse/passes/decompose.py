@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import math
 from collections.abc import Callable
 from typing import Any
 
@@ -90,6 +91,29 @@ def select_backward(grad: Tensor, sizes: Any, dim: int, index: int) -> Tensor:
     return aten.constant_pad_nd(grad.unsqueeze(dim), pad)
 
 
+def scatter_reduce(
+    x: Tensor, dim: int, index: Tensor, src: Tensor, reduce: str, *, include_self: bool = True
+) -> Tensor:
+    """A mean as a sum and a count; what is not to count is replaced by the identity where something is scattered."""
+    if x.device.type != "cpu" or x.dim() == 0 or index.dim() == 0 or reduce != "mean" and include_self:
+        return NotImplemented
+    if not include_self:
+        lowest, highest = (-math.inf, math.inf) if x.is_floating_point() else (_bounds(x.dtype))
+        start = {"sum": 0, "mean": 0, "prod": 1, "amax": lowest, "amin": highest}[reduce]
+        x = x.scatter(dim, index, start)
+    if reduce != "mean":
+        return aten.scatter_reduce.two(x, dim, index, src, reduce)
+    first = torch.ones_like(x) if include_self else torch.zeros_like(x)
+    count = first.scatter_add(dim, index, torch.ones_like(src)).clamp_min(1)
+    total = x.scatter_add(dim, index, src)
+    return total / count if x.is_floating_point() else torch.div(total, count, rounding_mode="floor")
+
+
+def _bounds(dtype: torch.dtype) -> tuple[float, float]:
+    info = torch.iinfo(dtype)
+    return info.min, info.max
+
+
 def _off_cpu(fn: Callable[..., Any]) -> Callable[..., Any]:
     """A decomposition that leaves CPU tensors to the operator itself."""
     return lambda x, *args, **kw: NotImplemented if x.device.type == "cpu" else fn(x, *args, **kw)
@@ -98,6 +122,7 @@ def _off_cpu(fn: Callable[..., Any]) -> Callable[..., Any]:
 _OURS: dict[Any, Callable[..., Any]] = {
     aten.native_dropout.default: native_dropout,
     aten.nll_loss_backward.default: nll_loss_backward,
+    aten.scatter_reduce.two: scatter_reduce,
     aten.slice_backward.default: slice_backward,
     aten.select_backward.default: select_backward,
 }

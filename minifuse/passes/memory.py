@@ -126,7 +126,7 @@ def element_by_element(kernel: Kernel, param: str, store: Store) -> bool:
     """Whether a parameter is loaded only at the offset that one store, the only one of its parameter, writes."""
     if sum(s.param == store.param for s in kernel.stores) > 1:
         return False
-    at = kernel.param(store.param).offset(store.index)
+    at = affine_offset(kernel.param(store.param), store)
     return all(
         not any(isinstance(i, Value) for i in v.index) and affine_offset(kernel.param(param), v) is at
         for v in kernel.loads

@@ -13,9 +13,9 @@ from dataclasses import replace
 
 from minifuse.ir import dtypes, ops
 from minifuse.ir.index import ONE, ZERO, Axis, Expr, FloorDiv, Mod, as_expr
-from minifuse.ir.kernel import Kernel, Loop, Param, Schedule, Store, rewrite
+from minifuse.ir.kernel import Check, Kernel, Loop, Param, Schedule, Store, rewrite
 from minifuse.ir.plan import Buffer, Launch, Plan, Step
-from minifuse.ir.shape import linearize, product
+from minifuse.ir.shape import product
 from minifuse.ir.value import COLUMN_CHUNK, LANES, Cast, IndexOf, Load, Op, Random, Reduce, Scan, Value, topological
 from minifuse.passes.context import CompileContext
 from minifuse.passes.split import Tree, closed, divide, halves
@@ -49,15 +49,25 @@ def scheduled(plan: Plan, ctx: CompileContext, pieces: Pieces, loops: Callable[[
         if not isinstance(step, Launch):
             steps.append(step)
             continue
-        made = pieces(collapse(split_axes(step.kernel)), step.name, plan.hint, buffers)
-        for k, kernel in enumerate(made):
-            final = canonical(kernel)
-            name = step.name if k == 0 else f"{step.name}_join" if len(made) == 2 else f"{step.name}_{k}"
-            steps.append(Launch(final, tuple(p.name for p in kernel.params), loops(final, plan.hint), name))
-        if len(made) > 1:
-            ctx.record("split", step.name, taken=True, reason="{launches} launches along the trees of its reductions",
-                       launches=len(made), where=plan.origins.get(step.name, ""))  # fmt: skip
+        for first, part in apart(step.kernel, step.name):
+            made = pieces(collapse(split_axes(part)), first, plan.hint, buffers)
+            for k, kernel in enumerate(made):
+                final = canonical(kernel)
+                name = first if k == 0 else f"{first}_join" if len(made) == 2 else f"{first}_{k}"
+                steps.append(Launch(final, tuple(p.name for p in kernel.params), loops(final, plan.hint), name))
+            if len(made) > 1:
+                ctx.record("split", first, taken=True, reason="{launches} launches along the trees of its reductions",
+                           launches=len(made), where=plan.origins.get(step.name, ""))  # fmt: skip
     return replace(plan, steps=tuple(steps), buffers=buffers)
+
+
+def apart(kernel: Kernel, name: str) -> list[tuple[str, Kernel]]:
+    """A kernel with its name, or two where it scatters: what is there first, parallel over all of it, and the rest."""
+    late = [r for r in kernel.body if isinstance(r, Check) or r.mode]
+    first = [r for r in kernel.body if r not in late]
+    if not first or len(late) == sum(isinstance(r, Check) for r in late):
+        return [(name, kernel)]
+    return [(n, closed(replace(kernel, body=tuple(b)))) for n, b in ((f"{name}_base", first), (name, late))]
 
 
 # -- normalising axes -------------------------------------------------------------------------------
@@ -72,12 +82,12 @@ def index_exprs(kernel: Kernel) -> Iterable[Expr]:
         elif isinstance(v, Random):
             yield v.index
     for s in kernel.stores:
-        yield params[s.param].offset(s.index)
+        yield affine_offset(params[s.param], s)
 
 
-def affine_offset(param: Param, load: Load) -> Expr:
-    """The part of a load's element offset that is an expression; loaded coordinates count as zero."""
-    return linearize([i if isinstance(i, Expr) else ZERO for i in load.index], param.stride)
+def affine_offset(param: Param, access: Load | Store) -> Expr:
+    """The part of an access' element offset that is an expression; computed coordinates count as zero."""
+    return param.offset(access.index)
 
 
 def split_axes(kernel: Kernel) -> Kernel:
@@ -180,7 +190,7 @@ def split_reduction(kernel: Kernel, name: str, hint: Hint, buffers: dict[str, Bu
 def splittable(kernel: Kernel, hint: Hint) -> list[Reduce]:
     """The reductions, all over one axis, that are run by chunks: those with too few independent rows, and column sums
     beside what walks the same data row by row."""
-    reductions = [] if any(kernel.scans) else list(kernel.reductions)
+    reductions = [] if any(kernel.scans) or kernel.joins else list(kernel.reductions)
     for over in dict.fromkeys(r.over for r in reductions):
         found = [r for r in reductions if r.over is over]
         first = found[0]
@@ -271,7 +281,7 @@ def _accesses(kernel: Kernel) -> Iterable[tuple[Param, Expr, int]]:
         if isinstance(v, Load):
             yield params[v.param], affine_offset(params[v.param], v), 1
     for s in kernel.stores:
-        yield params[s.param], params[s.param].offset(s.index), 2
+        yield params[s.param], affine_offset(params[s.param], s), 2
 
 
 def unit_weights(kernel: Kernel, hint: Hint) -> dict[Axis, int]:
@@ -305,6 +315,9 @@ def lane_axis(kernel: Kernel, reduced: dict[Axis, Reduce], weight: dict[Axis, in
     scanned = {s.over: s.lanes for s in kernel.scans}
     able = [a for a in kernel.axes if (a not in reduced or reduced[a].lanes == LANES) and scanned.get(a) != 1]
     able = [a for a in able if scanned.get(a) == LANES] or able
+    scattered = {s.over for s in kernel.stores if s.mode}
+    if scattered:
+        able = [a for a in able if a not in scattered and weight.get(a)]
     if not able:
         return None
     return max(able, key=lambda a: (weight.get(a, 0) * min(hint(a.size), LANES), a in reduced, hint(a.size), a.name))

@@ -111,7 +111,8 @@ def guarded(roots: Sequence[Root], over: Axis, whole: Expr, inside: Value | None
         if isinstance(r, Check):
             out.append(Check(Op.of("or", value, Op.of("not", inside)), r.message))
         else:
-            out.append(Store(r.param, tuple(i.substitute({over: whole}) for i in r.index), value, inside))
+            (moved,) = rewrite([replace(r, value=value, mask=inside)], {over: whole})
+            out.append(moved)
     return tuple(out)
 
 

@@ -257,7 +257,7 @@ class Fuser(Legality):
         self.push_neighbours(a.id)
 
     def to_inlined(self, a: Group, name: str) -> None:
-        if name in self.plan.mutated:
+        if name in self.plan.mutated or name in a.scattered:
             return
         store = next(r for r in a.body if isinstance(r, Store) and r.param == name)
         a.body = tuple(r for r in a.body if r is not store)
@@ -363,7 +363,7 @@ class Fuser(Legality):
                 return False
             if self.groups[r].reduced and a.size > 60:
                 return False
-        if any(not isinstance(i.atom, Axis) and not i.is_const for i in a.writes[name]):
+        if any(isinstance(i, Expr) and not isinstance(i.atom, Axis) and not i.is_const for i in a.writes[name]):
             return False
         before = self.bytes[name] * (1 + len(readers)) + sum(self.bytes[n] for n in a.reads)
         after = sum(self.bytes[n] for r in readers for n in a.reads if n not in self.groups[r].reads)

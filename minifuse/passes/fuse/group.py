@@ -37,11 +37,12 @@ class Group:
 
     def refresh(self) -> None:
         """Derive what legality asks for from the body."""
-        self.writes = {r.param: r.index for r in self.body if isinstance(r, Store)}
+        self.writes: dict[str, tuple[Index, ...]] = {r.param: r.index for r in self.body if isinstance(r, Store)}
         self.reads: dict[str, dict[tuple[Index, ...], None]] = {}
         self.reduced: frozenset[Axis] = frozenset()
         self.trees: frozenset[tuple[Axis, int]] = frozenset()
         self.scanned: frozenset[Axis] = frozenset()
+        self.scattered = frozenset(r.param for r in self.body if isinstance(r, Store) and r.mode)
         self.spaces: list[frozenset[Axis]] = [r.space for r in self.body]
         self.folds: list[tuple[frozenset[Axis], int]] = []
         self.summed: frozenset[str] = frozenset()
@@ -72,6 +73,16 @@ class Group:
                 self.cost += ops.TABLE[v.name].cost
             elif isinstance(v, Random):
                 self.cost += 40
+        begun = {r.param for r in self.body if isinstance(r, Store) and not r.mode}
+        for r in self.body:
+            if isinstance(r, Store) and r.mode:
+                self.pure = False
+                if r.param not in begun:
+                    self.reads.setdefault(r.param, {})[r.index] = None
+                if r.over is not None:
+                    self.reduced |= {r.over}
+                    self.trees |= {(r.over, 1)}
+                    self.scanned |= {r.over}
         for space in self.spaces:
             for a in sorted(space, key=lambda a: (a.name, a.serial)):
                 axes[a] = None
@@ -163,7 +174,8 @@ def forward(body: tuple[Root, ...], inlined: Mapping[str, Store], overwritten: C
     A load at another index than the store's is the store's value at that index (inlining); its
     loads are then masked as the load was.
     """
-    stores = {r.param: r for r in body if isinstance(r, Store) and r.param not in overwritten}
+    apart = {r.param for r in body if isinstance(r, Store) and (r.mode or r.param in overwritten)}
+    stores = {r.param: r for r in body if isinstance(r, Store) and r.param not in apart}
     stores.update(inlined)
     done: dict[str, Value] = {}
 
@@ -200,7 +212,7 @@ def forward(body: tuple[Root, ...], inlined: Mapping[str, Store], overwritten: C
     out: list[Root] = []
     for root in body:
         if isinstance(root, Store):
-            if root.param in overwritten:
+            if root.param in apart:
                 out.extend(rewrite([root], None, resolve))
                 continue
             if root.param not in done:
@@ -254,7 +266,7 @@ class NotInvertible(Exception):  # noqa: N818 - an answer, not a fault
     """A stored value cannot be written at the index that is asked for."""
 
 
-def at_index(value: Value, index: tuple[Expr, ...], wanted: tuple[Index, ...]) -> Value:
+def at_index(value: Value, index: tuple[Index, ...], wanted: tuple[Index, ...]) -> Value:
     """A stored value at another index than the one it was stored at; coordinates may be computed.
 
     Raises NotInvertible where the store's index is no axis, or a computed coordinate would have to
@@ -263,12 +275,12 @@ def at_index(value: Value, index: tuple[Expr, ...], wanted: tuple[Index, ...]) -
     env: Substitution = {}
     computed: dict[Axis, Value] = {}
     for i, w in zip(index, wanted, strict=True):
-        axis = i.atom
+        axis = i.atom if isinstance(i, Expr) else None
         if isinstance(axis, Axis) and isinstance(w, Expr):
             env[axis] = w
         elif isinstance(axis, Axis) and isinstance(w, Value):
             computed[axis] = w
-        elif i is not w and not i.is_const:
+        elif i is not w and not (isinstance(i, Expr) and i.is_const):
             raise NotInvertible(f"cannot invert the index {i}")
     out: dict[Value, Value] = {}
 

@@ -54,6 +54,9 @@ class Legality:
         devices = {self.buffers[n].device for n in [*a.writes, *b.writes, *a.reads, *b.reads]}
         if len(devices) > 1:
             return Refusal("devices", "on {devices}", {"devices": sorted(map(str, devices))})
+        apart = self.scattered(a, b)
+        if apart is not None:
+            return apart
         hard: list[Equation] = []
         soft: list[Equation] = []
         for name in [n for n in a.writes if n in b.reads] + [n for n in b.writes if n in a.reads]:
@@ -63,7 +66,7 @@ class Legality:
                     return Refusal("gathered", "{buffer} is read at an index that is computed", {"buffer": name})
                 pairs = zip(ahead.writes[name], index, strict=True)
                 for w, r in pairs:
-                    assert isinstance(r, Expr)
+                    assert isinstance(w, Expr) and isinstance(r, Expr)
                     hard.append((w, r) if ahead is a else (r, w))
         for name in a.reads:
             if name in b.reads:
@@ -79,6 +82,15 @@ class Legality:
         chunked = self.by_chunks(a, b, found)
         refused = self.unsound(a, b, found) or (None if chunked else self.parallel(a, b, found)) or self.lengthens(a, b)
         return refused or replace(found, chunked=chunked)
+
+    def scattered(self, a: Group, b: Group) -> Refusal | None:
+        """What runs through rows one behind the other takes in what it alone reads, and nothing else."""
+        if not a.scattered and not b.scattered:
+            return None
+        if not a.scattered and b.scattered.isdisjoint(a.reads) and self.dies(a, b):
+            return None
+        return Refusal("scattered", "{name} stores at places that are computed, one behind the other",
+                       {"name": (a if a.scattered else b).name})  # fmt: skip
 
     def lengthens(self, a: Group, b: Group) -> Refusal | None:
         """One kernel runs when the earlier of the two is needed; what the other writes then waits for its reader.

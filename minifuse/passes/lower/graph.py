@@ -132,7 +132,7 @@ class Lowering:
         for root in body:
             for a in sorted(root.space, key=lambda a: a.name):
                 axes[a] = None
-        for v in topological(r.value for r in body):
+        for v in topological(v for r in body for v in r.values):
             if isinstance(v, Load):
                 params[v.param] = self.buffers[v.param].as_param()
             elif v.fields and hasattr(v, "over"):
@@ -395,7 +395,8 @@ class Lowering:
         """A result that ATen copies is copied here too where it reads an input that the graph writes."""
         if not isinstance(result, View) or result.buffer.name not in self.written_inputs or is_alias(node):
             return result
-        if mutated_arguments(node):
+        last = self.steps[-1] if self.steps else None
+        if mutated_arguments(node) or isinstance(last, Launch) and result.buffer.name in last.kernel.joins:
             return result
         return self.emit(result.read, node.meta["val"])
 

@@ -23,12 +23,14 @@ aten = torch.ops.aten
 prims = torch.ops.prims
 
 
-def _wrapped(index: Load, size: Expr, message: str) -> tuple[Value, Check]:
-    """A loaded index with negative values wrapped and bad ones led to zero, and its check."""
+def wrapped(index: Load, size: Expr, message: str, negative: bool = True) -> tuple[Value, Check]:
+    """A loaded index with negative values wrapped, where these count from the end, and bad ones led to zero, and its
+    check."""
     position: Value = Cast.of(torch.int64, index)
     n = IndexOf.of(size)
     zero = Const.of(0, torch.int64)
-    position = Op.of("where", Op.of("lt", position, zero), Op.of("add", position, n), position)
+    if negative:
+        position = Op.of("where", Op.of("lt", position, zero), Op.of("add", position, n), position)
     good = Op.of("and", Op.of("ge", position, zero), Op.of("lt", position, n))
     return Op.of("where", good, position, zero), Check(good, message)
 
@@ -41,15 +43,8 @@ def _embedding(
     table, tokens = lo.view(weight), lo.view(indices)
     val = node.meta["val"]
     where = lo.axes(lo.shape(node))
-    raw = Cast.of(torch.int64, tokens.read(where[:-1]))
-    n, zero = IndexOf.of(table.shape[0]), Const.of(0, torch.int64)
-    good = Op.of("and", Op.of("ge", raw, zero), Op.of("lt", raw, n))
-    row = Op.of("where", good, raw, zero)
-
-    def value(at: tuple[Expr, ...]) -> Value:
-        return gather_read(table, [row, at[-1]])
-
-    return lo.emit(value, val, checks=[Check(good, "index out of range in self")])
+    row, check = wrapped(tokens.read(where[:-1]), table.shape[0], "index out of range in self", negative=False)
+    return lo.emit(lambda at: gather_read(table, [row, at[-1]]), val, checks=[check])
 
 
 def gather_read(view: View, where: Sequence[Expr | Value]) -> Load:
@@ -75,14 +70,11 @@ def _gather(lo: Lowering, node: fx.Node, x: fx.Node, dim: int, index: fx.Node, s
         raise Unsupported("gather from a tensor without dimensions")
     dim %= len(table.at)
     where = lo.axes(lo.shape(node))
-    raw = Cast.of(torch.int64, at.read(where))
-    length, zero = IndexOf.of(table.shape[dim]), Const.of(0, torch.int64)
-    good = Op.of("and", Op.of("ge", raw, zero), Op.of("lt", raw, length))
-    position = Op.of("where", good, raw, zero)
+    message = f"index out of bounds for dimension {dim}"
+    position, check = wrapped(at.read(where), table.shape[dim], message, negative=False)
     # Beside a table of one dimension an index may have none.
     coordinates = [position if d == dim else ZERO if n is ONE else where[d] for d, n in enumerate(table.shape)]
-    message = f"index out of bounds for dimension {dim}"
-    return lo.emit(lambda _: gather_read(table, coordinates), node.meta["val"], checks=[Check(good, message)])
+    return lo.emit(lambda _: gather_read(table, coordinates), node.meta["val"], checks=[check])
 
 
 @lowers(aten.index_select.default)
@@ -92,13 +84,9 @@ def _index_select(lo: Lowering, node: fx.Node, x: fx.Node, dim: int, index: fx.N
         raise Unsupported("index_select without dimensions")
     dim %= len(table.at)
     where = lo.axes(lo.shape(node))
-    raw = Cast.of(torch.int64, at.read([where[dim]]))
-    n, zero = IndexOf.of(table.shape[dim]), Const.of(0, torch.int64)
-    good = Op.of("and", Op.of("ge", raw, zero), Op.of("lt", raw, n))
-    coordinates: list[Expr | Value] = [Op.of("where", good, raw, zero) if d == dim else w for d, w in enumerate(where)]
-    return lo.emit(
-        lambda _: gather_read(table, coordinates), node.meta["val"], checks=[Check(good, "index out of range in self")]
-    )
+    position, check = wrapped(at.read([where[dim]]), table.shape[dim], "index out of range in self", negative=False)
+    coordinates: list[Expr | Value] = [position if d == dim else w for d, w in enumerate(where)]
+    return lo.emit(lambda _: gather_read(table, coordinates), node.meta["val"], checks=[check])
 
 
 @lowers(aten.index.Tensor)
@@ -122,7 +110,7 @@ def _index(lo: Lowering, node: fx.Node, x: fx.Node, indices: Sequence[fx.Node | 
     for d in range(len(table.at)):
         if d in views:
             read = views[d].broadcast_read(index_where)
-            value, check = _wrapped(read, table.shape[d], f"index out of bounds for dimension {d}")
+            value, check = wrapped(read, table.shape[d], f"index out of bounds for dimension {d}")
             coordinates.append(value)
             checks.append(check)
         else:
