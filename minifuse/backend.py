@@ -25,7 +25,7 @@ from .ir.plan import Launch, Plan
 from .options import Options
 from .passes.context import CompileContext
 from .passes.cse import merge_equal
-from .passes.decompose import decompositions
+from .passes.decompose import RESIZING, decompositions
 from .passes.fuse import fuse
 from .passes.lower import lower
 from .passes.lower.externs import expected
@@ -85,7 +85,7 @@ def run_aot(graph: Graph, gm: fx.GraphModule, example_inputs: Sequence[Any]) -> 
         decompositions=decompositions(graph.options.rng),
         keep_inference_input_mutations=True,
     )
-    with _compiling:
+    with _compiling, compat.resizing_whole(RESIZING):
         return aot(gm, example_inputs)
 
 

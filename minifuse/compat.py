@@ -5,6 +5,7 @@ torch 2.11 to 2.13 and triton 3.6 to 3.9 are supported.
 
 from __future__ import annotations
 
+import functools
 import inspect
 import re
 import subprocess
@@ -205,6 +206,40 @@ def faked(tensors: Sequence[torch.Tensor]) -> Iterator[list[torch.Tensor]]:
     mode = FakeTensorMode(allow_non_fake_inputs=True)
     with tracing(TracingContext(mode)):
         yield [mode.from_tensor(t) for t in tensors]
+
+
+@contextmanager
+def resizing_whole(names: Sequence[str]) -> Iterator[None]:
+    """Of these ATen operators those by known sizes stay in one piece while autograd traces inside.
+
+    torch's Python kernels take them apart before autograd sees them, so that their gradients are scatters of the parts.
+    ATen's own, and the gradients' shapes, do not take symbolic sizes. 2.11-2.13.
+    """
+    packets = [getattr(torch.ops.aten, name) for name in names]
+    before = {op: dict(op.py_kernels) for packet in packets for op in (packet.default, packet.vec)}
+    try:
+        for packet in packets:
+            for key in (torch._C.DispatchKey.Autograd, torch._C.DispatchKey.CompositeImplicitAutograd):
+                packet.default.py_kernels.pop(key, None)
+                packet.vec.py_kernels[key] = functools.partial(_resize, packet.default, packet.vec.py_kernels[key])
+        for op in before:
+            op._dispatch_cache.clear()
+        yield
+    finally:
+        for op, kernels in before.items():
+            op.py_kernels.clear()
+            op.py_kernels.update(kernels)
+            op._dispatch_cache.clear()
+
+
+def _resize(whole: OpOverload, apart: Callable[..., Any], x: torch.Tensor, size: Any, *options: Any) -> Any:
+    """A `vec` overload by the other one; what stands last are the factors of each dimension, or None."""
+    if any(isinstance(s, torch.SymInt) for s in (*x.shape, *(size or ()))):
+        return apart(x, size, *options)
+    *rest, factors = options
+    if size is None:
+        size = [int(s * f) for s, f in zip(x.shape[2:], factors, strict=True)]
+    return whole(x, size, *rest, *(factors or [None] * len(size)))
 
 
 def trace(fn: Callable[..., Any], inputs: Sequence[torch.Tensor], user: Callable[..., Any]) -> fx.GraphModule:

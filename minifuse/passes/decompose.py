@@ -16,11 +16,16 @@ from . import foreach
 
 aten = torch.ops.aten
 
+# Resizing, which torch takes apart into gathers, and its gradient into scatters of them.
+RESIZING = (
+    "upsample_nearest1d upsample_nearest2d upsample_nearest3d _upsample_nearest_exact1d _upsample_nearest_exact2d"
+    " _upsample_nearest_exact3d upsample_linear1d upsample_bilinear2d upsample_trilinear3d upsample_bicubic2d"
+).split()
 # Decomposed by torch into core ATen, but kept whole here: ATen's kernel is better than its parts.
 _KEEP = (
     "addmm addmv addbmm baddbmm embedding_dense_backward embedding_bag _scaled_dot_product_flash_attention_for_cpu"
     " _scaled_dot_product_flash_attention_for_cpu_backward _scaled_dot_product_efficient_attention"
-    " _scaled_dot_product_flash_attention max_pool2d_with_indices _cdist_forward upsample_nearest2d upsample_bilinear2d"
+    " _scaled_dot_product_flash_attention max_pool2d_with_indices _cdist_forward"
     " grid_sampler_2d linear matmul rand_like randn_like randint_like bernoulli native_dropout select_scatter"
     " addcmul addcdiv"
 ).split()
@@ -136,7 +141,7 @@ def decompositions(rng: str) -> dict[Any, Callable[..., Any]]:
 
 @functools.cache
 def _table(rng: str) -> dict[Any, Callable[..., Any]]:
-    keep = {"aten::" + name for name in _KEEP}
+    keep = {"aten::" + name for name in [*_KEEP, *RESIZING]}
     table = {op: fn for op, fn in compat.core_decompositions().items() if op.name().split(".")[0] not in keep}
     for name in _KEEP_ON_CPU:
         op = getattr(aten, name).default

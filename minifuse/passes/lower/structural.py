@@ -2,7 +2,18 @@
 
 from minifuse.ir import prims as _prims  # noqa: F401 - registers the random operators that rows name
 
-from . import creation, indexing, joining, pooling, reductions, scans, scattering, viewing
+from . import creation, indexing, joining, pooling, reductions, resizing, scans, scattering, viewing
 from .registry import STRUCTURAL
 
-__all__ = ["STRUCTURAL", "creation", "indexing", "joining", "pooling", "reductions", "scans", "scattering", "viewing"]
+__all__ = [
+    "STRUCTURAL",
+    "creation",
+    "indexing",
+    "joining",
+    "pooling",
+    "reductions",
+    "resizing",
+    "scans",
+    "scattering",
+    "viewing",
+]
