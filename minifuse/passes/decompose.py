@@ -12,7 +12,7 @@ from torch import Tensor
 
 from minifuse import compat
 
-from . import foreach
+from . import foreach, optimisers
 
 aten = torch.ops.aten
 
@@ -154,6 +154,7 @@ def _table(rng: str) -> dict[Any, Callable[..., Any]]:
             if op in everything:
                 table[op] = everything[op]
     table.update(foreach.decompositions())
+    table.update(optimisers.decompositions())
     table.update(_OURS)
     if rng == "eager":
         table.pop(aten.native_dropout.default, None)
