@@ -125,6 +125,9 @@ OPERATORS: dict[str, Operator] = {
     "copysign": _builtin("copysign", 2),
     "maximum": _extremum(">", "|"),
     "minimum": _extremum("<", "&"),
+    # where both are infinite or equal, their difference is not to be taken
+    "logaddexp": Operator(2, {"f": "({a} > {b} ? {a} : {b}) + __builtin_log1p$f("
+                                   "__builtin_exp$f({a} == {b} ? 0 : -__builtin_fabs$f({a} - {b})))"}),
     "eq": _compare("=="),
     "ne": _compare("!="),
     "lt": _compare("<"),

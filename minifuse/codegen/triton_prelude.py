@@ -75,6 +75,11 @@ def mf_minimum(a, b):
             return tl.where(a < b, a, b)
 
 @triton.jit
+def mf_logaddexp(a, b):
+    """log(exp(a) + exp(b)); infinities that are equal have no difference."""
+    return mf_maximum(a, b) + libdevice.log1p(libdevice.exp(tl.where(a == b, 0.0, -tl.abs(a - b))))
+
+@triton.jit
 def mf_invert(a):
     """Every bit turned; the other truth of a bool."""
     if a.dtype.is_int1():

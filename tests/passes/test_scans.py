@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor
+from torch._higher_order_ops.associative_scan import associative_scan
 
 from minifuse.ir.text import print_plan
 from tests.judge import check, compiled, externs, kernels, records, same
@@ -79,3 +80,29 @@ def test_a_scan_stays_apart_from_what_reduces_another_axis() -> None:
     decisions = [d for r in records() for d in r.decisions if d.rule == "two orders"]
     assert decisions
     assert kernels() == 2
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16])
+def test_sums_of_exponentials_neither_overflow_nor_vanish(dtype: torch.dtype) -> None:
+    x = torch.randn(7, 37).mul(90).to(dtype).requires_grad_()
+    check(
+        lambda x: (x.logcumsumexp(1) * 2, x.logcumsumexp(0), (x[:, 1:] + 1).logcumsumexp(-1)),
+        x,
+        tolerance=2e-5 if dtype is torch.float32 else None,
+    )
+    assert not externs()
+    y = torch.tensor([[-torch.inf, -torch.inf, 1, torch.inf, 2], [0, torch.nan, 1, torch.inf, 2]]).to(dtype)
+    check(lambda y: (y.logcumsumexp(1), y.logcumsumexp(0)), y)
+
+
+def test_an_associative_scan_is_kernels() -> None:
+    """The linear recurrence of a state space model, h[t] = a[t] * h[t-1] + x[t]."""
+
+    def join(left: list[Tensor], right: list[Tensor]) -> list[Tensor]:
+        return [left[0] * right[0], left[1] * right[0] + right[1]]
+
+    def fn(a: Tensor, x: Tensor) -> Tensor:
+        return associative_scan(join, [a, x], dim=1, combine_mode="generic")[1].tanh()
+
+    check(fn, torch.rand(4, 12), torch.randn(4, 12), tolerance=1e-5)
+    assert not externs() and kernels() <= 4

@@ -58,6 +58,7 @@ def _cumulative(kind: str) -> Any:
 
 lowers(aten.cumsum.default)(_cumulative("sum"))
 lowers(aten.cumprod.default)(_cumulative("prod"))
+lowers(aten.logcumsumexp.default)(_cumulative("logsumexp"))
 
 
 def _extremum(kind: str) -> Any:
