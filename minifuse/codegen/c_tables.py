@@ -8,6 +8,8 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from functools import cached_property
 
+from minifuse.ir.dtypes import BYTE_FLOATS
+
 HEADER = """\
 typedef __INT8_TYPE__ int8_t; typedef __INT16_TYPE__ int16_t; typedef __INT32_TYPE__ int32_t;
 typedef __INT64_TYPE__ int64_t; typedef __UINT8_TYPE__ uint8_t; typedef __UINT16_TYPE__ uint16_t;
@@ -49,7 +51,7 @@ class Register:
         converts = self.half or self.kind == "b"
         return {
             "T": self.name, "R": self.scalar, "V": f"v_{self.name}", "S": self.storage, "Q": self.raw,
-            "P": {"uint16_t": "v_u16"}.get(self.raw, "v_u8" if self.kind == "b" else f"v_{self.name}"),
+            "P": {"uint16_t": "v_u16", "uint8_t": "v_u8"}.get(self.raw, f"v_{self.name}"),
             "U": f"uint{self.bits}_t", "N": str(self.bits), "f": self.suffix,
             "widen": f"mf_widen_{self.name}" if converts else "",
             "narrow": f"mf_narrow_{self.name}" if converts else "",
@@ -69,6 +71,8 @@ REGISTERS = {
         Register("f32", "float", "float", "float", 32, "f", "f"),
         Register("bf16", "float", "uint16_t", "uint16_t", 32, "f", "f", half=True),
         Register("f16", "float", "_Float16", "uint16_t", 32, "f", "f", half=True),
+        Register("e4m3", "float", "uint8_t", "uint8_t", 32, "f", "f", half=True),
+        Register("e5m2", "float", "uint8_t", "uint8_t", 32, "f", "f", half=True),
         _int("i64", "int64_t", 64),
         _int("i32", "int32_t", 32),
         _int("i16", "int16_t", 16),
@@ -309,6 +313,51 @@ _F16_BITS = {
 }
 
 
+def _byte_float(name: str) -> dict[str, str]:
+    """Widening, narrowing of what is rounded, and rounding."""
+    f = BYTE_FLOATS[name]
+    cut, away, unit = f.cut, f.away, f.unit
+    first = 1 << 23 - cut  # the code of the least normal number
+    least = f"{(away + 1) << 23:#x}"
+    special = "m == 0x7f ? 0x7fc00000" if name == "e4m3" else "m > 0x7c ? 0x7fc00000 : m == 0x7c ? 0x7f800000"
+    return {
+        f"mf_widen_{name}": f"""
+MF v_f32 mf_widen_{name}(v_u8 x) {{
+  v_u32 r; v_f32 small; MF_LANES small[l] = (float)(x[l] & 0x7f) * 0x1p{unit - 23}f;
+  v_u32 s = (v_u32)small;
+  MF_LANES {{
+    uint32_t m = x[l] & 0x7f;
+    r[l] = ({special} : m < {first} ? s[l] : (m << {cut}) + {away << 23:#x}) | (x[l] & 0x80u) << 24;
+  }}
+  return (v_f32)r;
+}}""",
+        f"mf_narrow_{name}": f"""
+MF v_u8 mf_narrow_{name}(v_f32 x) {{
+  v_u8 r; v_u32 b = (v_u32)x; v_i32 small; MF_LANES small[l] = (int32_t)(__builtin_fabsf(x[l]) * 0x1p{23 - unit}f);
+  MF_LANES {{
+    uint32_t m = b[l] & 0x7fffffff, n = m < {least} ? (uint32_t)small[l] : (m - {away << 23:#x}) >> {cut};
+    r[l] = (uint8_t)((m > 0x7f800000 ? 0x7f : m == 0x7f800000 ? 0x7c : n) | (b[l] >> 24 & 0x80));
+  }}
+  return r;
+}}""",
+        f"mf_rounded_{name}": f"""
+MF v_f32 mf_rounded_{name}(v_f32 x) {{
+  v_u32 r, b = (v_u32)x; v_f32 small; MF_LANES small[l] = (__builtin_fabsf(x[l]) + 0x1p{unit}f) - 0x1p{unit}f;
+  v_u32 s = (v_u32)small;
+  MF_LANES {{
+    uint32_t m = b[l] & 0x7fffffff, n = (m + {(1 << cut - 1) - 1:#x} + (m >> {cut} & 1)) & ~{(1 << cut) - 1:#x}u;
+    n = m > 0x7f800000 ? 0x7fc00000 : n >= {f.over:#x} ? {f.beyond:#x} : n;
+    r[l] = (m < {least} ? s[l] : n) | (b[l] & 0x80000000u);
+  }}
+  return (v_f32)r;
+}}""",
+        f"mf_widen_{name}_s": (f"MF float mf_widen_{name}_s(uint8_t x) {{ return mf_widen_{name}((v_u8){{x}})[0]; }}"),
+        f"mf_narrow_{name}_s": (
+            f"MF uint8_t mf_narrow_{name}_s(float x) {{ return mf_narrow_{name}((v_f32){{x}})[0]; }}"
+        ),
+    }
+
+
 def _f16_conversion(signature: str, asm: str, portable: str) -> str:
     """The F16C instruction over 16 lanes or two times 8, else bit arithmetic."""
     widens = "v_f32 mf" in signature
@@ -382,6 +431,8 @@ MF v_f32 mf_rounded_f16(v_f32 x) {{
 #else{_F16_BITS["rounded"]}
 #endif
 }}""",
+    **_byte_float("e4m3"),
+    **_byte_float("e5m2"),
     "mf_scratch": """
 extern void* aligned_alloc(__SIZE_TYPE__, __SIZE_TYPE__); extern void free(void*); extern void abort(void);
 #define MF_SCRATCH __attribute__((cleanup(mf_release)))

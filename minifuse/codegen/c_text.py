@@ -14,7 +14,7 @@ from minifuse.ir.value import Reduce
 
 from .printer import Printer, floors
 
-REGISTER = {torch.bfloat16: torch.float32, torch.float16: torch.float32}
+REGISTER = {row.dtype: torch.float32 for row in dtypes.TABLE.values() if dtypes.is_half(row.dtype)}
 SCALAR = {
     "f64": "double", "f32": "float", "i64": "int64_t", "i32": "int32_t", "i16": "int16_t", "i8": "int8_t",
     "u8": "uint8_t", "bool": "int32_t",

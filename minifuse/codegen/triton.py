@@ -236,7 +236,9 @@ class TritonDialect:
             else:
                 text += "".join(f" + 0 * {a.name}" for a in beyond)
         found = f"tl.load({text}, mask={' & '.join(masks)})" if masks else f"tl.load({text})"
-        if dtypes.is_half(v.dtype):
+        if dtypes.name(v.dtype) in dtypes.BYTE_FLOATS:
+            found = f"mf_widen_{dtypes.name(v.dtype)}({found})"
+        elif dtypes.is_half(v.dtype):
             found += ".to(tl.float32)"
         if v.mask is None or v.other is None:
             return found
@@ -253,7 +255,9 @@ class TritonDialect:
         for a in missing:
             at += f" + 0 * {a.name}"
         value = p.name(root.value)
-        if dtypes.is_half(param.dtype):
+        if dtypes.name(param.dtype) in dtypes.BYTE_FLOATS:
+            value = f"mf_narrow_{dtypes.name(param.dtype)}({value})"
+        elif dtypes.is_half(param.dtype):
             value += f".to({dtypes.row(param.dtype).triton})"
         p.line(f"tl.store({at}, {value}, mask={mask})" if mask else f"tl.store({at}, {value})")
 

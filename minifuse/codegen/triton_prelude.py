@@ -9,6 +9,8 @@ from __future__ import annotations
 
 import re
 
+from minifuse.ir.dtypes import BYTE_FLOATS
+
 HEAD = """import triton
 import triton.language as tl
 from triton.language.extra import libdevice
@@ -250,6 +252,50 @@ def mf_rowargmin(x, i, A: tl.constexpr, N: tl.constexpr, C: tl.constexpr):
         return tl.reshape(v, [A * C]), tl.reshape(j, [A * C])
 '''
 
+_BYTE_FLOAT = """
+@triton.jit
+def mf_widen_{name}(x):
+    \"\"\"float32 of the bits of {name}.\"\"\"
+    m = x.to(tl.int32) & 0x7F
+    big = ((m << {cut}) + {lift}).to(tl.float32, bitcast=True)
+    r = tl.where(m < {first}, m.to(tl.float32) * {least}, big)
+    r = tl.where(m {special}, float("nan"), r){infinity}
+    return tl.where((x.to(tl.int32) & 0x80) != 0, -r, r)
+
+@triton.jit
+def mf_narrow_{name}(x):
+    \"\"\"The bits of {name} of a float32 that is rounded to it.\"\"\"
+    b = x.to(tl.int32, bitcast=True)
+    m = b & 0x7FFFFFFF
+    r = tl.where(m < {normal}, (tl.abs(x) / {least}).to(tl.int32), (m - {lift}) >> {cut})
+    r = tl.where(m >= 0x7F800000, tl.where(m > 0x7F800000, 0x7F, 0x7C), r)
+    return (r | ((b >> 24) & 0x80)).to(tl.uint8)
+
+@triton.jit
+def mf_{name}(x):
+    \"\"\"Round float32 to {name}, to nearest even.\"\"\"
+    b = x.to(tl.int32, bitcast=True)
+    m = b & 0x7FFFFFFF
+    n = (m + {below} + ((m >> {cut}) & 1)) & {kept}
+    small = (tl.abs(x) + {unit}) - {unit}
+    n = tl.where(m < {normal}, small.to(tl.int32, bitcast=True), tl.where(n >= {over}, {beyond}, n))
+    n = tl.where(m > 0x7F800000, 0x7FC00000, n)
+    return (n | (b & -0x80000000)).to(tl.float32, bitcast=True)
+"""
+
+
+def _byte_float(name: str) -> str:
+    f = BYTE_FLOATS[name]
+    return _BYTE_FLOAT.format(
+        name=name, cut=f.cut, lift=f"{f.away << 23:#x}", first=1 << 23 - f.cut, least=2.0 ** (f.unit - 23),
+        special="== 0x7F" if name == "e4m3" else "> 0x7C",
+        infinity="" if name == "e4m3" else '\n    r = tl.where(m == 0x7C, float("inf"), r)',
+        normal=f"{(f.away + 1) << 23:#x}", below=f"{(1 << f.cut - 1) - 1:#x}", kept=-(1 << f.cut),
+        unit=2.0**f.unit, over=f"{f.over:#x}", beyond=f"{f.beyond:#x}",
+    )  # fmt: skip
+
+
+_SOURCES += _byte_float("e4m3") + _byte_float("e5m2")
 _NAME = re.compile(r"\bmf_\w+")
 SOURCES: dict[str, str] = {
     re.search(r"def (mf_\w+)", text)[1]: f"@triton.jit{text}".rstrip()  # type: ignore[index]

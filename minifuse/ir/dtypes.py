@@ -25,6 +25,8 @@ _ROWS = (
     DTypeRow(torch.float32, "f32", 4, "float", "tl.float32", torch.float32, True),
     DTypeRow(torch.bfloat16, "bf16", 2, "uint16_t", "tl.bfloat16", torch.float32, True),
     DTypeRow(torch.float16, "f16", 2, "_Float16", "tl.float16", torch.float32, True),
+    DTypeRow(torch.float8_e4m3fn, "e4m3", 1, "uint8_t", "tl.uint8", torch.float32, True),
+    DTypeRow(torch.float8_e5m2, "e5m2", 1, "uint8_t", "tl.uint8", torch.float32, True),
     DTypeRow(torch.int64, "i64", 8, "int64_t", "tl.int64", torch.int64),
     DTypeRow(torch.int32, "i32", 4, "int32_t", "tl.int32", torch.int32),
     DTypeRow(torch.int16, "i16", 2, "int16_t", "tl.int16", torch.int16),
@@ -62,4 +64,32 @@ def is_float(dtype: torch.dtype) -> bool:
 
 
 def is_half(dtype: torch.dtype) -> bool:
-    return dtype in (torch.bfloat16, torch.float16)
+    """Whether values of a floating dtype are held in float32, rounded to the dtype."""
+    return is_float(dtype) and itemsize(dtype) < 4
+
+
+@dataclass(frozen=True)
+class ByteFloat:
+    """A format of 8 bits (Micikevicius et al., "FP8 Formats for Deep Learning", 2022) beside float32's.
+
+    `cut`: the bits of the fraction that it lacks; `away`: between the exponents' zeros; `unit`: the exponent of a
+    float32 whose last place is the format's least number; `over`: the bits, as float32, of the first number that is
+    too large, `beyond` of what that becomes.
+    """
+
+    cut: int
+    away: int
+    unit: int
+    over: int
+    beyond: int
+
+
+def _beyond(dtype: torch.dtype) -> int:
+    """What torch makes of a number out of range: float8_e4m3fn's is NaN, in later releases the greatest number."""
+    return int(torch.tensor(1e9).to(dtype).float().view(torch.int32))
+
+
+BYTE_FLOATS = {
+    "e4m3": ByteFloat(20, 120, 14, 0x43F00000, _beyond(torch.float8_e4m3fn)),
+    "e5m2": ByteFloat(21, 112, 7, 0x47800000, _beyond(torch.float8_e5m2)),
+}

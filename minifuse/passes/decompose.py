@@ -12,7 +12,7 @@ from torch import Tensor
 
 from minifuse import compat
 
-from . import foreach, optimisers
+from . import foreach, optimisers, quantised
 
 aten = torch.ops.aten
 
@@ -136,7 +136,8 @@ _OURS: dict[Any, Callable[..., Any]] = {
 def decompositions(rng: str) -> dict[Any, Callable[..., Any]]:
     """Overload -> function. With rng="eager" dropout stays ATen's own."""
     fma = compat.registered_prim("fma")
-    return _table(rng) if fma is None else {**_table(rng), fma: lambda a, b, c: a * b + c}
+    late = {} if fma is None else {fma: lambda a, b, c: a * b + c}
+    return {**_table(rng), **quantised.decompositions(), **late}
 
 
 @functools.cache

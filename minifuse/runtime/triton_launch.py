@@ -43,7 +43,7 @@ from .program import Frame, Layout, Program
 
 ALIGNED = 15
 KEPT_SIZES = 256
-POINTERS = {"f64": "fp64", "f32": "fp32", "bool": "i1"}
+POINTERS = {"f64": "fp64", "f32": "fp32", "bool": "i1", "e4m3": "u8", "e5m2": "u8"}
 
 
 def build(plan: Plan, ctx: CompileContext) -> Program:
@@ -258,7 +258,7 @@ class Interpreted(Launched):
 def tensor_at(address: int, count: int, dtype: torch.dtype) -> torch.Tensor:
     """`count` elements at an address of this process, whose owner outlives the tensor."""
     memory = (ctypes.c_char * (count * dtype.itemsize)).from_address(address)
-    return torch.frombuffer(memory, dtype=dtype)
+    return torch.frombuffer(memory, dtype=torch.uint8 if dtypes.name(dtype) in dtypes.BYTE_FLOATS else dtype)
 
 
 def launched(module: ModuleType | None, step: Any, kernel: TritonKernel, device: torch.device) -> Launched:

@@ -125,6 +125,21 @@ def casts_round_as_eager() -> str:
 
 
 @case
+def floats_of_8_bits_are_stored_and_loaded() -> str:
+    inf, nan = float("inf"), float("nan")
+    x = torch.cat(
+        [torch.randn(300) * s for s in (1e-4, 1, 300)] + [torch.tensor([0.0, -0.0, inf, -inf, nan, 464, 61440])]
+    )
+    codes = torch.arange(256, dtype=torch.uint8)
+    problems = []
+    for dtype in (torch.float8_e4m3fn, torch.float8_e5m2):
+        stored = compiled(lambda x, d=dtype: (x * 1).to(d))(x).view(torch.uint8)
+        problems.append("" if torch.equal(stored, x.to(dtype).view(torch.uint8)) else f"{dtype} is rounded otherwise")
+        problems.append(interpreted() or against_eager(lambda q: q.float() * 2, codes.view(dtype)))
+    return "; ".join(p for p in problems if p)
+
+
+@case
 def maths_functions() -> str:
     x = torch.rand(64) * 0.9 + 0.05
     return against_eager(
