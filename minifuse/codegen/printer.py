@@ -215,9 +215,10 @@ class Printer:
         scope.names[v] = (name,)
 
     def around(self, axis: Axis) -> Scope:
-        """The scope in front of an axis' loops below the grid: what is declared there lives through all of them."""
-        k = next(k for k, loop in enumerate(self.loops) if loop.axis is axis and loop.kind != "grid")
-        return self.scopes[next(i for i, scope in enumerate(self.scopes) if scope.loop == k) - 1]
+        """The scope in front of an axis' loops below the grid, where it has some: what is declared there lives through
+        all of them."""
+        loops = [k for k, loop in enumerate(self.loops) if loop.axis is axis and loop.kind != "grid"]
+        return self.scopes[next((i for i, scope in enumerate(self.scopes) if scope.loop in loops), 0) - 1]
 
     # -- help for dialects -----------------------------------------------------------------------
     def line(self, text: str) -> None:

@@ -15,24 +15,22 @@ from dataclasses import dataclass, replace
 import torch
 
 from minifuse.ir import dtypes, ops
-from minifuse.ir.index import ONE, Axis, Expr
+from minifuse.ir.index import ONE, ZERO, Axis, Expr
 from minifuse.ir.kernel import Check, Kernel, Param, Schedule, Store
 from minifuse.ir.plan import Launch
 from minifuse.ir.shape import cdiv
 from minifuse.ir.text import kernel_hash
-from minifuse.ir.value import Cast, Const, IndexOf, Load, Op, Random, Reduce, Scan, Value
+from minifuse.ir.value import Cast, Load, Op, Random, Reduce, Scan, Value
 from minifuse.passes.schedule import affine_offset
 from minifuse.passes.schedule_triton import blocks, grid_size, power_of_2, problem
 
 from .looptree import Fold, build
 from .printer import CodegenError, Printer, Scope
+from .triton_text import LIMIT, combine, extents_of, fixed, inline, literal, register, typed, warps
 
-LIMIT = (1 << 31) - (1 << 16)
-"""Extents from here on need 64 bits: lanes may run past the end of an axis by less than 2**16."""
 UNROLL = 8
-# what stands in a loop that is not unrolled: loops, stores, and reductions across threads
-_HEAVY = re.compile(r"^\s*(?:for |tl\.store)|\bmf_(?:sum|prod|max|min|any|all|rowargmax|rowargmin)\(")
-INLINE_CHARS = 88
+# what stands in a loop that is not unrolled: loops, stores, and what is done across threads
+_HEAVY = re.compile(r"^\s*(?:for |tl\.store)|\bmf_(?:scan|sum|prod|max|min|any|all|rowargmax|rowargmin)\(")
 # tl.div_rn and tl.sqrt_rn are float32's; on float64 the plain operations round correctly
 F64 = {"div": "({0} / {1})", "sqrt": "tl.sqrt({0})"}
 LAST_INDEX = (1 << 63) - 1
@@ -64,7 +62,7 @@ class TritonDialect:
         self.messages: list[str] = []
         self.accumulators: dict[Fold, tuple[str, ...]] = {}
         self.parts: dict[Fold, int] = {}
-        self.extents = _extents(kernel)
+        self.extents = extents_of(kernel)
         symbols = sorted(s.name for s in kernel.symbols())
         wide = any(e.is_const and e.value >= LIMIT for e in self.extents)
         # sizes are passed in the width that their offsets need, so they say what the rest is computed in
@@ -86,8 +84,8 @@ class TritonDialect:
         return "[" + ", ".join(str(self.blocks[a]) if a in axes else "1" for a in self.dims) + "]"
 
     def ragged(self, axis: Axis) -> bool:
-        rest = axis.size % self.blocks[axis]
-        return not (rest.is_const and rest.value == 0)
+        """Whether a block may reach past the end of an axis; one without elements has a block of one."""
+        return (axis.size % self.blocks[axis]) is not ZERO or axis.size is ZERO
 
     def mask(self, axes: frozenset[Axis] | set[Axis]) -> str:
         """Which lanes over these axes exist; empty where all do."""
@@ -205,7 +203,24 @@ class TritonDialect:
         )
 
     def scan(self, p: Printer, v: Scan, around: Scope, scope: Scope, lanes: bool) -> str:
-        raise CodegenError("a scan")
+        before, text, shape = p.fresh("c"), p.name(v.arg), self.shape(v.axes - {v.over})
+        whole = v.over in self.blocks and not any(loop.axis is v.over for loop in p.loops)
+        if not whole:
+            start = f"{shape}, {self.identities(v)[0]}, {dtypes.row(v.dtype).triton}"
+            around.lines.append(f"{before} = tl.full({start})")
+        if v.over not in self.blocks:
+            scope.lines.append(f"{before} = {combine(v, (before,), (text,))}")
+            return before
+        block, last = p.fresh(), p.fresh()
+        found = f"mf_scan({self.spread(v, v.arg, text)}, {self.sides(v)}, mf_{ops.REDUCTIONS[v.kind].combine})"
+        scope.lines += [f"{block}_, {last}_ = {found}", f"{block} = tl.reshape({block}_, {self.shape(v.axes)})"]
+        if whole:
+            return block
+        name = p.fresh("r")  # no `v`: it is not to move behind the next running result
+        scope.lines += [f"{last} = {last}_" if shape == "[]" else f"{last} = tl.reshape({last}_, {shape})",
+                        f"{name} = {combine(v, (before,), (block,))}",
+                        f"{before} = {combine(v, (before,), (last,))}"]  # fmt: skip
+        return name
 
     def random(self, p: Printer, v: Random, lanes: bool) -> str:
         index = typed(v.index.value, torch.int64) if v.index.is_const else self.expr(v.index)
@@ -284,21 +299,13 @@ class TritonDialect:
 
     def across(self, p: Printer, r: Reduce, names: tuple[str, ...]) -> list[str]:
         """The lines that reduce the arguments over their lane."""
-        whole = r.axes | {r.over}
         mask = f"m_{r.over.name}" if self.ragged(r.over) else ""
         args = []
         for a, identity in zip(r.args, self.identities(r), strict=True):
             x = p.name(a)
-            if mask:
-                x = f"tl.where({mask}, {x}, {identity})"
-            if not set(self.lane_axes(whole)) <= set(a.axes):
-                x = f"tl.broadcast_to({x}, {self.shape(whole)})"
-            args.append(x)
-        at = self.dims.index(r.over)
-        before = math.prod(self.blocks[a] for a in self.dims[:at] if a in whole)
-        after = math.prod(self.blocks[a] for a in self.dims[at + 1 :] if a in whole)
+            args.append(self.spread(r, a, f"tl.where({mask}, {x}, {identity})" if mask else x))
         helper = f"mf_row{r.kind}" if len(r.args) > 1 else f"mf_{r.kind}"
-        found = f"{helper}({', '.join(args)}, {before}, {self.blocks[r.over]}, {after})"
+        found = f"{helper}({', '.join(args)}, {self.sides(r)})"
         if not self.lane_axes(r.axes):
             return [f"{', '.join(names)} = {found}"]
         if len(names) == 1:
@@ -307,7 +314,19 @@ class TritonDialect:
         shaped = (f"{n} = tl.reshape({n}_, {self.shape(r.axes)})" for n in names)
         return [f"{', '.join(flat)} = {found}", *shaped]
 
-    def identities(self, r: Reduce) -> tuple[str, ...]:
+    def spread(self, r: Reduce | Scan, arg: Value, text: str) -> str:
+        """An argument over every lane of what is reduced or scanned."""
+        whole = r.axes | {r.over}
+        return text if set(self.lane_axes(whole)) <= set(arg.axes) else f"tl.broadcast_to({text}, {self.shape(whole)})"
+
+    def sides(self, r: Reduce | Scan) -> str:
+        """The elements of the block in front of the reduced or scanned axis, along it, and behind it."""
+        at, whole = self.dims.index(r.over), r.axes | {r.over}
+        before = math.prod(self.blocks[a] for a in self.dims[:at] if a in whole)
+        after = math.prod(self.blocks[a] for a in self.dims[at + 1 :] if a in whole)
+        return f"{before}, {self.blocks[r.over]}, {after}"
+
+    def identities(self, r: Reduce | Scan) -> tuple[str, ...]:
         """What an empty reduction holds, and for an argument reduction an index that never wins."""
         identity = ops.REDUCTIONS[r.kind].identity(r.dtype)
         first = literal(float(identity), r.dtype) if r.dtype is torch.float32 else typed(identity, r.dtype)
@@ -372,102 +391,6 @@ class TritonDialect:
         )
 
 
-def _extents(kernel: Kernel) -> tuple[Expr, ...]:
-    """Upper bounds of what a kernel computes in integers of index width."""
-    found = [a.size for a in kernel.axes]
-    for param in kernel.params:
-        last = ONE
-        for size, stride in zip(param.shape, param.stride, strict=True):
-            last = last + (size - 1) * stride
-        found.append(last)
-    for v in kernel.values():
-        if isinstance(v, (Random, IndexOf)):
-            e = v.index if isinstance(v, Random) else v.expr
-            top = e.upper()
-            found.append(Expr.of({(): LIMIT}) if top is None else top)
-    return tuple(dict.fromkeys(found))
-
-
-def register(dtype: torch.dtype) -> torch.dtype:
-    """The dtype that a value is held in: half types are float32 already rounded."""
-    return torch.float32 if dtypes.is_half(dtype) else dtype
-
-
-def literal(value: object, dtype: torch.dtype) -> str:
-    """A constant as a Python literal, which takes the dtype of what it meets."""
-    if isinstance(value, bool):
-        return "1" if value else "0"
-    if isinstance(value, float):
-        if math.isnan(value) or math.isinf(value):
-            return f'float("{value}")'
-        if dtypes.is_half(dtype):
-            value = torch.tensor(value, dtype=dtype).item()
-            return literal(value, torch.float32)
-    return repr(value)
-
-
-def fixed(v: Value) -> int | float | None:
-    """The number that a value always is, or None."""
-    if isinstance(v, Const):
-        return v.value
-    return v.expr.value if isinstance(v, IndexOf) and v.expr.is_const else None
-
-
-def typed(value: object, dtype: torch.dtype) -> str:
-    """A constant as a number of its own dtype."""
-    return f"tl.full([], {literal(value, dtype)}, {dtypes.row(register(dtype)).triton})"
-
-
-def combine(r: Reduce, into: tuple[str, ...], args: tuple[str, ...]) -> str:
-    """An expression that joins what is there with more."""
-    if len(r.args) > 1:
-        return f"mf_{r.kind}({into[0]}, {into[1]}, {args[0]}, {args[1]})"
-    text = ops.row(ops.REDUCTIONS[r.kind].combine).triton.replace("mf.", "mf_").format(into[0], args[0])
-    return text[1:-1] if text.startswith("(") else text
-
-
-_ASSIGN = re.compile(r"(\s*)(v\d+) = (.*)")
-
-
-def inline(lines: list[str]) -> list[str]:
-    """Put a value that is used once, soon and in the same block where it is used: fewer names to follow.
-
-    Loads keep their place and their name.
-    """
-    lines = list(lines)
-    uses: dict[str, int] = {}
-    for line in lines:
-        for name in re.findall(r"\bv\d+\b", line):
-            uses[name] = uses.get(name, 0) + 1
-    for k, line in enumerate(lines):
-        found = _ASSIGN.fullmatch(line)
-        if found is None or uses[found[2]] != 2 or "tl.load" in found[3] or "mf_sum(" in found[3]:
-            continue
-        indent, name, text = found.groups()
-        word = re.compile(rf"\b{name}\b")
-        for j in range(k + 1, len(lines)):
-            depth = len(lines[j]) - len(lines[j].lstrip())
-            if depth < len(indent):
-                break
-            if word.search(lines[j]):
-                longer = len(lines[j].lstrip()) + len(text) > INLINE_CHARS
-                if depth == len(indent) and not longer and not lines[j].lstrip().startswith("for "):
-                    lines[j] = word.sub(lambda _, text=text: text, lines[j])  # type: ignore[misc]
-                    lines[k] = ""
-                break
-    return [re.sub(r"= \((.*)\)$", _unwrap, line) for line in lines if line]
-
-
-def _unwrap(found: re.Match[str]) -> str:
-    """`= (a + b)` without its parentheses, where they are one pair."""
-    depth = 0
-    for c in found[1]:
-        depth += (c == "(") - (c == ")")
-        if depth < 0:
-            return found[0]
-    return f"= {found[1]}"
-
-
 def write_kernel(launch: Launch) -> TritonKernel:
     """The Triton of one launch's kernel. Raises CodegenError where Triton cannot express it."""
     kernel, schedule = launch.kernel, launch.schedule
@@ -486,10 +409,3 @@ def write_kernel(launch: Launch) -> TritonKernel:
     count = warps(math.prod(dialect.blocks.values()))
     messages = tuple(dialect.messages)
     return TritonKernel(name, text, symbols, grid_size(schedule), count, dialect.extents, messages)
-
-
-def warps(elements: int) -> int:
-    """Warps of a program: four float32 a thread, 16 bytes, up to 32 of them, so that a row fits registers."""
-    if elements <= 4096:
-        return min(max(elements // 128, 1), 4)
-    return 8 if elements <= 8192 else 16

@@ -159,6 +159,10 @@ def mf_argmin(v, i, w, j):
     return tl.where(take, w, v), tl.where(take, j, i)
 
 @triton.jit
+def mf_add(a, b):
+    return a + b
+
+@triton.jit
 def mf_mul(a, b):
     return a * b
 
@@ -177,6 +181,24 @@ def mf_last(x, A: tl.constexpr, C: tl.constexpr):
         return tl.sum(tl.reshape(x, [1]), 0)
     else:
         return tl.reshape(x, [A * C])
+
+@triton.jit
+def mf_at(x, p, at):
+    """Of [A, M, N, C] the [A, M, C] at one place `at` of `p`, exactly: nothing changes what -0.0 is added to."""
+    none = -0.0 if x.dtype.is_floating() else 0
+    return tl.sum(tl.where(p == at, x, none), 2).to(x.dtype)
+
+@triton.jit
+def mf_scan(x, A: tl.constexpr, N: tl.constexpr, C: tl.constexpr, join: tl.constexpr):
+    """Running results over the middle of [A, N, C], and the last of them. The order is fixed, whichever thread holds
+    what: in pairs, then in fours and so on, the result of a first half joins what its second half has so far
+    (Sklansky, "Conditional-Sum Addition Logic", 1960)."""
+    for k in tl.static_range(N.bit_length() - 1):
+        x = tl.reshape(x, [A, N >> (k + 1), 2 << k, C])
+        p = tl.reshape(tl.arange(0, 2 << k), [1, 1, 2 << k, 1])
+        x = tl.where(p >> k == 1, join(mf_at(x, p, (1 << k) - 1)[:, :, None, :], x), x)
+    x = tl.reshape(x, [A, 1, N, C])
+    return x, mf_last(mf_at(x, tl.reshape(tl.arange(0, N), [1, 1, N, 1]), N - 1), A, C)
 
 @triton.jit
 def mf_sum(x, A: tl.constexpr, N: tl.constexpr, C: tl.constexpr):

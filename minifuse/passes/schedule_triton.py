@@ -14,6 +14,9 @@ The tree of a reduction on this target, a function of its kind, its extent and i
 
 So a reduction with too few independent points for a GPU is split into a launch over the blocks of its
 own tree and one that joins their results, and no bit changes.
+
+A scan takes the blocks of a row of its extent one after another: within a block by `triton_prelude.mf_scan`, where
+the running result of what lies before joins all of it. The running result of a column joins its elements in order.
 """
 
 from __future__ import annotations
@@ -25,7 +28,7 @@ from minifuse.ir.index import Axis, Expr
 from minifuse.ir.kernel import Kernel, Loop, Root, Schedule, Store, rewrite
 from minifuse.ir.plan import Buffer, Plan
 from minifuse.ir.shape import cdiv, product
-from minifuse.ir.value import LANES, Load, Reduce, Value, topological
+from minifuse.ir.value import LANES, Load, Reduce, Scan, Value, topological
 from minifuse.options import Options
 from minifuse.passes.context import CompileContext
 from minifuse.passes.schedule import (
@@ -85,11 +88,13 @@ def problem(kernel: Kernel, s: Schedule) -> str | None:
         elements *= n
     if elements > HELD or len(held) > 3:
         return f"a block of {elements} elements in {len(held)} dimensions"
-    for r in kernel.reductions:
+    found: list[Reduce | Scan] = [*kernel.reductions, *kernel.scans]
+    for r in found:
         if (r.over in held) != (r.lanes > 1):
-            return f"{r.over} is reduced as a row and as a column"
+            return f"{r.over} is reduced or scanned as a row and as a column"
         first = next((k for k, loop in enumerate(s.loops) if loop.axis is r.over and loop.kind == "loop"), None)
-        if first is not None and any(loop.kind == "loop" and loop.axis in r.axes for loop in s.loops[first:]):
+        kept = r.axes - {r.over}
+        if first is not None and any(loop.kind == "loop" and loop.axis in kept for loop in s.loops[first:]):
             return f"a {r.kind} over {r.over} keeps a row that no block holds"
     return None
 
@@ -100,8 +105,8 @@ def power_of_2(n: int) -> int:
     return 1 << max(n - 1, 0).bit_length()
 
 
-def tree(r: Reduce, hint: Hint) -> Tree:
-    """The tree of a reduction (see the module's head)."""
+def tree(r: Reduce | Scan, hint: Hint) -> Tree:
+    """The tree of a reduction, or the blocks of a scan (see the module's head)."""
     size = r.over.size
     if r.lanes == 1:
         return Tree(COLUMN_BLOCK, 1)
@@ -110,8 +115,8 @@ def tree(r: Reduce, hint: Hint) -> Tree:
     return Tree(min(max(power_of_2(hint(size)), SHORTEST_DYNAMIC), LONGEST_DYNAMIC), 1)
 
 
-def tile_steps(r: Reduce, hint: Hint) -> list[int]:
-    """Steps, outermost first, of the tiled loops that a reduction's blocks need."""
+def tile_steps(r: Reduce | Scan, hint: Hint) -> list[int]:
+    """Steps, outermost first, of the tiled loops that a reduction's or a scan's blocks need."""
     size, t = r.over.size, tree(r, hint)
     if t.lanes > 1:
         return [t.block] if size.value > t.block else []
@@ -181,7 +186,7 @@ def _nested(kernel: Kernel, hint: Hint) -> list[Reduce]:
 def _rows_first(kernel: Kernel, hint: Hint) -> list[Reduce]:
     """The inner reductions of sums over several axes, where these have too few points to fill a GPU."""
     grid = hint(product(a.size for a in _common(kernel)))
-    if grid >= PROGRAMS or hint(product(a.size for a in kernel.axes)) < SPLIT_WORK * grid:
+    if any(kernel.scans) or grid >= PROGRAMS or hint(product(a.size for a in kernel.axes)) < SPLIT_WORK * grid:
         return []
     found: dict[Reduce, None] = {}
     for outer in kernel.reductions:
@@ -195,8 +200,8 @@ def _rows_first(kernel: Kernel, hint: Hint) -> list[Reduce]:
 
 def _splittable(kernel: Kernel, hint: Hint) -> list[Reduce]:
     """The reductions over one axis that are worth a launch over blocks, those needing no other of them."""
-    if hint(product(a.size for a in kernel.axes)) < SPLIT_WORK:
-        return []
+    if any(kernel.scans) or hint(product(a.size for a in kernel.axes)) < SPLIT_WORK:
+        return []  # a block of a scan does not stand alone
     reductions = list(kernel.reductions)
     grid = _common(kernel)
     for over in dict.fromkeys(r.over for r in reductions):
@@ -212,31 +217,33 @@ def _splittable(kernel: Kernel, hint: Hint) -> list[Reduce]:
 
 
 def _common(kernel: Kernel) -> list[Axis]:
-    """The axes that every root and reduction runs over and none reduces: those that can be a grid."""
-    reductions = list(kernel.reductions)
-    spaces = [r.space for r in kernel.body] + [r.axes | {r.over} for r in reductions]
+    """The axes that every root and reduction runs over and none reduces or scans: those that can be a grid."""
+    spaces = [r.space for r in kernel.body] + [r.axes | {r.over} for r in kernel.reductions]
     common = frozenset.intersection(*spaces) if spaces else frozenset()
-    reduced = {r.over for r in reductions}
-    return [a for a in kernel.axes if a in common and a not in reduced]
+    return [a for a in kernel.axes if a in common and a not in kernel.ordered]
 
 
 # -- choosing loops ---------------------------------------------------------------------------------
 def choose(kernel: Kernel, hint: Hint) -> Schedule:
     """The grid, the loops and the blocks of a kernel, from its strides and extents."""
     reductions = list(kernel.reductions)
-    rows = {r.over: r for r in reductions if r.lanes > 1}
+    scans = {s.over: s for s in kernel.scans}
+    along: list[Reduce | Scan] = [*scans.values(), *reductions]
+    rows = {r.over: r for r in along if r.lanes > 1}
     columns = {r.over: r for r in reductions if r.lanes == 1 and r.over not in rows}
+    running = {s.over for s in scans.values() if s.lanes == 1}
     weight, stride = unit_weights(kernel, hint), main_strides(kernel, hint)
     grid = sorted(_common(kernel), key=lambda a: (-stride.get(a, 0), a.name))
     inner = [a for a in kernel.axes if a not in grid]
-    inner.sort(key=lambda a: (a not in columns, -_depth(a, reductions), -stride.get(a, 0), a.name))
-    fast = lane_axis(kernel, {**rows, **columns}, weight, hint)
+    # a column that is scanned runs inside of what walks its rows, each with a running result of its own
+    inner.sort(key=lambda a: (a in running, a not in columns, -_depth(a, reductions), -stride.get(a, 0), a.name))
+    fast = lane_axis(kernel, {r.over: r for r in reductions}, weight, hint)
     loops: list[Loop] = []
     blocks: dict[Axis, int] = {}
     held = 1
     for a in inner:
-        if a in columns:
-            loops += [Loop(a, "loop", step) for step in tile_steps(columns[a], hint)]
+        if a in columns or a in running:
+            loops += [Loop(a, "loop", step) for step in (tile_steps(columns[a], hint) if a in columns else [])]
             loops.append(Loop(a, "loop"))
             continue
         steps = tile_steps(rows[a], hint) if a in rows else _walk(a, HELD // held)
@@ -248,7 +255,12 @@ def choose(kernel: Kernel, hint: Hint) -> Schedule:
         blocks[a] = block
         held *= block
     tiles = _tiles(
-        grid, fast, held, bool(columns), hint, transposed_axis(grid, fast, weight) if not reductions else None
+        grid,
+        fast,
+        held,
+        bool(columns) or bool(running),
+        hint,
+        transposed_axis(grid, fast, weight) if not reductions else None,
     )
     blocks.update(tiles)
     lanes = sorted(blocks, key=lambda a: (a is fast, -stride.get(a, 0), a.name))

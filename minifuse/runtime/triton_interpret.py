@@ -54,7 +54,7 @@ class Libdevice:
 
 
 def _torch(x: Any) -> torch.Tensor:
-    return torch.from_numpy(np.ascontiguousarray(compat.triton_array(x)))
+    return torch.from_numpy(np.ascontiguousarray(compat.triton_array(x))).reshape([int(n) for n in x.shape])
 
 
 def _like(x: Any, found: torch.Tensor) -> Any:

@@ -28,8 +28,9 @@ from minifuse import compat
 from minifuse.codegen import triton
 from minifuse.codegen.printer import CodegenError
 from minifuse.codegen.program import HostProgram, write_program
-from minifuse.codegen.triton import LIMIT, TritonKernel
+from minifuse.codegen.triton import TritonKernel
 from minifuse.codegen.triton_prelude import HEAD, helpers
+from minifuse.codegen.triton_text import LIMIT
 from minifuse.errors import MinifuseError
 from minifuse.ir import dtypes
 from minifuse.ir.interpret import run_kernel

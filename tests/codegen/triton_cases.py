@@ -169,6 +169,75 @@ def columns_and_whole_tensors() -> str:
     return against_eager(lambda x: (x.sum(0), x.mean(), x.var(0), x.amin(0), (x > 3).any(), x.prod(1)), x, ulps=16)
 
 
+def _running(x: Tensor) -> tuple[Tensor, ...]:
+    y = x.sin() + 1
+    return (
+        y.cumsum(1) * 2, y.cumsum(0).relu(), x.t().cumsum(0), x[:, ::2].cumsum(-1), x[3].cumprod(0), y.cumsum(1).sum(1),
+        x.flip(1).cumsum(1).flip(1), (y / y.sum(1, keepdim=True)).cumsum(1), *x.cummax(1), *y.cummin(0),
+    )  # fmt: skip
+
+
+@case
+def scans_of_rows_and_columns() -> str:
+    problems = []
+    for shape in ((7, 37), (4, 1), (4, 0)):
+        x = torch.randn(shape)
+        x[2:3, 5:6] = float("nan")
+        problems.append(against_eager(_running, x, ulps=64))
+        if any(r.stages["memory"].externs for r in RECORDS):
+            problems.append("a scan was left to ATen")
+    problems.append(same(compiled(_running)(x), compiled(_running, fusion_fuel=0)(x)))
+    return "; ".join(p for p in problems if p)
+
+
+@case
+def scans_of_rows_longer_than_a_block() -> str:
+    x, row = torch.randn(7, 37), torch.randn(1, 40_000)
+    long = against_eager(lambda x: (x.cumsum(1), x.cummin(1).indices), row, ulps=64)
+    block, schedule_triton.ROW_BLOCK = schedule_triton.ROW_BLOCK, 16
+    try:
+        unlike = same(compiled(_running)(x), compiled(_running, fusion_fuel=0)(x))
+        return long or unlike or against_eager(_running, x, ulps=64)
+    finally:
+        schedule_triton.ROW_BLOCK = block
+
+
+@case
+def scans_of_every_dtype() -> str:
+    def f(x: Tensor) -> list[Tensor]:
+        found = [x.cumsum(1), x.cumsum(0), x.cumprod(1), x.cumsum(1, dtype=torch.float32)]
+        found += [x.cumsum(1, dtype=torch.int8)] if x.dtype is torch.int8 else []
+        return found if x.dtype is torch.bool else [*found, *x.cummax(1), *x.cummin(0)]
+
+    dtypes = (torch.float64, torch.bfloat16, torch.float16, torch.int64, torch.int8, torch.uint8, torch.bool)
+    return "; ".join(p for d in dtypes if (p := against_eager(f, torch.randint(0, 3, (6, 50)).to(d), ulps=4)))
+
+
+@case
+def scans_of_sizes_that_change() -> str:
+    f = compiled(lambda x: (x.cumsum(1), x.cumsum(0), *x.cummax(-1)), dynamic=True)
+    problems = []
+    for shape in ((3, 5), (4, 16), (2, 700), (20, 33), (1, 9), (2, 0)):
+        x = torch.randn(shape)
+        problems.append(same(f(x), (x.cumsum(1), x.cumsum(0), *x.cummax(-1)), ulps=16))
+    return "; ".join(p for p in problems if p)
+
+
+@case
+def reductions_of_nothing() -> str:
+    x = torch.randn(4, 0)
+    return against_eager(lambda x: ((x * 2).sum(1), (x + 1).prod(1), (x * 2).sum(0), (x > 1).any(1), x.exp()), x)
+
+
+@case
+def functions_of_numbers() -> str:
+    """Values that vary over no lane."""
+    x, y = torch.tensor(0.3), torch.tensor([7.0])
+    return against_eager(
+        lambda x, y: (x.exp(), x.cos() + y.log(), torch.fmod(y, x), x.pow(1.7) * y.sum()), x, y, ulps=2
+    )
+
+
 @case
 def sizes_that_change() -> str:
     f = compiled(lambda x: ((x * 2 + 1).relu(), x.softmax(-1), x.sum(0), x.sum(), x.t() + 1), dynamic=True)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
 import queue
 import selectors
 import subprocess
@@ -40,10 +41,12 @@ def serve() -> None:
 class Worker:
     """A process that checks operators; one that crashes or hangs costs its job, and is replaced."""
 
-    def __init__(self) -> None:
+    def __init__(self, environment: dict[str, str]) -> None:
         command = [sys.executable, "-m", "tests.conformance", "--serve"]
         pipe = subprocess.PIPE
-        self.process = subprocess.Popen(command, stdin=pipe, stdout=pipe, stderr=subprocess.DEVNULL, text=True)
+        self.process = subprocess.Popen(
+            command, stdin=pipe, stdout=pipe, stderr=subprocess.DEVNULL, text=True, env={**os.environ, **environment}
+        )
         self.done = 0
 
     def ask(self, job: Job) -> list[Failure]:
@@ -68,20 +71,21 @@ class Worker:
 
 def run(jobs: list[Job], processes: int) -> Iterator[tuple[Job, list[Failure]]]:
     """Each job with its failures, as they come."""
+    environment = {"TRITON_INTERPRET": "1"} if any(job.target == "triton" for job in jobs) else {}
     waiting: queue.SimpleQueue[Job] = queue.SimpleQueue()
     finished: queue.SimpleQueue[tuple[Job, list[Failure]]] = queue.SimpleQueue()
     for job in jobs:
         waiting.put(job)
 
     def work() -> None:
-        worker = Worker()
+        worker = Worker(environment)
         try:
             while True:
                 job = waiting.get_nowait()
                 # What torch keeps of each compile adds up.
                 if worker.process.poll() is not None or worker.done == 100:
                     worker.stop()
-                    worker = Worker()
+                    worker = Worker(environment)
                 finished.put((job, worker.ask(job)))
         except queue.Empty:
             worker.stop()
@@ -98,6 +102,7 @@ def main() -> int:
     parser.add_argument("names", nargs="*", help="operators (all by default), or the beginnings of their names")
     parser.add_argument("--dtype", nargs="*", default=["float32"], choices=DTYPES)
     parser.add_argument("--shapes", nargs="*", default=["static", "dynamic"], choices=["static", "dynamic"])
+    parser.add_argument("--target", default="auto", help="of the kernels; triton runs in Triton's interpreter")
     parser.add_argument("--limit", type=int, default=8, help="samples an operator")
     parser.add_argument("--part", default="0/1", help="k/n: every n-th operator from the k-th")
     parser.add_argument("--jobs", type=int, default=2, help="processes")
@@ -110,7 +115,7 @@ def main() -> int:
     part, parts = map(int, args.part.split("/"))
     table: dict[str, Any] = operators()
     names = [n for n in table if not args.names or any(n.startswith(m) for m in args.names)][part::parts]
-    jobs = [Job(n, d, s == "dynamic", args.limit) for n in names for d in args.dtype for s in args.shapes
+    jobs = [Job(n, d, s == "dynamic", args.limit, args.target) for n in names for d in args.dtype for s in args.shapes
             if table[n].supports_dtype(DTYPES[d], "cpu")]  # fmt: skip
     failures: list[Failure] = []
     begin = time.perf_counter()

@@ -19,6 +19,8 @@ from torch import Tensor
 from torch.testing._internal.common_methods_invocations import op_db
 from torch.utils import _pytree as pytree
 
+from minifuse.records import RECORDS
+
 Sample = tuple[Any, tuple[Any, ...], dict[str, Any]]
 OPTIONS = {"verify": True, "rng": "eager", "fallback": "allow"}
 SEED = 20
@@ -34,18 +36,23 @@ DTYPES = {str(t).removeprefix("torch."): t for t in (
 
 @dataclass(frozen=True)
 class Job:
-    """One operator's samples of one dtype, at most `limit`, with static or dynamic shapes."""
+    """One operator's samples of one dtype, at most `limit`, with static or dynamic shapes, compiled for a target.
+
+    The target "triton" needs TRITON_INTERPRET=1 in the environment.
+    """
 
     op: str
     dtype: str
     dynamic: bool
     limit: int = 8
+    target: str = "auto"
 
 
 @dataclass(frozen=True)
 class Failure:
-    """`op`: name and variant of the OpInfo. `kind`: "wrong" (ran and differs), "error" (raised), "crash" (ended or held
-    the process), "torch" (`aot_eager` fails as well), "harness" (no verdict)."""
+    """`op`: name and variant of the OpInfo. `kind`: "wrong" (ran and differs), "error" (raised), "refused" (right, but
+    not by the target's kernels), "crash" (ended or held the process), "torch" (`aot_eager` fails as well), "harness"
+    (no verdict)."""
 
     op: str
     dtype: str
@@ -156,31 +163,33 @@ def _values(a: Tensor, b: Tensor) -> str:
     return ""
 
 
-def compiled(info: Any, backend: str, dynamic: bool) -> Callable[[list[Sample]], Any]:
+def compiled(info: Any, job: Job, backend: str) -> Callable[[list[Sample]], Any]:
     op = info.op
 
     def batch(given: list[Sample]) -> list[Any]:
         return [op(s[0], *s[1], **s[2]) for s in given]
 
-    options = {"options": OPTIONS} if backend == "minifuse" else {}
-    return torch.compile(batch, backend=backend, dynamic=dynamic, **options)
+    options = {"options": {**OPTIONS, "target": job.target}} if backend == "minifuse" else {}
+    return torch.compile(batch, backend=backend, dynamic=job.dynamic, **options)
 
 
 def eager(info: Any) -> Callable[[list[Sample]], Any]:
     return lambda given: [info.op(s[0], *s[1], **s[2]) for s in given]
 
 
-def attempt(info: Any, backend: str, dynamic: bool, given: list[Sample], want: list[list[Tensor | None]]) -> list[str]:
-    """For each sample what is wrong, or what was raised (behind "raised: ")."""
+def attempt(info: Any, job: Job, backend: str, given: list[Sample], want: list[list[Tensor | None]]) -> list[str]:
+    """For each sample what is wrong, what was raised (behind "raised: "), or which kernel the target refused."""
     torch._dynamo.reset()
+    RECORDS.clear()
     try:
-        got = outcome(compiled(info, backend, dynamic), given)
+        got = outcome(compiled(info, job, backend), given)
     except Exception as why:
         return [f"raised: {type(why).__name__}: {str(why).strip().splitlines()[0] if str(why).strip() else ''}"] * len(
             given
         )
     defined = not info.name.startswith(UNDEFINED)
-    return [differs(g, w, defined) for g, w in zip(got, want, strict=True)]
+    refused = next((f"refused: {d}" for r in RECORDS for d in r.decisions if d.rule == "interpreted"), "")
+    return [differs(g, w, defined) or refused for g, w in zip(got, want, strict=True)]
 
 
 def check(job: Job) -> list[Failure]:
@@ -192,7 +201,7 @@ def check(job: Job) -> list[Failure]:
 
 
 def _check(job: Job) -> Iterator[Failure]:
-    info, dynamic = operators()[job.op], job.dynamic
+    info = operators()[job.op]
     given = samples(info, DTYPES[job.dtype], job.limit)
     usable, want = [], []
     for s in given:
@@ -201,13 +210,13 @@ def _check(job: Job) -> Iterator[Failure]:
             usable.append(s)
         except Exception:
             continue
-    if not usable or not any(attempt(info, "minifuse", dynamic, usable, want)):
+    if not usable or not any(attempt(info, job, "minifuse", usable, want)):
         return
     for k, (s, w) in enumerate(zip(usable, want, strict=True)):
-        problem = attempt(info, "minifuse", dynamic, [s], [w])[0]
+        problem = attempt(info, job, "minifuse", [s], [w])[0]
         if not problem:
             continue
-        kind = "error" if problem.startswith("raised") else "wrong"
-        if attempt(info, "aot_eager", dynamic, [s], [w])[0]:
+        kind = {"raised": "error", "refused": "refused"}.get(problem.partition(":")[0], "wrong")
+        if kind != "refused" and attempt(info, job, "aot_eager", [s], [w])[0]:
             kind = "torch"
-        yield Failure(job.op, job.dtype, dynamic, k, kind, problem)
+        yield Failure(job.op, job.dtype, job.dynamic, k, kind, problem)
