@@ -49,8 +49,12 @@ def build_all(jobs: Sequence[tuple[Plan, CompileContext]]) -> list[Program]:
     """`build` for several plans of one toolchain with one C unit, compiled once: the start of a
     compiler costs more than the kernels of a small graph. The time is the first job's."""
     first = jobs[0][1]
-    if any(target(plan, ctx.options) == "triton" for plan, ctx in jobs):
-        return [triton_launch.build(plan, ctx) for plan, ctx in jobs]
+    targets = [target(plan, ctx.options) for plan, ctx in jobs]
+    if "triton" in targets:  # a graph's forward may be on one device and its backward on another
+        return [
+            triton_launch.build(*job) if kind == "triton" else build(*job)
+            for job, kind in zip(jobs, targets, strict=True)
+        ]
     tools = None if first.options.target == "interpret" else toolchain.find(first.options.precise)
     with first.phase("codegen"):
         texts = [write_all(plan, ctx) if tools is not None else {} for plan, ctx in jobs]

@@ -25,7 +25,7 @@ EXPECTED: dict[str, str] = {
             aten::_scaled_dot_product_efficient_attention aten::_scaled_dot_product_efficient_attention_backward
             aten::_scaled_dot_product_cudnn_attention aten::_scaled_dot_product_cudnn_attention_backward""",
         _GRADIENT_OF_GATHER: "aten::embedding_dense_backward aten::_embedding_bag_dense_backward",
-        _HOST: """aten::_local_scalar_dense aten::item aten::_assert_async aten::_assert_scalar
+        _HOST: """aten::_local_scalar_dense aten::item aten::scalar_tensor aten::_assert_async aten::_assert_scalar
             aten::sym_constrain_range aten::sym_constrain_range_for_size""",
         _EFFECT: "minifuse::seed",
     }.items()

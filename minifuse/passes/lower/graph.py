@@ -30,6 +30,7 @@ from .pointwise import DIVISIONS, ROWS, Unsupported, to_compute, truth
 from .structural import STRUCTURAL
 from .view import View
 
+aten = torch.ops.aten
 Tree = Any
 # How axes and symbols are called; an operator may be too (the Bessel function `i0`).
 _TAKEN = re.compile(r"[idsuz]\d\w*")
@@ -49,6 +50,7 @@ class Lowering:
         self.symbols: dict[str, Symbol] = {}
         self.mutated: set[str] = set()
         self.origin: dict[str, str] = {}
+        self.numbers: dict[Any, View] = {}
         for n in graph.nodes:
             if _TAKEN.fullmatch(n.name):
                 n.name = f"{n.name}_"
@@ -246,10 +248,10 @@ class Lowering:
     def _argument(self, arg: Any, keep: bool, val: torch.Tensor) -> Any:
         if isinstance(arg, fx.Node) and isinstance(self.env[arg], View):
             view = self.view(arg)
-            if view.buffer.device != val.device and view.shape:
-                raise Unsupported(f"an argument on {view.buffer.device}")
             if view.buffer.device != val.device:
-                raise Unsupported("a scalar tensor on another device")
+                if view.shape or view.buffer.device.type != "cpu":
+                    raise Unsupported(f"an argument on {view.buffer.device}")
+                view = self.by_value(view, val.device)
             return view.broadcast_read
         if keep or arg is None:
             if isinstance(arg, fx.Node):
@@ -261,6 +263,23 @@ class Lowering:
         if number is None:
             raise Unsupported(f"an argument {arg!r}")
         return lambda where: number
+
+    def by_value(self, view: View, device: torch.device) -> View:
+        """A number in the host's memory on a device: read when the call comes to it and handed over by value, as eager
+        does. Nothing waits, and what the host writes there later is not seen."""
+        key = (view.buffer.name, view.index, device)
+        if key not in self.numbers:
+            name, dtype = self.fresh_name(f"{view.buffer.name}_number"), view.buffer.dtype
+            self.buffers[name] = Buffer(name, dtype, (), (), device, "extern")
+            read, made = aten._local_scalar_dense.default, aten.scalar_tensor.default
+            why, given = "a number that the host holds", (("dtype", dtype), ("device", device))
+            self.steps += [
+                Extern(read, (self.ref(view),), (), (None,), why, origin=f"{name}_read"),
+                Extern(made, (Opaque(f"{name}_read", None),), given, (name,), why, origin=name),
+            ]
+            self.origin[name] = self.where()
+            self.numbers[key] = View.whole(self.buffers[name])
+        return self.numbers[key]
 
     # -- externs ---------------------------------------------------------------------------------
     def extern(self, node: fx.Node, reason: str) -> Any:
@@ -388,6 +407,7 @@ class Lowering:
             del self.steps[mark[0] :]
             self.buffers.clear()
             self.buffers.update(mark[1])
+            self.numbers = {k: v for k, v in self.numbers.items() if v.buffer.name in mark[1]}
             reason = str(why)
         return self.extern(node, reason)
 

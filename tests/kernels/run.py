@@ -1,0 +1,141 @@
+"""Every Triton kernel of the model set: compiled for GPUs that need not be there, and run by Triton's interpreter."""
+
+from __future__ import annotations
+
+import copy
+import os
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from benchmarks import models
+from minifuse import compat
+from minifuse.ir.plan import Launch, Plan
+from minifuse.passes.context import CompileContext
+from minifuse.records import RECORDS
+from minifuse.runtime import build, triton_launch
+from tests.models.families import FAMILIES
+from tests.models.test_families import _error, _step, _to_double
+
+TARGETS: dict[str, tuple[str, Any, int]] = {
+    "cuda:80": ("cuda", 80, 32),
+    "cuda:90": ("cuda", 90, 32),
+    "cuda:100": ("cuda", 100, 32),
+    "gfx942": ("hip", "gfx942", 64),
+}
+SPILLS = "cuda:90"
+NAMES = [*(f"families/{name}" for name in FAMILIES), *(f"benchmarks/{name}" for name in models.MODELS)]
+Made = list[tuple[Plan, CompileContext]]
+
+
+def step_of(name: str) -> Callable[[Callable[[Any], Any]], None]:
+    """A training step of a model, where it has a loss, of a compiled copy of it."""
+    torch.manual_seed(0)
+    kind, _, key = name.partition("/")
+    if kind == "families":
+        model, kwargs = FAMILIES[key]()
+        args: tuple[Any, ...] = ()
+    else:
+        model, args, kwargs = models.load(models.MODELS[key].path)
+    model.train()
+
+    def run(compiled: Callable[[Any], Any]) -> None:
+        loss = models.loss_of(compiled(model)(*args, **kwargs))
+        if loss.requires_grad:
+            loss.backward()
+
+    return run
+
+
+def plans(name: str) -> Made:
+    """The plans of a model's step for the Triton target, placed; what runs is the interpreter of kernels."""
+    found: Made = []
+    before = triton_launch.build
+
+    def interpreted(plan: Plan, ctx: CompileContext) -> Any:
+        found.append((plan, ctx))
+        return build.build(plan, replace(ctx, options=replace(ctx.options, target="interpret")))
+
+    triton_launch.build = interpreted
+    try:
+        torch._dynamo.reset()
+        step_of(name)(lambda model: torch.compile(model, backend="minifuse", options={"target": "triton"}))
+    finally:
+        triton_launch.build = before
+    return found
+
+
+def compiled(name: str, targets: list[str], claims: Path | None = None) -> tuple[int, list[str]]:
+    """How many kernels of a model were compiled, and what went wrong: kernels that Triton cannot express or refuses,
+    and spilled registers. A kernel that another process has claimed in the folder `claims` is left out."""
+    count, problems = 0, []
+    for plan, ctx in plans(name):
+        here = torch.device("cpu")
+        kernels = triton_launch.write_all(plan, here, ctx)
+        problems += [str(d) for d in ctx.decisions if d.rule == "interpreted"]
+        module = triton_launch.load_module(triton_launch.module_text(plan, kernels), ctx.options.cache_dir)
+        distinct = {kernel.name: i for i, kernel in kernels.items()}
+        for target in targets:
+            for kernel, i in distinct.items():
+                if claims is not None and not _claim(claims / f"{kernel}-{target.replace(':', '')}"):
+                    continue
+                count += 1
+                step = plan.steps[i]
+                assert isinstance(step, Launch)
+                one = triton_launch.Launched(getattr(module, kernel), step, kernels[i], here)
+                what = f"{target} {plan.name} {step.name} {kernel}"
+                try:
+                    made = one.compile(one.usual(), compat.gpu_target(*TARGETS[target]))
+                except Exception as why:
+                    problems.append(f"{what}: {type(why).__name__}: {str(why).strip()[-300:]}")
+                    continue
+                spilled = compat.kernel_resources(made)["spilled"] if target == SPILLS else 0
+                if spilled:
+                    problems.append(f"{what}: {spilled} bytes spilled; {step.schedule}")
+    return count, problems
+
+
+def _claim(path: Path) -> bool:
+    try:
+        os.close(os.open(path, os.O_CREAT | os.O_EXCL))
+    except FileExistsError:
+        return False
+    return True
+
+
+def exact(family: str, draws: int = 4) -> list[str]:
+    """What of a family's training step by interpreted Triton is further from float64 than eager: more than 4 times its
+    error, or 4 ulp of the tensor's largest magnitude, over several draws of weights. Needs TRITON_INTERPRET=1."""
+    torch._dynamo.reset()
+    RECORDS.clear()
+    model = None
+    ours: dict[str, float] = {}
+    allowed: dict[str, float] = {}
+    problems: list[str] = []
+    for draw in range(draws):
+        torch.manual_seed(draw)
+        eager_model, inputs = FAMILIES[family]()
+        eager_model.train()
+        exact_model = copy.deepcopy(eager_model).double()
+        if model is None:
+            model = copy.deepcopy(eager_model)
+            run = torch.compile(model, backend="minifuse", options={"target": "triton"})
+        model.load_state_dict(eager_model.state_dict())
+        model.zero_grad()
+        right = _step(exact_model, exact_model, _to_double(inputs))
+        eager = _step(eager_model, eager_model, inputs)
+        found = _step(model, run, inputs)
+        if eager.keys() != found.keys():
+            return [f"results {sorted(eager.keys() ^ found.keys())}"]
+        for name, value in eager.items():
+            got = found[name]
+            if (got.shape, got.dtype, got.stride()) != (value.shape, value.dtype, value.stride()):
+                problems.append(f"{name}: {got.dtype} {got.shape} {got.stride()}, expected {value.stride()}")
+            ulp = torch.finfo(value.dtype).eps * right[name].abs().max().item()
+            ours[name] = max(ours.get(name, 0.0), _error(got, right[name]))
+            allowed[name] = max(allowed.get(name, 0.0), 4 * _error(value, right[name]), 4 * ulp)
+    problems += [f"{n}: error {e:.3g}, allowed {allowed[n]:.3g}" for n, e in ours.items() if not e <= allowed[n]]
+    return problems + [str(d) for r in RECORDS for d in r.decisions if d.rule == "interpreted"]

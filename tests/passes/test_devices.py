@@ -1,0 +1,59 @@
+"""Graphs over several devices: what a plan does with them, lowered from fake tensors."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import replace
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch._subclasses import FakeTensorMode
+from torch.fx.experimental.proxy_tensor import make_fx
+
+from minifuse.ir.interpret import run_plan
+from minifuse.ir.plan import Extern, Launch, Plan
+from minifuse.ir.verify import verify_plan
+from minifuse.options import Options
+from minifuse.passes.context import CompileContext
+from minifuse.passes.fuse import fuse
+from minifuse.passes.lower.graph import lower
+
+CPU, CUDA = torch.device("cpu"), torch.device("cuda", 0)
+
+
+def plan_of(function: Callable[..., Any], *args: Tensor) -> Plan:
+    """The fused plan of a function traced over fake tensors."""
+    ctx = CompileContext("f", "inference", Options())
+    plan = fuse(lower(make_fx(function)(*args).graph, ctx), ctx)
+    verify_plan(plan)
+    return plan
+
+
+def on_cpu(plan: Plan) -> Plan:
+    """The same plan with every buffer on the CPU."""
+    steps = []
+    for step in plan.steps:
+        if isinstance(step, Extern):
+            step = replace(step, kwargs=tuple((k, CPU if v == CUDA else v) for k, v in step.kwargs))
+        steps.append(step)
+    return replace(plan, steps=tuple(steps), buffers={n: replace(b, device=CPU) for n, b in plan.buffers.items()})
+
+
+def scaled(x: Tensor, k: Tensor, t: Tensor) -> tuple[Tensor, ...]:
+    return x * k + k, x + t[1], torch.where(x > 0, x, k.float())
+
+
+def test_a_number_of_the_host_reaches_a_device_by_value() -> None:
+    with FakeTensorMode():
+        plan = plan_of(scaled, torch.empty(8, 4, device="cuda"), torch.empty((), dtype=torch.float64), torch.empty(3))
+    targets = [str(e.target) for e in plan.externs]
+    # `k`, `t[1]` and `k.float()` once each, however often they are read
+    assert targets.count("aten._local_scalar_dense.default") == targets.count("aten.scalar_tensor.default") == 3
+    assert len(targets) == 6
+    for step in plan.steps:
+        if isinstance(step, Launch):
+            assert len({plan.buffers[b].device for b in step.binding}) == 1
+    x, k, t = torch.randn(8, 4), torch.tensor(1.5, dtype=torch.float64), torch.randn(3)
+    for found, expected in zip(run_plan(on_cpu(plan), [x, k, t], {}), scaled(x, k, t), strict=True):
+        torch.testing.assert_close(found, expected, rtol=0, atol=0)
