@@ -1,17 +1,29 @@
 """Memory-bound kernels and three models on a GPU: eager, Inductor and minifuse beside the GPU's own copy.
 
-    python -m benchmarks.gpu [--quick] [--rows softmax,layer] [--autotune] [--seconds 330] [--json FILE] [--check]
+    python -m benchmarks.gpu [--quick] [--rows softmax,layer] [--autotune] [--tests] [--seconds 480] [--json FILE]
+                             [--check]
 
 `of copy` is the share of the bandwidth of `copy_` that a row reaches: the least bytes that it can move (each input
 once, each output once) over its time. A time is the median of interleaved calls between two events, each behind a
 write of 512 MB that empties the cache and lets the host run ahead. Rows with `backward` are a forward and a
 backward. Ratios of time are speeds. Where there is no GPU the benchmark says so and ends.
+
+Rows are measured in a process of their own, and another takes the rest where a row ends it: after a fault on the GPU
+nothing else runs in one. `--tests` runs the GPU's tests first; what they say is in the JSON, and the exit status is
+theirs where they fail. The JSON is written to FILE, else to GPU-DATE.json in $OUT or in benchmarks/results.
 """
 
 from __future__ import annotations
 
+import argparse
+import contextlib
 import json
+import os
+import pickle
+import re
+import subprocess
 import sys
+import tempfile
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -28,6 +40,10 @@ from .harness import Board, Column, Sample, Target
 HALF = torch.bfloat16
 FLUSH_BYTES = 512 << 20
 MODELS = "bert,gpt2,llama"
+RESULTS = Path(__file__).with_name("results")
+TEST_SECONDS = 200.0
+GRACE = 40.0
+"""Seconds that the last row may take once no other starts."""
 
 
 @dataclass(frozen=True)
@@ -237,12 +253,130 @@ def board(backends: list[str]) -> Board:
     )
 
 
+def jobs_of(options: argparse.Namespace) -> dict[str, tuple[Callable[..., None], tuple[Any, ...]]]:
+    """What is measured, by name. Models are first: they are few, and a row left out for time is one kernel of many."""
+    wanted = [part for part in options.rows.split(",") if part]
+    rows = [r for r in ROWS if (any(w in r.name for w in wanted) if wanted else r.quick or not options.quick)]
+    chosen = models.select(names=options.models) if options.models and not wanted else []
+    found: dict[str, tuple[Callable[..., None], tuple[Any, ...]]] = {
+        f"{entry.name} {'training' if training else 'inference'}": (measure_model, (entry, training))
+        for entry in chosen
+        for training in (True, False)
+    }
+    return found | {row.name: (measure, (row,)) for row in rows}
+
+
+def serve(options: argparse.Namespace, backends: list[str]) -> None:
+    """Measure the jobs that the file of records has not begun, and add a record at the begin and the end of each."""
+    path = Path(options.serve)
+    begun = {name for name, _ in records(path)}
+    rounds = 11 if options.quick else 31
+    for name, (job, what) in jobs_of(options).items():
+        if name in begun:
+            continue
+        if time.time() > options.until:
+            return
+        append(path, name, None)
+        table = board(backends)
+        try:
+            job(table, *what, backends, rounds)
+            torch.cuda.synchronize()
+        except Exception as error:
+            table.fail(name, str(error)[-500:])
+        append(path, name, (table.rows.get(name, {}), table.errors.get(name), table.special))
+        torch.cuda.synchronize()  # a fault on the GPU ends this process: the next one begins with a new context
+        torch.cuda.empty_cache()
+
+
+def append(path: Path, name: str, made: Any) -> None:
+    with path.open("ab") as file:
+        pickle.dump((name, made), file)
+
+
+def records(path: Path) -> list[tuple[str, Any]]:
+    """(name, None) where a job began, (name, (figures, error, targets)) where it ended."""
+    found = []
+    with path.open("rb") as file, contextlib.suppress(EOFError, pickle.UnpicklingError):
+        while True:
+            found.append(pickle.load(file))
+    return found
+
+
+def measured(options: argparse.Namespace, backends: list[str], until: float) -> Board:
+    """The table, filled by processes that begin where the one before ended, until the time is up."""
+    names, table = list(jobs_of(options)), board(backends)
+    with tempfile.NamedTemporaryFile(suffix=".pickle") as file:
+        path, ended = Path(file.name), ""
+        while time.time() < until and {n for n, _ in records(path)} < set(names):
+            known = len(records(path))
+            command = [
+                sys.executable,
+                "-m",
+                "benchmarks.gpu",
+                *sys.argv[1:],
+                "--serve",
+                file.name,
+                "--until",
+                str(until),
+            ]
+            try:
+                code = subprocess.run(command, timeout=max(until + GRACE - time.time(), 1)).returncode
+                ended = f"the process ended with {code}"
+            except subprocess.TimeoutExpired:
+                ended = "took too long"
+            if len(records(path)) == known:
+                break
+        found = dict(records(path))
+    for name in names:
+        figures, error, special = found.get(name) or ({}, ended or "not run", {})
+        table.rows[name] = figures
+        table.special.update(special)
+        if name not in found:
+            error = f"not run: {options.seconds:.0f} s were up" if time.time() >= until else f"not run: {ended}"
+        if error:
+            table.fail(name, error)
+    return table
+
+
+def tested(seconds: float) -> dict[str, Any]:
+    """The GPU's tests in a process of their own: exit status, what failed, and the last line."""
+    command = [sys.executable, "-m", "pytest", "-m", "gpu", "-rfE"]
+    try:
+        done = subprocess.run(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, timeout=seconds)
+        code, text = done.returncode, done.stdout
+    except subprocess.TimeoutExpired as late:
+        text = late.stdout.decode(errors="replace") if isinstance(late.stdout, bytes) else late.stdout or ""
+        code, text = 124, f"{text}\nstopped after {seconds:.0f} s"
+    print(text, flush=True)
+    lines = text.strip().splitlines() or [""]
+    return {"exit": code, "failed": [x for x in lines if x.startswith(("FAILED", "ERROR"))], "last": lines[-1]}
+
+
+def driver() -> str | None:
+    """The version of the GPU's driver, where its tool says so."""
+    with contextlib.suppress(OSError, subprocess.SubprocessError):
+        command = ["nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"]
+        return subprocess.run(command, capture_output=True, text=True, check=True, timeout=20).stdout.split()[0]
+    return None
+
+
+def place(options: argparse.Namespace) -> Path:
+    """Where the JSON goes."""
+    if options.json:
+        return Path(options.json)
+    gpu = re.sub(r"[^a-z0-9]+", "-", torch.cuda.get_device_name().lower()).strip("-")
+    return Path(os.environ.get("OUT") or RESULTS) / f"{gpu}-{time.strftime('%Y-%m-%d')}.json"
+
+
 def main() -> int:
     parser = harness.arguments(__doc__)
     parser.add_argument("--rows", default="", help="comma-separated parts of names")
     parser.add_argument("--models", default=MODELS, help="comma-separated names; empty for none")
     parser.add_argument("--autotune", action="store_true", help="Inductor's max-autotune too, which takes minutes")
-    parser.add_argument("--seconds", type=float, default=330, help="no row starts after this long")
+    parser.add_argument("--tests", action="store_true", help="run the GPU's tests first")
+    parser.add_argument("--seconds", type=float, default=480, help="no row starts after this long, tests included")
+    parser.add_argument("--serve", help=argparse.SUPPRESS)
+    parser.add_argument("--until", type=float, help=argparse.SUPPRESS)
     options = parser.parse_args()
     if not torch.cuda.is_available():
         print("skipped: no CUDA or ROCm device")
@@ -250,28 +384,20 @@ def main() -> int:
             Path(options.json).write_text(json.dumps({"schema": 1, "skipped": "no CUDA or ROCm device"}) + "\n")
         return 0
     backends = ["eager", "inductor", *(["autotune"] if options.autotune else []), "minifuse"]
-    table, started = board(backends), time.monotonic()
-    rounds = 11 if options.quick else 31
-    wanted = [part for part in options.rows.split(",") if part]
-    rows = [r for r in ROWS if (any(w in r.name for w in wanted) if wanted else r.quick or not options.quick)]
-    chosen = models.select(names=options.models) if options.models and not wanted else []
-    # the models first: they are few, and a row that is left out for time is a kernel among many
-    jobs: list[tuple[str, Callable[..., None], tuple[Any, ...]]] = [
-        (f"{entry.name} {'training' if training else 'inference'}", measure_model, (entry, training))
-        for entry in chosen
-        for training in (True, False)
-    ]
-    jobs += [(row.name, measure, (row,)) for row in rows]
-    for name, job, what in jobs:
-        if time.monotonic() - started > options.seconds:
-            table.fail(name, f"not run: {options.seconds:.0f} s were up")
-            continue
-        try:
-            job(table, *what, backends, rounds)
-        except Exception as error:
-            table.fail(name, str(error)[-500:])
-        torch.cuda.empty_cache()
-    return harness.finish(table, options)
+    if options.serve:
+        serve(options, backends)
+        return 0
+    until = time.time() + options.seconds
+    tests = tested(TEST_SECONDS) if options.tests else None
+    table, options.json = measured(options, backends, until), str(place(options))
+    status = harness.finish(table, options)
+    path = Path(options.json)
+    gpu = {"driver": driver(), "cuda": torch.version.cuda, "hip": torch.version.hip}
+    path.write_text(json.dumps({**json.loads(path.read_text()), "gpu": gpu, "tests": tests}, indent=1) + "\n")
+    print(f"written: {path}")
+    if tests is not None:
+        print(f"tests: exit {tests['exit']}; benchmark: exit {status}")
+    return int(tests["exit"] if tests else 0) or status
 
 
 if __name__ == "__main__":

@@ -11,7 +11,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from minifuse.ir import prims
+from minifuse.ir.interpret import philox
 from minifuse.records import RECORDS
+from tests.kernels.run import exact
 
 pytestmark = [
     pytest.mark.gpu,
@@ -173,4 +176,69 @@ def test_memory_returns_to_the_allocator() -> None:
 @pytest.mark.skipif(torch.cuda.device_count() < 2, reason="one device")
 def test_the_second_device() -> None:
     x = torch.randn(1000, 100, device="cuda:1")
-    close(compiled(lambda x: x.softmax(-1) + 1)(x), x.softmax(-1) + 1)
+    f = compiled(lambda x: x.softmax(-1) + 1)
+    close(f(x), x.softmax(-1) + 1)
+    with torch.cuda.device(1):
+        close(f(x), x.softmax(-1) + 1)
+    stream = torch.cuda.Stream(1)
+    stream.wait_stream(torch.cuda.current_stream(1))
+    with torch.cuda.stream(stream):
+        y = f(x)
+    stream.synchronize()
+    close(y, x.softmax(-1) + 1)
+    assert torch.cuda.current_device() == 0
+
+
+@pytest.mark.parametrize("family", ["gpt2", "bert", "llama", "t5", "vit", "convnext", "mamba"])
+def test_a_training_step_is_as_exact_as_eager(family: str) -> None:
+    pytest.importorskip("transformers")
+    torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = False
+    assert exact(family, "cuda", draws=2) == []
+
+
+@pytest.mark.parametrize("shape", [(33, 1000), (4, 40_000), (2000, 7), (4, 1), (4, 0)], ids=str)
+def test_scans(shape: tuple[int, int]) -> None:
+    x = randn(*shape, dtype=torch.float64)
+
+    def f(x: Tensor) -> tuple[Tensor, ...]:
+        return x.cumsum(1) * 2, x.cumsum(0).relu(), *x.cummax(1), *x.cummin(0), (x > 0).cumsum(1)
+
+    close(compiled(f)(x), f(x), torch.float64)
+    n = x.float()
+    for a, b in zip(compiled(f)(n), compiled(f, fusion_fuel=0)(n), strict=True):
+        assert torch.equal(a, b)
+
+
+def test_random_bits_are_philoxs() -> None:
+    seed = torch.tensor(123456789012345, device="cuda")
+
+    def f(seed: Tensor) -> Tensor:
+        return prims.random([3, 500], seed, 7, "uniform", 0, 0, torch.float32, seed.device) + 0
+
+    expected = philox("uniform", 123456789012345, 7, torch.arange(1500).view(3, 500))
+    assert torch.equal(compiled(f)(seed).cpu(), expected)
+
+
+def test_numbers_of_the_host_and_tensors_of_both_devices() -> None:
+    x, k, h = randn(300, 100), torch.tensor(1.5, dtype=torch.float64), torch.randn(100)
+
+    def f(x: Tensor, k: Tensor, h: Tensor) -> tuple[Tensor, ...]:
+        return x * k + h[3], h.sin() + k, x + h.to("cuda") * 2, x.sum(0).cpu() + h
+
+    run = compiled(f)
+    for number in (1.5, -2.0):
+        k.fill_(number)
+        found = run(x, k, h)
+        torch.testing.assert_close(found, f(x, k, h), rtol=1e-5, atol=1e-4)
+
+
+def test_pinned_inputs() -> None:
+    h = torch.randn(1000).pin_memory()
+    f = compiled(lambda h: (h.to("cuda", non_blocking=True) * 2).sin())
+    close(f(h), (h.to("cuda") * 2).sin())
+    k = torch.tensor(3.0).pin_memory()
+    x = randn(1 << 20)
+    g = compiled(lambda x, k: x * k)
+    y = g(x, k)
+    k.fill_(0.0)  # the host writes before the device may have read
+    close(y, x * 3)

@@ -106,9 +106,9 @@ def _claim(path: Path) -> bool:
     return True
 
 
-def exact(family: str, draws: int = 4) -> list[str]:
-    """What of a family's training step by interpreted Triton is further from float64 than eager: more than 4 times its
-    error, or 4 ulp of the tensor's largest magnitude, over several draws of weights. Needs TRITON_INTERPRET=1."""
+def exact(family: str, device: str = "cpu", draws: int = 4) -> list[str]:
+    """What of a family's training step by Triton is further from float64 than eager: more than 4 times its error, or
+    4 ulp of the tensor's largest magnitude, over several draws of weights. The CPU needs TRITON_INTERPRET=1."""
     torch._dynamo.reset()
     RECORDS.clear()
     model = None
@@ -117,8 +117,9 @@ def exact(family: str, draws: int = 4) -> list[str]:
     problems: list[str] = []
     for draw in range(draws):
         torch.manual_seed(draw)
-        eager_model, inputs = FAMILIES[family]()
-        eager_model.train()
+        eager_model, given = FAMILIES[family]()
+        eager_model.to(device).train()
+        inputs = {k: v.to(device) if isinstance(v, torch.Tensor) else v for k, v in given.items()}
         exact_model = copy.deepcopy(eager_model).double()
         if model is None:
             model = copy.deepcopy(eager_model)

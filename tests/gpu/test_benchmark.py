@@ -1,0 +1,98 @@
+"""The GPU benchmark's frame, which needs no GPU: rows that end their process, tests that fail, and what is written."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from benchmarks import gpu
+from benchmarks.harness import Sample
+
+BACKENDS = ["eager", "inductor", "minifuse"]
+JOBS: Any = dict.fromkeys(("first", "second", "third"), (None, ()))
+
+
+def figures(name: str) -> tuple[dict[str, Any], None, dict[Any, Any]]:
+    table = gpu.board(BACKENDS)
+    times = {b: Sample.of([0.1, 0.2]) for b in BACKENDS}
+    gpu.report(table, name, BACKENDS, times)
+    table.add(name, bytes=8, copy=1e9, of_copy=1.0)
+    return table.rows[name], None, table.special
+
+
+@pytest.fixture
+def processes(monkeypatch: pytest.MonkeyPatch) -> list[list[str]]:
+    """Processes that measure; the second job ends its own."""
+    started: list[list[str]] = []
+
+    def run(command: list[str], timeout: float) -> Any:
+        started.append(command)
+        path = Path(command[command.index("--serve") + 1])
+        for name in JOBS:
+            if name in {n for n, _ in gpu.records(path)}:
+                continue
+            gpu.append(path, name, None)
+            if name == "second":
+                return subprocess.CompletedProcess(command, -11)
+            gpu.append(path, name, figures(name))
+        return subprocess.CompletedProcess(command, 0)
+
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda: "NVIDIA H100 80GB HBM3")
+    monkeypatch.setattr(gpu, "jobs_of", lambda options: JOBS)
+    monkeypatch.setattr(gpu.subprocess, "run", run)
+    return started
+
+
+def test_a_row_that_ends_its_process_is_a_failure_and_the_rest_is_measured(processes: list[list[str]]) -> None:
+    table = gpu.measured(argparse.Namespace(seconds=60.0), BACKENDS, time.time() + 60)
+    assert len(processes) == 2
+    assert list(table.rows) == ["first", "second", "third"]
+    assert list(table.errors) == ["second"]
+    assert table.rows["third"]["vs inductor"] == 1.0
+
+
+def test_what_there_is_no_time_for_is_named(processes: list[list[str]]) -> None:
+    table = gpu.measured(argparse.Namespace(seconds=60.0), BACKENDS, time.time() - 1)
+    assert not processes
+    assert set(table.errors) == set(JOBS)
+
+
+@pytest.mark.parametrize(("code", "expected"), [(0, 0), (1, 1)])
+def test_tests_that_fail_keep_nothing_from_being_measured(
+    code: int, expected: int, processes: list[list[str]], monkeypatch: pytest.MonkeyPatch, tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+) -> None:  # fmt: skip
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(gpu, "tested", lambda seconds: {"exit": code, "failed": ["FAILED x"] * code, "last": "done"})
+    monkeypatch.setattr(gpu, "driver", lambda: "550.1")
+    monkeypatch.setattr(sys, "argv", ["gpu", "--tests"])
+    monkeypatch.setenv("OUT", str(tmp_path))
+    assert gpu.main() == expected
+    (path,) = tmp_path.glob("nvidia-h100-80gb-hbm3-*.json")
+    found = json.loads(path.read_text())
+    assert found["tests"]["exit"] == code
+    assert found["gpu"]["driver"] == "550.1"
+    assert found["versions"]["torch"]
+    assert set(found["rows"]) == set(JOBS)
+    assert f"tests: exit {code}; benchmark: exit 0" in capsys.readouterr().out
+
+
+def test_a_failing_suite_is_reported_by_name(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "test_it.py").write_text(
+        "import pytest\n@pytest.mark.gpu\ndef test_no():\n    assert False\n"
+        "@pytest.mark.gpu\ndef test_yes():\n    pass\n"
+    )
+    (tmp_path / "pytest.ini").write_text("[pytest]\nmarkers = gpu\n")
+    monkeypatch.chdir(tmp_path)
+    found = gpu.tested(120)
+    assert found["exit"] == 1
+    assert [x.split(" - ")[0] for x in found["failed"]] == ["FAILED test_it.py::test_no"]
+    assert gpu.tested(0.01)["exit"] == 124
