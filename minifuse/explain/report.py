@@ -123,16 +123,22 @@ class Report:
         return sum(e.nbytes for e in self.externs)
 
     @cached_property
+    def operators(self) -> tuple[int, int]:
+        """How many of the graph's operators run in generated kernels, and in interpreted ones."""
+        generated = {op for r in self.launches if not r.interpreted for op in r.ops}
+        interpreted = {op for r in self.launches if r.interpreted for op in r.ops} - generated
+        return len(generated), len(interpreted)
+
+    @cached_property
     def coverage(self) -> float:
         """Share of the graph's pointwise and reduction operators that run in generated code, 0 to 1.
 
         The rest are interpreted, or externs that torch tags as pointwise or as reductions. Matrix products,
         convolutions, attention, sorting and the like count on neither side.
         """
-        generated = {op for r in self.launches if not r.interpreted for op in r.ops}
-        interpreted = {op for r in self.launches if r.interpreted for op in r.ops} - generated
-        operators = len(generated) + len(interpreted) + sum(is_fusible(e) for e in self.plan.externs)
-        return len(generated) / operators if operators else 1.0
+        generated, interpreted = self.operators
+        operators = generated + interpreted + sum(is_fusible(e) for e in self.plan.externs)
+        return generated / operators if operators else 1.0
 
     # -- parts -----------------------------------------------------------------------------------
     @property

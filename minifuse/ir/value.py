@@ -13,7 +13,7 @@ from typing import Any, ClassVar, Literal
 import torch
 
 from . import dtypes, ops
-from .index import Axis, Expr, as_expr
+from .index import Axis, Expr, FloorDiv, Mod, as_expr
 
 _values: weakref.WeakValueDictionary[tuple, Value] = weakref.WeakValueDictionary()
 NO_AXES: frozenset[Axis] = frozenset()
@@ -399,21 +399,36 @@ def topological(roots: Iterable[Value]) -> list[Value]:
     return list(done)
 
 
-def at_values(e: Expr, env: Mapping[Any, Expr], values: Mapping[Axis, Value]) -> Index | None:
-    """An index expression with axes replaced by expressions and some of them by computed integers.
+def at_values(e: Expr, env: Mapping[Any, Expr], values: Mapping[Axis, Value]) -> Index:
+    """An index expression with axes replaced by expressions and some of them by computed integers."""
 
-    None where a computed axis stands in a division or a product of axes.
-    """
-    used = [a for a in values if a in e.atoms()]
-    rest = e.substitute({**env, **{a: as_expr(0) for a in used}})
-    if not used:
-        return rest
-    total: Value | None = None
-    for a in used:
-        c = e.coefficient(a)
-        if c is None or c.axes():
-            return None
-        term = values[a] if c is as_expr(1) else Op.of("mul", values[a], IndexOf.of(c))
+    def is_free(part: Expr) -> bool:
+        return values.keys().isdisjoint(part.atoms())
+
+    def as_value(part: Expr) -> Value:
+        made = at_values(part, env, values)
+        return made if isinstance(made, Value) else IndexOf.of(made)
+
+    if is_free(e):
+        return e.substitute(env)
+    rest, total = as_expr(0), None
+    for mono, coef in e.terms:
+        factor, term = as_expr(coef), None
+        for a in mono:
+            if is_free(a.expr):
+                factor = factor * a.expr.substitute(env)
+                continue
+            part: Value
+            if isinstance(a, (FloorDiv, Mod)):
+                part = Op.of("floordiv" if isinstance(a, FloorDiv) else "mod", as_value(a.num), as_value(a.den))
+            else:
+                part = values[a]  # type: ignore[index]
+            term = part if term is None else Op.of("mul", term, part)
+        if term is None:
+            rest = rest + factor
+            continue
+        if factor is not as_expr(1):
+            term = Op.of("mul", term, IndexOf.of(factor))
         total = term if total is None else Op.of("add", total, term)
     assert total is not None
     return total if rest is as_expr(0) else Op.of("add", total, IndexOf.of(rest))

@@ -6,6 +6,7 @@ from typing import Any
 
 import pytest
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from tests.judge import check, compiled, externs, same
@@ -100,4 +101,55 @@ def test_operators_over_lists() -> None:
         ]  # fmt: skip
 
     check(fn, xs, ys)
+    assert not externs()
+
+
+@pytest.mark.parametrize("dynamic", [False, True])
+def test_an_index_into_a_view_of_any_form(dynamic: bool) -> None:
+    """Of a view that merges or splits dimensions the place in memory is divided from the index."""
+    x, at = torch.randn(4, 6, 5, requires_grad=True), torch.tensor([3, 0, 3, 1])
+
+    def fn(x: Tensor, at: Tensor) -> tuple[Tensor, ...]:
+        merged = x.transpose(0, 1).reshape(24, 5)
+        split = x.reshape(2, 2, 30).transpose(1, 2).reshape(10, 12)
+        shifted = x.reshape(6, 4, 5)[1:].reshape(4, 5, 5)
+        return (
+            merged.index_select(0, at), split[at, at + 1], F.embedding(at, merged) + 1, merged[at.neg()],
+            split.gather(1, at.expand(10, 4)), shifted.index_select(1, at) * 2, shifted[:, at, at],
+        )  # fmt: skip
+
+    check(fn, x, at, dynamic=dynamic)
+    compiled(fn, dynamic=dynamic)(x.detach(), at)
+    assert not externs()
+
+
+def test_a_kernel_may_be_read_through_a_gather_that_divides() -> None:
+    def fn(x: Tensor, at: Tensor) -> Tensor:
+        return (x.sin() + x.flip(0)).transpose(0, 1).reshape(24)[at] * 2
+
+    check(fn, torch.randn(4, 6), torch.randint(24, (7,)))
+
+
+@pytest.mark.parametrize("dynamic", [False, True])
+def test_a_slice_with_a_step_is_written_and_has_a_gradient(dynamic: bool) -> None:
+    x, y = torch.randn(5, 9, requires_grad=True), torch.randn(5, 3, requires_grad=True)
+
+    def fn(x: Tensor, y: Tensor) -> tuple[Tensor, ...]:
+        written = x * 1
+        written[:, 1:8:3] = y
+        return (
+            x[:, ::2].sin(), x[1::3, 2::4] * 2, x[:, 8::2], torch.slice_scatter(x, y, 1, 2, 9, 3), written,
+            torch.slice_scatter(x, y, 1, -8, 7, 2), x[:, ::20],
+        )  # fmt: skip
+
+    check(fn, x, y, dynamic=dynamic)
+    compiled(fn, dynamic=dynamic)(x.detach(), y.detach())
+    assert not externs()
+
+
+def test_memory_that_is_only_asked_for_is_no_call_of_aten() -> None:
+    def fn(x: Tensor) -> Tensor:
+        return x.new_empty_strided((3, 4), (1, 3)).copy_(x) + torch.empty_like(x).fill_(2)
+
+    check(fn, torch.randn(3, 4))
     assert not externs()

@@ -269,8 +269,8 @@ class NotInvertible(Exception):  # noqa: N818 - an answer, not a fault
 def at_index(value: Value, index: tuple[Index, ...], wanted: tuple[Index, ...]) -> Value:
     """A stored value at another index than the one it was stored at; coordinates may be computed.
 
-    Raises NotInvertible where the store's index is no axis, or a computed coordinate would have to
-    be divided.
+    Raises NotInvertible where the store's index is no axis, or where a reduction or a random number would have to be
+    taken at a computed coordinate.
     """
     env: Substitution = {}
     computed: dict[Axis, Value] = {}
@@ -294,13 +294,9 @@ def at_index(value: Value, index: tuple[Index, ...], wanted: tuple[Index, ...]) 
         if computed and isinstance(v, Load):
             rest = iter(args)
             at = [next(rest) if isinstance(i, Value) else at_values(i, env, computed) for i in v.index]
-            if any(i is None for i in at):
-                raise NotInvertible(f"{v.param} is read at a division of a computed coordinate")
-            out[v] = Load.of(v.param, [i for i in at if i is not None], v.dtype, *rest)
+            out[v] = Load.of(v.param, at, v.dtype, *rest)
         elif computed and isinstance(v, IndexOf):
             made = at_values(v.expr, env, computed)
-            if made is None:
-                raise NotInvertible(f"{v.expr} has a computed coordinate")
             out[v] = IndexOf.of(made, v.dtype) if isinstance(made, Expr) else Cast.of(v.dtype, made)
         else:
             out[v] = v.rebuild(args, moved)

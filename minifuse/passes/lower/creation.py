@@ -58,7 +58,10 @@ def _ones(lo: Lowering, node: fx.Node, *args: Any, **kw: Any) -> View:
     return _fill(lo, node, 1)
 
 
-@lowers(aten.empty.memory_format, aten.empty_like.default, aten.empty_strided.default, aten.new_empty.default)
+@lowers(
+    aten.empty.memory_format, aten.empty_like.default, aten.empty_strided.default, aten.new_empty.default,
+    aten.new_empty_strided.default, aten.empty_permuted.default,
+)  # fmt: skip
 def _empty(lo: Lowering, node: fx.Node, *args: Any, **kw: Any) -> View:
     return _fill(lo, node, 0)
 

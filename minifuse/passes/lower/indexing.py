@@ -48,19 +48,10 @@ def _embedding(
 
 
 def gather_read(view: View, where: Sequence[Expr | Value]) -> Load:
-    """Read a view at coordinates of which some are loaded values.
-
-    Raises Unsupported where the view mixes such a dimension with others.
-    """
+    """Read a view at coordinates of which some are loaded values."""
     env = {a: w for a, w in zip(view.at, where, strict=True) if isinstance(w, Expr)}
     computed = {a: w for a, w in zip(view.at, where, strict=True) if not isinstance(w, Expr)}
-    index = []
-    for i in view.index:
-        at = at_values(i, env, computed)
-        if at is None:
-            raise Unsupported("an index into a reshaped view")
-        index.append(at)
-    return Load.of(view.buffer.name, index, view.buffer.dtype)
+    return Load.of(view.buffer.name, [at_values(i, env, computed) for i in view.index], view.buffer.dtype)
 
 
 @lowers(aten.gather.default)

@@ -106,15 +106,19 @@ def _slice_scatter(
     begin = ZERO if start is None else lo.size(start)
     if begin.is_const and begin.value < 0:
         begin = begin + base.shape[dim]
-    if step != 1 or not begin.is_nonneg():
-        raise Unsupported("a slice_scatter with a step or a negative start")
+    if not begin.is_nonneg():
+        raise Unsupported("a slice_scatter whose start may be negative")
     size = part.shape[dim]
 
     def value(where: tuple[Expr, ...]) -> Value:
-        position = IndexOf.of(where[dim])
-        mask = Op.of("and", Op.of("ge", position, IndexOf.of(begin)), Op.of("lt", position, IndexOf.of(begin + size)))
+        position, end = IndexOf.of(where[dim]), begin + size * step
+        mask = Op.of("and", Op.of("ge", position, IndexOf.of(begin)), Op.of("lt", position, IndexOf.of(end)))
+        # As far from the start as `where`, counted modulo the step, but never negative.
+        ahead = where[dim] + begin * (step - 1)
+        if step != 1:
+            mask = Op.of("and", mask, Op.of("eq", IndexOf.of(ahead % step), Const.of(0, torch.int64)))
         at = list(where)
-        at[dim] = where[dim] - begin if size is not ONE else ZERO
+        at[dim] = ahead // step - begin if size is not ONE else ZERO
         inner = Cast.of(val.dtype, part.read(at, mask, Const.of(0, part.buffer.dtype)))
         return Op.of("where", mask, inner, Cast.of(val.dtype, base.broadcast_read(where)))
 
