@@ -153,3 +153,24 @@ def test_memory_that_is_only_asked_for_is_no_call_of_aten() -> None:
 
     check(fn, torch.randn(3, 4))
     assert not externs()
+
+
+def test_what_lies_by_eager_s_strides_is_found_whatever_ours_are() -> None:
+    """The place in memory that `as_strided` names is eager's: here results have other strides, and lie in one arena."""
+
+    def pooled(x: Tensor) -> Tensor:
+        return F.adaptive_avg_pool1d((x * 2).transpose(1, 2), 1).flatten(1).sin()
+
+    def fn(x: Tensor, y: Tensor) -> tuple[Tensor, ...]:
+        a, b, base = x @ y, (x.t() + 1) @ x, torch.zeros(48)
+        return (
+            a.cos().t().as_strided((2, 2), (1, 3), 1) + 1, (b.sin() * 2).as_strided((5,), (1,), 2),
+            torch.as_strided_scatter(base + 1, x.exp(), (4, 6), (1, 8), 3), pooled(x.view(2, 3, 4)),
+            torch.as_strided_scatter(a.detach().t().exp(), x[0], (6,), (2,), 1),
+            (base + a.sum()).view(8, 6)[2:].as_strided((2, 3), (6, 1)), torch.as_strided_scatter(base, x.sum(), (), (), 7),
+        )  # fmt: skip
+
+    x, y = torch.randn(4, 6, requires_grad=True), torch.randn(6, 4, requires_grad=True)
+    for dynamic in (False, True):
+        check(fn, x, y, dynamic=dynamic)
+        assert not [op for op in externs() if "strided" in op]

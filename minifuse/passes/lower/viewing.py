@@ -9,10 +9,10 @@ import torch
 from torch import fx
 
 from minifuse.ir.index import ONE, ZERO, Axis, Expr, as_expr
-from minifuse.ir.shape import delinearize
-from minifuse.ir.value import Value
+from minifuse.ir.shape import linearize, product
+from minifuse.ir.value import Cast, Const, IndexOf, Op, Value
 
-from .nodes import is_dense
+from .nodes import is_dense, is_injective
 from .pointwise import Unsupported
 from .registry import dims_of, lowers
 from .view import View, placeholders
@@ -170,30 +170,72 @@ def _unfold(lo: Lowering, node: fx.Node, x: fx.Node, dim: int, size: int, step: 
     return view.reindex((), back, at)
 
 
+def _by_place(place: Expr, shape: Sequence[Expr], stride: Sequence[Expr], lo: Lowering) -> list[Expr]:
+    """Coordinates of the element at a place in memory, where a shape lies there by strides that nest."""
+    order = sorted(range(len(shape)), key=lambda d: (lo.hint(stride[d]), lo.hint(shape[d])), reverse=True)
+    at = [ZERO] * len(shape)
+    for d in order:
+        if shape[d] is not ONE:
+            at[d], place = place // stride[d], place % stride[d]
+    return at
+
+
+def _range(place: Expr, at: Sequence[Axis]) -> tuple[Expr, Expr]:
+    """The first and the last place that a view by strides touches."""
+    return place.substitute({a: ZERO for a in at}), place.substitute({a: a.size - 1 for a in at})
+
+
 @lowers(aten.as_strided.default)
 def _as_strided(
     lo: Lowering, node: fx.Node, x: fx.Node, size: Any, stride: Sequence[Any], storage_offset: Any = None
 ) -> View:
-    """Elements by their place in memory, where a buffer is laid out as eager has it."""
+    """Elements by their place in memory: within a tensor that is dense in eager, or within a buffer laid out alike."""
     view, val = lo.view(x), x.meta["val"]
     found, buffer = view.strided(), view.buffer
-    here = lo.strides(val.stride())
+    here, begin = lo.strides(val.stride()), lo.size(val.storage_offset())
+    at = placeholders(lo.shape(node))
+    place = ZERO if storage_offset is None else lo.size(storage_offset) - begin
+    for a, step in zip(at, stride, strict=True):
+        place = place + a.expr * lo.size(step)
+    first, last = _range(place, at)
+    if is_dense(view.shape, here, lo.hint) and first.is_nonneg() and (product(view.shape) - 1 - last).is_nonneg():
+        return view.reindex((), _by_place(place, view.shape, here, lo), at)
     if found is None or any(
         n is not ONE and a is not b for n, a, b in zip(view.shape, found.stride, here, strict=True)
     ):
         raise Unsupported("as_strided of a view that has other strides in eager")
     if not is_dense(buffer.shape, buffer.stride, lo.hint):
         raise Unsupported("as_strided of a buffer with gaps")
-    begin = lo.size(val.storage_offset())
-    at = placeholders(lo.shape(node))
-    place = found.offset + (begin if storage_offset is None else lo.size(storage_offset)) - begin
-    for a, step in zip(at, stride, strict=True):
-        place = place + a.expr * lo.size(step)
-    order = sorted(range(len(buffer.shape)), key=lambda d: (lo.hint(buffer.stride[d]), lo.hint(buffer.shape[d])))
-    index = [ZERO] * len(order)
-    for d, part in zip(reversed(order), delinearize(place, [buffer.shape[d] for d in reversed(order)]), strict=True):
-        index[d] = part
-    return View(buffer, at, tuple(index))
+    return View(buffer, at, tuple(_by_place(found.offset + place, buffer.shape, buffer.stride, lo)))
+
+
+@lowers(aten.as_strided_scatter.default)
+def _as_strided_scatter(
+    lo: Lowering, node: fx.Node, x: fx.Node, src: fx.Node, size: Any, stride: Sequence[Any], storage_offset: Any = None
+) -> View:
+    """A tensor with the elements at some places of eager's memory replaced."""
+    view, part, val = lo.view(x), lo.view(src), x.meta["val"]
+    steps, here, begin = lo.sizes(stride), lo.strides(val.stride()), lo.size(val.storage_offset())
+    if not is_injective(part.shape, steps, lo.hint):
+        raise Unsupported("as_strided_scatter to places that overlap")
+    offset = ZERO if storage_offset is None else lo.size(storage_offset) - begin
+
+    def value(where: tuple[Expr, ...]) -> Value:
+        place = linearize(where, here) - offset
+        at = _by_place(place, part.shape, steps, lo)
+        tests = [] if place.is_nonneg() else [("ge", place, ZERO)]
+        tests += [("lt", a, n) for a, n in zip(at, part.shape, strict=True) if not (n - 1 - a).is_nonneg()]
+        tests += [] if linearize(at, steps) is place else [("eq", linearize(at, steps), place)]
+        mask: Value | None = None
+        for name, a, b in tests:
+            test = Op.of(name, IndexOf.of(a), IndexOf.of(b))
+            mask = test if mask is None else Op.of("and", mask, test)
+        if mask is None:
+            return Cast.of(val.dtype, part.read(at))
+        inner = Cast.of(val.dtype, part.read(at, mask, Const.of(0, part.buffer.dtype)))
+        return Op.of("where", mask, inner, Cast.of(val.dtype, view.read(where)))
+
+    return lo.emit(value, node.meta["val"])
 
 
 @lowers(aten.repeat.default)
