@@ -232,12 +232,18 @@ def _nest(
 def with_held(kernel: Kernel, schedule: Schedule) -> LoopTree:
     """The tree, with values kept in a buffer that several loops over one row need: results of
     reductions, and what is dear to compute again."""
+    tree = _with_results(kernel, schedule)
+    worth = tuple(v for v in _worth_holding(tree) if v not in tree.schedule.held)
+    return _with_results(kernel, replace(schedule, held=tree.schedule.held + worth)) if worth else tree
+
+
+def _with_results(kernel: Kernel, schedule: Schedule) -> LoopTree:
+    """The tree that holds the results of reductions that another loop reads; a value held may part loops that were
+    one, so it is asked again until none is missing."""
     tree = build(kernel, schedule)
-    held = _lost(tree)
-    held += tuple(v for v in _worth_holding(tree) if v not in held)
-    if not held:
-        return tree
-    return build(kernel, replace(schedule, held=held))
+    while lost := tuple(v for v in _lost(tree) if v not in tree.schedule.held):
+        tree = build(kernel, replace(schedule, held=tree.schedule.held + lost))
+    return tree
 
 
 def _lost(tree: LoopTree) -> tuple[Value, ...]:
@@ -278,6 +284,12 @@ def _leaves(node: Node, out: list[list[Item]]) -> None:
             _leaves(i, out)
 
 
+def _parts_loops(tree: LoopTree, v: Value, leaves: Iterable[list[Item]]) -> bool:
+    """Whether a value would have to be held before a loop that all of its readers run in."""
+    around = set.intersection(*(set(tree.paths[item]) for items in leaves for item in items))
+    return not around - {k for k, loop in enumerate(tree.loops) if loop.kind == "lane"} <= set(tree.loops_of(v.axes))
+
+
 def _worth_holding(tree: LoopTree) -> tuple[Value, ...]:
     leaves: list[list[Item]] = []
     _leaves(tree.root, leaves)
@@ -300,7 +312,7 @@ def _worth_holding(tree: LoopTree) -> tuple[Value, ...]:
     found: list[Value] = []
     covered: set[Value] = set()
     for v in reversed(tree.kernel.values()):
-        again = len(used.get(v, ())) > 1
+        again = len(used.get(v, ())) > 1 and not _parts_loops(tree, v, (leaves[k] for k in used[v]))
         if not again or v in covered or lane not in v.axes or isinstance(v, Reduce) or costs[v] < HOLD_COST:
             continue
         below = [a for a in v.axes if not _only_grid(tree, a)]

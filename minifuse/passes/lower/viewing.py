@@ -182,7 +182,7 @@ def _by_place(place: Expr, shape: Sequence[Expr], stride: Sequence[Expr], lo: Lo
 
 def _range(place: Expr, at: Sequence[Axis]) -> tuple[Expr, Expr]:
     """The first and the last place that a view by strides touches."""
-    return place.substitute({a: ZERO for a in at}), place.substitute({a: a.size - 1 for a in at})
+    return place.substitute(dict.fromkeys(at, ZERO)), place.substitute({a: a.size - 1 for a in at})
 
 
 @lowers(aten.as_strided.default)
