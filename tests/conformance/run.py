@@ -88,7 +88,8 @@ def samples(info: Any, dtype: torch.dtype, limit: int) -> list[Sample]:
 
 
 def _differentiable(info: Any, dtype: torch.dtype) -> bool:
-    return info.supports_autograd and info.supports_dtype(dtype, "cpu") and dtype in info.backward_dtypes
+    continuous = dtype.is_floating_point or dtype.is_complex
+    return continuous and info.supports_autograd and info.supports_dtype(dtype, "cpu") and dtype in info.backward_dtypes
 
 
 def _sparse(args: Any) -> bool:
