@@ -40,8 +40,12 @@ _ALSO = (
     " _log_softmax_backward_data gelu gelu_backward native_group_norm native_group_norm_backward"
     " native_batch_norm _native_batch_norm_legit _native_batch_norm_legit_functional"
     " _native_batch_norm_legit_no_training native_batch_norm_backward var std_mean std silu_backward"
-    " mse_loss smooth_l1_loss elu leaky_relu linalg_vector_norm"
+    " mse_loss smooth_l1_loss elu leaky_relu linalg_vector_norm dist ldexp narrow_copy permute_copy as_strided_copy"
+    " unbind_copy tril_indices triu_indices rrelu_with_noise_backward batch_norm_backward _batch_norm_no_update"
+    " _batch_norm_with_update_functional"
 ).split()
+# Random numbers as arithmetic on uniform ones; ATen's own with rng="eager".
+_RANDOM = "exponential cauchy geometric log_normal".split()
 
 
 def native_dropout(x: Tensor, p: float, train: bool | None) -> tuple[Tensor, Tensor]:
@@ -114,6 +118,64 @@ def scatter_reduce(
     return total / count if x.is_floating_point() else torch.div(total, count, rounding_mode="floor")
 
 
+def index_reduce(
+    x: Tensor, dim: int, index: Tensor, source: Tensor, reduce: str, *, include_self: bool = True
+) -> Tensor:
+    """Rows that are reduced into rows: `scatter_reduce` with one index a row."""
+    if x.device.type != "cpu" or x.dim() == 0:
+        return NotImplemented
+    at = index.reshape([-1 if d == dim % x.dim() else 1 for d in range(x.dim())]).expand(source.shape)
+    return aten.scatter_reduce.two(x, dim, at, source, reduce, include_self=include_self)
+
+
+def masked_scatter(x: Tensor, mask: Tensor, source: Tensor) -> Tensor:
+    """Elements of `source` in order, where the mask holds: its running sum says which."""
+    if source.numel() == 0 or mask.dtype is not torch.bool:
+        return NotImplemented
+    x, mask = torch.broadcast_tensors(x, mask)
+    at = mask.reshape(-1).cumsum(0).sub(1).clamp_min(0)
+    return torch.where(mask, source.reshape(-1)[at].reshape(x.shape), x).contiguous()
+
+
+def masked_scatter_backward(grad: Tensor, mask: Tensor, sizes: Any) -> Tensor:
+    """The gradients of the elements that were taken, in order, and zeros."""
+    if grad.device.type != "cpu" or math.prod(sizes) == 0:
+        return NotImplemented
+    taken = torch.where(mask, grad, 0).reshape(-1)
+    at = mask.expand(grad.shape).reshape(-1).cumsum(0).sub(1).clamp_min(0)
+    return grad.new_zeros(math.prod(sizes)).scatter_add(0, at, taken).reshape(sizes)
+
+
+def diagonal_scatter(x: Tensor, source: Tensor, offset: int = 0, dim1: int = 0, dim2: int = 1) -> Tensor:
+    """A diagonal written into a copy."""
+    length = source.shape[-1]
+    if length == 0:
+        return x.clone()
+    at = torch.arange(length, device=x.device)
+    last = x.movedim((dim1, dim2), (-2, -1))
+    places = [None] * (x.dim() - 2) + [at + max(-offset, 0), at + max(offset, 0)]
+    return aten.index_put(last, places, source).movedim((-2, -1), (dim1, dim2))
+
+
+def weight_norm_backward(grad: Tensor, v: Tensor, g: Tensor, norms: Tensor, dim: int) -> tuple[Tensor, Tensor]:
+    """The gradients of `v * (g / norm(v))`, norms over all dimensions but one (Salimans and Kingma, "Weight
+    Normalization", 2016)."""
+    others = [d for d in range(v.dim()) if d != dim % v.dim()]
+    along = (grad * v).sum(others, keepdim=True) if others else grad * v
+    return g / norms * (grad - v * (along / (norms * norms))), along / norms
+
+
+def shrink_backward(grad: Tensor, x: Tensor, limit: float) -> Tensor:
+    """The gradient of a soft or hard shrinkage: none within the limit."""
+    return torch.where((x >= -limit) & (x <= limit), 0, grad)
+
+
+def round_decimals(x: Tensor, *, decimals: int) -> Tensor:
+    """Rounding to a power of ten."""
+    power = 10.0 ** abs(decimals)
+    return torch.round(x / power) * power if decimals < 0 else torch.round(x * power) / power
+
+
 def _bounds(dtype: torch.dtype) -> tuple[float, float]:
     info = torch.iinfo(dtype)
     return info.min, info.max
@@ -124,10 +186,44 @@ def _off_cpu(fn: Callable[..., Any]) -> Callable[..., Any]:
     return lambda x, *args, **kw: NotImplemented if x.device.type == "cpu" else fn(x, *args, **kw)
 
 
+def uniform(x: Tensor, low: float = 0.0, high: float = 1.0, *, generator: Any = None) -> Tensor:
+    """Uniform numbers in [low, high) of the shape of x."""
+    return NotImplemented if generator is not None else torch.rand_like(x) * (high - low) + low
+
+
+def normal(mean: Any, std: Any = 1.0, *, generator: Any = None) -> Tensor:
+    """Normal numbers of the shape that mean and deviation have together."""
+    if generator is not None:
+        return NotImplemented
+    like = mean + torch.zeros_like(std) if isinstance(std, Tensor) else mean
+    return torch.randn_like(like) * std + mean
+
+
+def normal_like(x: Tensor, mean: float = 0.0, std: float = 1.0, *, generator: Any = None) -> Tensor:
+    return NotImplemented if generator is not None else torch.randn_like(x) * std + mean
+
+
+_DRAWN: dict[Any, Callable[..., Any]] = {
+    aten.uniform.default: uniform,
+    aten.normal_functional.default: normal_like,
+    aten.normal.Tensor_float: normal,
+    aten.normal.float_Tensor: normal,
+    aten.normal.Tensor_Tensor: normal,
+}
 _OURS: dict[Any, Callable[..., Any]] = {
     aten.native_dropout.default: native_dropout,
     aten.nll_loss_backward.default: nll_loss_backward,
+    aten.round.decimals: round_decimals,
+    aten.hardshrink_backward.default: shrink_backward,
+    aten.softshrink_backward.default: shrink_backward,
+    aten._is_all_true.default: torch.all,
+    aten._is_any_true.default: torch.any,
+    aten._weight_norm_interface_backward.default: weight_norm_backward,
     aten.scatter_reduce.two: scatter_reduce,
+    aten.index_reduce.default: index_reduce,
+    aten.masked_scatter.default: masked_scatter,
+    aten.masked_scatter_backward.default: masked_scatter_backward,
+    aten.diagonal_scatter.default: diagonal_scatter,
     aten.slice_backward.default: slice_backward,
     aten.select_backward.default: select_backward,
 }
@@ -148,7 +244,7 @@ def _table(rng: str) -> dict[Any, Callable[..., Any]]:
         op = getattr(aten, name).default
         table[op] = _off_cpu(table[op])
     everything = compat.all_decompositions()
-    for name in _ALSO:
+    for name in [*_ALSO, *(_RANDOM if rng != "eager" else [])]:
         packet = getattr(aten, name)
         for overload in packet.overloads():
             op = getattr(packet, overload)
@@ -159,4 +255,6 @@ def _table(rng: str) -> dict[Any, Callable[..., Any]]:
     table.update(_OURS)
     if rng == "eager":
         table.pop(aten.native_dropout.default, None)
+    else:
+        table.update(_DRAWN)
     return table

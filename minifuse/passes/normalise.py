@@ -16,6 +16,7 @@ _UNIFORM = {aten.rand.default, aten.rand_like.default}
 _NORMAL = {aten.randn.default, aten.randn_like.default}
 _INTEGER = {aten.randint.default: 1, aten.randint.low: 2, aten.randint_like.default: 1, aten.randint_like.low_dtype: 2}
 _BERNOULLI = {aten.bernoulli.p, aten.bernoulli.default}
+DRAWN = {*_UNIFORM, *_NORMAL, *_INTEGER, *_BERNOULLI}
 _FLOATS = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
 
 

@@ -24,7 +24,7 @@ from minifuse.ir.shape import contiguous_strides
 from minifuse.ir.value import Cast, Const, IndexOf, Load, Op, Value, topological
 from minifuse.passes.context import CompileContext
 
-from .externs import expected
+from .externs import expected, fallback
 from .nodes import is_alias, is_dense, is_effect, is_injective, mutated_arguments, names_symbol, source_line
 from .pointwise import DIVISIONS, ROWS, Unsupported, to_compute, truth
 from .structural import STRUCTURAL
@@ -402,7 +402,7 @@ class Lowering:
                 return self.apart(node, STRUCTURAL[target](self, node, *node.args, **node.kwargs))
             if target in ROWS:
                 return self.pointwise(node)
-            reason = expected(target) or "no lowering for this operator"
+            reason = expected(target) or fallback(target)
         except Unsupported as why:
             del self.steps[mark[0] :]
             self.buffers.clear()

@@ -390,6 +390,10 @@ for _prim, _aten in (
 
 DIVISIONS = frozenset({"truncdiv", "floordiv", "mod", "rem"})
 
+# A number before a tensor, where the order matters or torch has an overload of its own.
+for _name in "bitwise_and bitwise_or bitwise_xor bitwise_left_shift bitwise_right_shift remainder".split():
+    ROWS[getattr(aten, _name).Scalar_Tensor] = ROWS[getattr(aten, _name).Tensor]
+
 
 def to_compute(x: Value, dtype: torch.dtype) -> Value:
     """Convert to a dtype, then to what its arithmetic is done in."""
