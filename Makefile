@@ -8,7 +8,7 @@ PY := $(if $(ACTIVE),python,.venv/bin/python)
 PROBE := import accelerate, expecttest, hypothesis, jinja2, minifuse, mypy, networkx, pytest, rich, ruff, scipy, sklearn, transformers, triton, xdist; \
          from importlib.metadata import entry_points as e; e(group="torch_dynamo_backends")["minifuse"]
 
-.PHONY: env test demo fuzz conformance bench kernels gpu
+.PHONY: env test demo fuzz conformance models kernels bench gpu
 
 env:
 	@test -n "$(ACTIVE)" || test -x $(PY) || python3 -m venv .venv
@@ -29,6 +29,10 @@ demo: env
 
 conformance: env
 	$(PY) -m tests.conformance
+
+# A training step of every family of models beside eager; `make test` takes a third of them.
+models: env
+	HF_HUB_OFFLINE=1 OMP_NUM_THREADS=1 $(PY) -m tests.models
 
 fuzz: env
 	$(PY) -m tests.fuzz

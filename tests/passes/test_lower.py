@@ -188,3 +188,14 @@ def test_what_is_held_for_a_row_parts_no_loop_that_its_readers_share() -> None:
     x, weight, table = torch.randn(2, 8, 8, 8), torch.randn(8), torch.randn(8, 8, 8)
     check(fn, x, weight, table, torch.randint(8, (8,)), torch.randint(8, (8,)))
     assert not [name for report in minifuse.reports() for name in report.interpreted]
+
+
+@pytest.mark.parametrize("dim", [0, 2])
+def test_a_weight_given_by_its_norm_has_its_gradient_in_kernels(dim: int) -> None:
+    def fn(v: Tensor, g: Tensor) -> Tensor:
+        return torch._weight_norm(v, g, dim).sin()
+
+    v = torch.randn(4, 3, 5, requires_grad=True)
+    g = v.detach().norm(dim=[d for d in range(3) if d != dim], keepdim=True) + 1
+    check(fn, v, g.requires_grad_(), tolerance=1e-5)
+    assert not externs()
