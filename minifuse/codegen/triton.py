@@ -22,7 +22,7 @@ from minifuse.ir.shape import cdiv
 from minifuse.ir.text import kernel_hash
 from minifuse.ir.value import Cast, Load, Op, Random, Reduce, Scan, Value
 from minifuse.passes.schedule import affine_offset
-from minifuse.passes.schedule_triton import blocks, grid_size, power_of_2, problem
+from minifuse.passes.schedule_triton import blocks, elements, grid_size, power_of_2, problem
 
 from .looptree import Fold, build
 from .printer import CodegenError, Printer, Scope
@@ -406,6 +406,6 @@ def write_kernel(launch: Launch) -> TritonKernel:
     name = "k_" + kernel_hash(kernel, schedule)
     text = Printer(kernel, loops, dialect, tree).write(name)
     symbols = tuple(sorted(s.name for s in kernel.symbols()))
-    count = warps(math.prod(dialect.blocks.values()))
+    count = warps(elements(kernel, dialect.blocks))
     messages = tuple(dialect.messages)
     return TritonKernel(name, text, symbols, grid_size(schedule), count, dialect.extents, messages)

@@ -23,6 +23,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 from dataclasses import replace
+from math import prod
 
 from minifuse.ir.index import Axis, Expr
 from minifuse.ir.kernel import Kernel, Loop, Root, Schedule, Store, rewrite
@@ -72,22 +73,28 @@ def schedule(plan: Plan, ctx: CompileContext) -> Plan:
 
 def pieces(kernel: Kernel, name: str, hint: Hint, buffers: dict[str, Buffer]) -> list[Kernel]:
     """The kernels that one launch becomes: one where it can be, else one a root that is split in turn."""
-    made = split(kernel, name, hint, buffers)
-    good = all(problem(k, choose(k, hint)) is None for k in made)
-    if good or len(kernel.body) == 1 or set(kernel.reads) & set(kernel.writes):
-        return made
-    alone = [closed(replace(kernel, body=(r,))) for r in kernel.body]
-    return [k for n, one in enumerate(alone) for k in split(one, f"{name}_{n}", hint, buffers)]
+    found: list[Kernel] = []
+    for k in split(kernel, name, hint, buffers):
+        if len(k.body) == 1 or set(k.reads) & set(k.writes) or problem(k, choose(k, hint)) is None:
+            found.append(k)
+            continue
+        for n, root in enumerate(k.body):
+            found += pieces(closed(replace(k, body=(root,))), f"{name}_{n}", hint, buffers)
+    return found
+
+
+def elements(kernel: Kernel, held: dict[Axis, int]) -> int:
+    """Elements of the largest block that a program has at hand; no value varies over lanes that it has not."""
+    spaces = [r.space for r in kernel.body] + [r.axes | {r.over} for r in kernel.reductions]
+    spaces += [v.axes for v in kernel.values()]
+    return max((prod(n for a, n in held.items() if a in space) for space in spaces), default=1)
 
 
 def problem(kernel: Kernel, s: Schedule) -> str | None:
     """Why Triton cannot run a kernel in these loops, or None: what a program keeps must be blocks of known size."""
     held = blocks(s)
-    elements = 1
-    for n in held.values():
-        elements *= n
-    if elements > HELD or len(held) > 3:
-        return f"a block of {elements} elements in {len(held)} dimensions"
+    if (most := elements(kernel, held)) > HELD or len(held) > 3:
+        return f"a block of {most} elements in {len(held)} dimensions"
     found: list[Reduce | Scan] = [*kernel.reductions, *kernel.scans]
     for r in found:
         if (r.over in held) != (r.lanes > 1):

@@ -19,9 +19,11 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from minifuse import compat
-from minifuse.codegen.triton_prelude import SOURCES
+from minifuse.codegen.triton import write_kernel
+from minifuse.codegen.triton_prelude import HEAD, SOURCES, helpers
 from minifuse.errors import MinifuseError
-from minifuse.ir.plan import Plan
+from minifuse.ir.parse import parse_kernel
+from minifuse.ir.plan import Launch, Plan
 from minifuse.ir.verify import verify_plan
 from minifuse.options import Options
 from minifuse.passes import schedule_triton
@@ -31,6 +33,7 @@ from minifuse.passes.lower.pointwise import Unsupported
 from minifuse.passes.memory import place
 from minifuse.records import RECORDS
 from minifuse.runtime import triton_launch
+from minifuse.runtime.triton_launch import Launched
 
 pytest.importorskip("triton")
 CASES = Path(__file__).with_name("triton_cases.py")
@@ -126,6 +129,37 @@ def test_one_kernel_serves_every_size() -> None:
         for one, kernel in triton_launch.compile_for(plan, ctx, compat.gpu_target(*H100)):
             assert one.kernel.symbols
             assert kernel.asm["cubin"]
+
+
+@pytest.mark.parametrize(("length", "dynamic", "barriers"), [(1024, False, 6), (40_000, False, 24), (4000, True, 30)])
+def test_a_scan_takes_few_barriers_and_spills_nothing(length: int, dynamic: bool, barriers: int) -> None:
+    for plan, ctx in plans(lambda x: x.cumsum(1), torch.randn(600, length), dynamic=dynamic):
+        ((_, kernel),) = triton_launch.compile_for(plan, ctx, compat.gpu_target(*H100))
+        assert compat.kernel_resources(kernel)["spilled"] == 0
+        assert kernel.asm["ptx"].count("bar.sync") <= barriers
+
+
+@pytest.mark.parametrize(
+    "body",
+    ["store out[i, j] = load x[j, i]", "store out[i, j] = scan(sum, load x[i, j], over j, lanes 16)"],
+    ids=["transpose", "scan"],
+)  # fmt: skip
+def test_offsets_past_two_gigaelements_are_64_bits(body: str, tmp_path: Path) -> None:
+    """Nothing of that size is made: the kernel's text and the addresses of what it compiles to say it."""
+    kernel = parse_kernel(
+        f"kernel big  i < 70000, j < 70000\n  param x : f32[70000, 70000]\n  param out : f32[70000, 70000]\n  {body}\n"
+    )
+    step = Launch(kernel, ("x", "out"), schedule_triton.choose(kernel, lambda e: e.value))
+    written = write_kernel(step)
+    assert "tl.program_id(0).to(tl.int64)" in written.text
+    text = "\n".join([HEAD, *helpers(written.text), "", written.text, ""])
+    one = Launched(getattr(triton_launch.load_module(text, str(tmp_path)), written.name), step, written,
+                   torch.device("cpu"))  # fmt: skip
+    assert one.usual().wide
+    ttir = one.compile(one.usual(), compat.gpu_target(*H100)).asm["ttir"]
+    widths = re.findall(r"tt\.addptr .*?, tensor<[\dx]*x(i\d+)>|tt\.addptr .*?>, (i\d+)", ttir)
+    assert widths
+    assert {a or b for a, b in widths} == {"i64"}
 
 
 @pytest.mark.slow

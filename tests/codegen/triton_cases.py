@@ -272,17 +272,101 @@ def an_index_out_of_range_raises() -> str:
 
 
 @case
-def random_numbers_are_the_interpreters() -> str:
-    seed = torch.tensor(123456789012345)
-
+def random_numbers_are_the_same_on_every_target() -> str:
     def draw(kind: str, low: int = 0, high: int = 0, dtype: torch.dtype = torch.float32) -> Callable[[Tensor], Tensor]:
         return lambda seed: prims.random([3, 500], seed, 7, kind, low, high, dtype, torch.device("cpu")) + 0
 
-    problems = [
-        against_eager(draw("uniform"), seed),
-        against_eager(draw("integer", 0, 1 << 40, torch.int64), seed),
-        against_eager(draw("normal"), seed, ulps=4),
-    ]
+    problems = []
+    for seed in map(torch.tensor, (123456789012345, -1)):
+        for function, ulps in (
+            (draw("uniform"), 0),
+            (draw("integer", 0, 1 << 40, torch.int64), 0),
+            (draw("normal"), 4),
+        ):
+            found = compiled(function)(seed)
+            problems.append(same(found, function(seed), ulps))
+            problems.append(same(found, compiled(function, target="c")(seed), ulps))
+    return "; ".join(p for p in problems if p)
+
+
+@case
+def odd_strides_and_offsets() -> str:
+    x = torch.randn(9, 40)
+    views = (
+        x[1:, 3:],
+        x[::2, 1::3],
+        x.t()[5:],
+        torch.randn(300)[1:].as_strided((5, 7), (11, 3), 2),
+        x[:, :1].expand(9, 6),
+    )
+
+    def f(v: Tensor) -> tuple[Tensor, ...]:
+        return v * 2, v.sum(-1), v.flip(0).cumsum(0), v[..., -1] + v[..., 0], v.select(0, -2), v[-3:, 1:-1].exp()
+
+    problems = [against_eager(f, v, ulps=4) for v in views]
+    problems.append(same(compiled(f, dynamic=True)(views[1]), f(views[1]), ulps=4))
+    return "; ".join(p for p in problems if p)
+
+
+@case
+def negative_indices_wrap() -> str:
+    table, at = torch.randn(7, 5), torch.tensor([[-1, 0], [-7, 6]])
+    return against_eager(
+        lambda table, at: (table[at] * 2, table[:, at[0] % 5], table.t()[-at.abs() % 5 - 5]), table, at
+    )
+
+
+@case
+def pooling_pads_and_masked_stores() -> str:
+    x = torch.randn(2, 3, 9, 8, requires_grad=True)
+
+    def f(x: Tensor) -> tuple[Tensor, ...]:
+        top, at = F.max_pool2d(x, 3, 2, 1, return_indices=True)
+        mean = F.avg_pool2d(x, 2, ceil_mode=True)
+        padded = F.pad(x, (1, 2, 0, 1), mode="reflect").sum() + F.pad(x, (2, 0), value=1.5).square().mean()
+        return top, at, mean, F.adaptive_avg_pool2d(x, (3, 4)), padded, x.slice_scatter(x[..., :2] * 2, 3, 6)
+
+    def run(g: Callable[..., Any]) -> list[Tensor]:
+        x.grad = None
+        out = g(x)
+        sum((o * (k + 1)).sum() for k, o in enumerate(out) if o.is_floating_point()).backward()
+        return [*(o.detach() for o in out), x.grad]
+
+    return same(run(compiled(f)), run(f), ulps=16)
+
+
+@case
+def rows_of_two_axes_share_a_kernel() -> str:
+    """No value varies over both, so that each is a block of its own; where a kernel is split, so are its pieces."""
+    x, y, z = torch.randn(64, 700), torch.randn(64, 900), torch.randn(2, 3, 110)
+    sums = against_eager(lambda x, y: x.sum(1) * y.exp().sum(1), x, y, ulps=8)
+    return sums or against_eager(
+        lambda z: F.pad(z, (2, 1)).sum() + F.pad(z, (0, 5), value=2.0).square().mean(), z, ulps=8
+    )
+
+
+@case
+def wide_drops_roundings() -> str:
+    x = torch.randn(40, 33).bfloat16()
+
+    def f(x: Tensor) -> Tensor:
+        return (x * 1.01 + 0.3).exp().sum(1)
+
+    found, right = compiled(f, widen=True)(x).double(), f(x.double())
+    if not any(d.rule == "widen" for r in RECORDS for d in r.decisions):
+        return "nothing was widened"
+    return "" if (found - right).abs().max() <= 2**-8 * right.abs().max() else "off"
+
+
+@case
+def sizes_of_zero_come_and_go() -> str:
+    def f(x: Tensor) -> tuple[Tensor, ...]:
+        return x * 2, x.sum(1), x.sum(0), x.cumsum(0), torch.cat([x, x], 0), x.sum(), (x > 0).all()
+
+    run, problems = compiled(f, dynamic=True), []
+    for shape in ((5, 7), (0, 7), (6, 0), (3, 9), (1, 1)):
+        x = torch.randn(shape)
+        problems.append(same(run(x), f(x), ulps=4))
     return "; ".join(p for p in problems if p)
 
 

@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
+import os
+import subprocess
+import sys
 import warnings
+from pathlib import Path
 
 import pytest
 
@@ -18,3 +22,14 @@ def test_an_operator_does_what_eager_does(name: str) -> None:
     dtype = "float32" if operators()[name].supports_dtype(DTYPES["float32"], "cpu") else "int64"
     found = [f for dynamic in (False, True) for f in check(Job(name, dtype, dynamic, limit=3)) if f.kind != "torch"]
     assert not found, "\n".join(map(str, found))
+
+
+@pytest.mark.slow
+def test_a_thirtieth_of_the_operators_does_what_eager_does_by_interpreted_triton(tmp_path: Path) -> None:
+    pytest.importorskip("triton")
+    command = [sys.executable, "-m", "tests.conformance", "--target", "triton", "--limit", "2", "--shapes", "static"]
+    environment = {**os.environ, "MINIFUSE_CACHE_DIR": str(tmp_path)}
+    root = Path(__file__).resolve().parents[2]
+    done = subprocess.run([*command, "--part", "7/30", "--jobs", "1"], cwd=root, env=environment, capture_output=True,
+                          text=True, timeout=900)  # fmt: skip
+    assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-2000:]

@@ -20,15 +20,20 @@ from .run import NAMES, TARGETS, compiled, exact
 TIMEOUT = 3600.0
 
 
-def answer(what: str, name: str, targets: list[str], claims: str) -> None:
+def answer(args: argparse.Namespace) -> None:
     """One job in a process of its own: a line of JSON."""
     warnings.simplefilter("ignore")
-    count, problems = compiled(name, targets, Path(claims)) if what == "compile" else (0, exact(name.partition("/")[2]))
+    (name,) = args.names
+    if args.serve == "compile":
+        count, problems = compiled(name, args.targets, Path(args.claims))
+    else:
+        count, problems = 0, exact(name.partition("/")[2], draws=args.draws)
     print(json.dumps([count, problems]))
 
 
-def ask(what: str, name: str, targets: list[str], claims: str) -> tuple[int, list[str]]:
-    command = [sys.executable, "-m", "tests.kernels", name, "--serve", what, "--claims", claims, "--targets", *targets]
+def ask(what: str, name: str, args: argparse.Namespace, claims: str) -> tuple[int, list[str]]:
+    command = [sys.executable, "-m", "tests.kernels", name, "--serve", what, "--claims", claims]
+    command += ["--draws", str(args.draws), "--targets", *args.targets]
     environment = {**os.environ, **({"TRITON_INTERPRET": "1"} if what == "run" else {})}
     try:
         done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=TIMEOUT)
@@ -45,18 +50,19 @@ def main() -> int:
     parser.add_argument("names", nargs="*", help="models (all by default), or the beginnings of their names")
     parser.add_argument("--what", nargs="*", default=["compile", "run"], choices=["compile", "run"])
     parser.add_argument("--targets", nargs="*", default=list(TARGETS), choices=list(TARGETS))
+    parser.add_argument("--draws", type=int, default=4, help="of weights, for each training step that is run")
     parser.add_argument("--jobs", type=int, default=2, help="processes")
     parser.add_argument("--serve", choices=["compile", "run"], help=argparse.SUPPRESS)
     parser.add_argument("--claims", help=argparse.SUPPRESS)
     args = parser.parse_args()
     if args.serve:
-        answer(args.serve, args.names[0], args.targets, args.claims)
+        answer(args)
         return 0
     names = [n for n in NAMES if not args.names or any(n.startswith(m) for m in args.names)]
     jobs = [(w, n) for w in args.what for n in names if w == "compile" or n.startswith("families/")]
     begin, total, failing = time.perf_counter(), 0, []
     with tempfile.TemporaryDirectory() as claims, ThreadPoolExecutor(args.jobs) as pool:
-        waiting = {job: pool.submit(ask, *job, args.targets, claims) for job in jobs}
+        waiting = {job: pool.submit(ask, *job, args, claims) for job in jobs}
         for k, ((what, name), future) in enumerate(waiting.items(), 1):
             count, problems = future.result()
             total += count
