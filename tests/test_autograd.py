@@ -390,3 +390,18 @@ def test_saved_activations_die_with_the_backward() -> None:
 def test_a_backward_never_run_is_never_compiled() -> None:
     compiled(Net())(torch.randn(4, 6))
     assert [r.stage for r in records()] == ["forward"]
+
+
+@pytest.mark.parametrize("remat", ["mincut", "save_all", "recompute_all"])
+def test_an_input_that_is_written_when_the_forward_has_run_is_not_what_the_backward_reads(remat: str) -> None:
+    def f(x: Tensor) -> Tensor:
+        x.sub_(x * 3)
+        return x.clamp(-2, 2).clone()
+
+    leaf = torch.arange(6.0, requires_grad=True)
+    want, got = leaf * 1, leaf * 1
+    run = compiled(f, {"remat": remat})
+    for _ in range(2):  # the second call differentiates through the first one's write
+        (a,) = torch.autograd.grad(f(want).sum(), leaf, retain_graph=True)
+        (b,) = torch.autograd.grad(run(got).sum(), leaf, retain_graph=True)
+        torch.testing.assert_close(b, a)

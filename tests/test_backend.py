@@ -283,6 +283,21 @@ def test_outputs_alias_as_in_eager() -> None:
     assert not got[3].any()
 
 
+def test_an_output_returned_again_is_one_tensor_and_a_view_of_all_of_it_is_another() -> None:
+    def f(x: Tensor) -> tuple[Tensor, ...]:
+        y = (x + 1).view(-1)
+        z = y[1:]
+        return y, y.view_as(y), z, z, y
+
+    out = check(f, torch.randn(3, 4))
+    assert out[0] is out[4] and out[2] is out[3] and out[0] is not out[1] and shares(out[0], out[1])
+
+
+def test_views_of_what_is_only_an_index_map_share_memory_when_they_are_returned() -> None:
+    check(lambda x: (y := x.flip(0), y.view(-1), y.t()[1:]), torch.randn(3, 4))
+    check(lambda x: (x.flip(0).view(-1), x.flip(0)), torch.randn(3, 4))
+
+
 def test_a_view_of_an_input_returned_is_a_view_of_the_caller_s() -> None:
     x = torch.randn(4, 6, requires_grad=True)
     view = compiled(lambda x: x.t()[1:3])(x)

@@ -112,6 +112,18 @@ def test_a_custom_operator_that_mutates() -> None:
     check(f, X.clone())
 
 
+def test_a_result_of_another_dtype_or_shape_than_was_announced_is_not_read_as_what_it_is_not() -> None:
+    @torch.library.custom_op("minifuse_test::liar", mutates_args=())
+    def liar(x: Tensor, n: int) -> Tensor:
+        return x.half()[:n].clone()
+
+    liar.register_fake(lambda x, n: torch.empty_like(x))
+    run = compiled(lambda x, n: liar(x, n) + 1, dynamic=False)
+    same(run(X.clone(), len(X)), X.half().float() + 1)
+    with pytest.raises(RuntimeError, match=r"an operator gave a tensor of \[1, "):
+        run(X.clone(), 1)
+
+
 def test_a_custom_operator_with_nested_results() -> None:
     check(lambda x: [y + 1 for y in (*split(x * 2)[:2], *split(x)[2])], X)
 

@@ -17,7 +17,7 @@ import torch
 
 from minifuse import compat
 from minifuse.ir.index import Axis, Expr, Sym
-from minifuse.ir.plan import Buffer, Extern, Free, Launch, Opaque, Plan, TensorRef
+from minifuse.ir.plan import Again, Buffer, Extern, Free, Launch, Opaque, Plan, TensorRef
 from minifuse.passes.memory import POOLED_BYTES, out_overload, unknown_at_start
 
 
@@ -66,7 +66,10 @@ class _Writer:
         name = self.var(r.buffer)
         if r.shape == buffer.shape and r.stride == buffer.stride and r.offset.is_const and r.offset.value == 0:
             return name
-        return f"view({name}, {self.sizes(r.shape)}, {self.sizes(r.stride)}, {self.size(r.offset)})"
+        return self.view(r)
+
+    def view(self, r: TensorRef) -> str:
+        return f"view({self.var(r.buffer)}, {self.sizes(r.shape)}, {self.sizes(r.stride)}, {self.size(r.offset)})"
 
     def constant(self, value: Any, prefix: str = "const") -> str:
         for name, known in self.objects.items():
@@ -122,8 +125,7 @@ class _Writer:
         del out[mark:]
         if any("V[" in line for line in body):
             body.insert(0, "    V = frame.views")
-        result = ", ".join(self.output(o) for o in plan.outputs)
-        body.append(f"    return ({result}{',' if len(plan.outputs) == 1 else ''})")
+        body.append(f"    return ({', '.join(self.outputs())}{',' if len(plan.outputs) == 1 else ''})")
         out += [*body, "finally:", "    leave(frame)"]
         text = "def call(args):\n" + "\n".join(f"    {line}" for line in out) + "\n"
         return HostProgram(text, self.objects, tuple(self.views), key)
@@ -297,10 +299,18 @@ class _Writer:
         how = ", True" if copies else ""
         if not known and self.is_late(b, step):
             return call
-        return f"adopt({call}, {self.sizes(b.shape)}, {self.sizes(b.stride)}{how})"
+        return f"adopt({call}, {self.sizes(b.shape)}, {self.sizes(b.stride)}, {self.dtype(b.dtype)}{how})"
 
-    def output(self, o: Any) -> str:
-        return self.ref(o) if isinstance(o, TensorRef) else self.tree(o)
+    def outputs(self) -> list[str]:
+        """What is returned: a tensor of its own for each output, but for those that are an earlier one again."""
+        found: list[str] = []
+        named = {o.output for o in self.plan.outputs if isinstance(o, Again)}
+        for k, o in enumerate(self.plan.outputs):
+            text = f"out{o.output}" if isinstance(o, Again) else self.tree(o)
+            if isinstance(o, TensorRef) and text in found:
+                text = self.view(o)
+            found.append(f"(out{k} := {text})" if k in named else text)
+        return found
 
 
 def _zero() -> Expr:

@@ -16,7 +16,7 @@ import torch
 from . import ops
 from .index import Axis, Expr, FloorDiv, Mod, Sym
 from .kernel import Check, Kernel, Param, Store
-from .plan import Buffer, Extern, Free, Launch, Opaque, Plan, TensorRef
+from .plan import Again, Buffer, Extern, Free, Launch, Opaque, Plan, TensorRef
 from .value import Cast, Const, Index, IndexOf, Load, Op, Pick, Random, RandomKind, Reduce, Scan, Value, topological
 
 Number = int | torch.Tensor
@@ -383,13 +383,12 @@ class _Call:
                 self.others[step.origin, None if step.single else at] = result
 
     def _adopt(self, name: str, result: torch.Tensor) -> None:
-        """Take a result as the buffer, or copy it where the buffer exists or has another layout."""
+        """Take a result as the buffer, or copy it where the buffer exists or has another layout or dtype."""
         buffer = self.plan.buffers[name]
         shape, stride = self._ints(buffer.shape), self._ints(buffer.stride)
-        if list(result.shape) != shape or result.dtype is not buffer.dtype:
-            raise ValueError(
-                f"buffer {name}: expected {buffer.dtype} of {shape}, found {result.dtype} of {list(result.shape)}"
-            )
+        if list(result.shape) != shape:
+            raise ValueError(f"buffer {name}: expected a tensor of {shape}, found {list(result.shape)}")
+        result = result.to(buffer.dtype)
         laid_out = all(a == b for a, b, s in zip(result.stride(), stride, shape, strict=True) if s > 1)
         if name not in self.live and (laid_out or 0 in shape):
             self.live[name] = result
@@ -405,7 +404,10 @@ class _Call:
             elif isinstance(step, Free):
                 for name in step.buffers:
                     del self.live[name]
-        return [self.resolve(o) for o in self.plan.outputs]
+        found: list[Any] = []
+        for o in self.plan.outputs:
+            found.append(found[o.output] if isinstance(o, Again) else self.resolve(o))
+        return found
 
 
 @torch.no_grad()

@@ -179,8 +179,18 @@ class Free:
     buffers: tuple[str, ...]
 
 
+@dataclass(frozen=True)
+class Again:
+    """An output that is the tensor of an earlier one; equal references are two tensors over one memory."""
+
+    output: int
+
+    def __str__(self) -> str:
+        return f"output {self.output}"
+
+
 Step = Launch | Extern | Free
-Output = TensorRef | Expr | Opaque | int | float | bool | str | None
+Output = TensorRef | Expr | Opaque | Again | int | float | bool | str | None
 
 
 @dataclass(frozen=True)

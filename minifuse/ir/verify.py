@@ -12,7 +12,7 @@ from dataclasses import dataclass, field
 
 from .index import ONE, Axis, Expr, Sym
 from .kernel import Kernel, Param, Schedule, Store
-from .plan import Extern, Free, Launch, Plan, TensorRef
+from .plan import Again, Extern, Free, Launch, Plan, TensorRef
 from .shape import product
 from .text import check_names
 from .value import Index, Load
@@ -272,9 +272,13 @@ def verify_plan(plan: Plan) -> None:
                 memory.live.discard(name)
                 memory.freed.add(name)
     memory.where = "outputs"
-    for output in plan.outputs:
+    for n, output in enumerate(plan.outputs):
         if isinstance(output, TensorRef):
             memory.view(output)
+        elif isinstance(output, Again) and not (
+            0 <= output.output < n and isinstance(plan.outputs[output.output], TensorRef)
+        ):
+            raise memory.fail(f"output {n} is {output}, which is no tensor before it")
         elif isinstance(output, Expr):
             memory.know(output.symbols())
 

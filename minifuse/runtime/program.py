@@ -216,9 +216,18 @@ def new(
     return torch.empty_strided(size, stride, dtype=dtype, device=device)
 
 
-def adopt(x: torch.Tensor, size: tuple[int, ...], stride: tuple[int, ...], copy: bool = False) -> torch.Tensor:
-    """An operator's result with the strides that the plan was made for; copied where it has others, or shares memory
-    that is not its own (`copy`). A copy keeps the storage offset: a view of an input is found again by it."""
+def adopt(
+    x: torch.Tensor, size: tuple[int, ...], stride: tuple[int, ...], dtype: torch.dtype, copy: bool = False
+) -> torch.Tensor:
+    """An operator's result with the strides and the dtype that the plan was made for; copied where it has others, or
+    shares memory that is not its own (`copy`). A copy keeps the storage offset: a view of an input is found by it.
+
+    Raises RuntimeError for another shape: kernels would read what is not there.
+    """
+    if x.shape != size:
+        raise RuntimeError(f"an operator gave a tensor of {list(x.shape)}, expected {list(size)} by its shape function")
+    if x.dtype is not dtype:  # as some shape functions of torch have it
+        x = x.to(dtype)
     if not copy and x.stride() == stride:
         return x
     laid_out = all(n == 1 or a == b for n, a, b in zip(size, x.stride(), stride, strict=True))

@@ -477,7 +477,5 @@ def test_errors_of_a_call_say_what_was_expected():
         run_plan(plan, [torch.empty(2, 3)])
     step = Extern(torch.ops.aten.neg.default, (whole(x),), (), ("y",), "")
     plan = Plan("p", ("x",), {"x": x, "y": buffer("y", (3, 2))}, (step,), ())
-    with pytest.raises(
-        ValueError, match=r"buffer y: expected torch.float32 of \[3, 2\], found torch.float32 of \[2, 3\]"
-    ):
+    with pytest.raises(ValueError, match=r"buffer y: expected a tensor of \[3, 2\], found \[2, 3\]"):
         run_plan(plan, [torch.empty(2, 3)])

@@ -12,7 +12,7 @@ from minifuse.ir.index import Expr, as_expr
 from minifuse.ir.shape import contiguous_strides, linearize
 from minifuse.ir.value import Cast, Const, IndexOf, Op, Random, Value
 
-from .pointwise import Unsupported
+from .pointwise import Unsupported, check_fits
 from .registry import lowers
 from .view import View
 
@@ -28,6 +28,7 @@ def _fill(lo: Lowering, node: fx.Node, value: Any) -> View:
     number = lo.scalar(value)
     if number is None or not dtypes.supported(val.dtype):
         raise Unsupported("a fill with an unknown value or dtype")
+    check_fits(value, val.dtype)
     if isinstance(number, Const):
         return lo.emit(lambda _: Const.of(number.value, val.dtype), val)
     return lo.emit(lambda _: Cast.of(val.dtype, number), val)
@@ -68,6 +69,8 @@ def _empty(lo: Lowering, node: fx.Node, *args: Any, **kw: Any) -> View:
 
 def _iota(lo: Lowering, node: fx.Node, start: Any, step: Any) -> View:
     val = node.meta["val"]
+    if not dtypes.is_float(val.dtype):  # as ATen, which takes the ends of a range of integers for integers
+        start, step = (int(s) if isinstance(s, float) else s for s in (start, step))
 
     def value(where: tuple[Expr, ...]) -> Value:
         if all(isinstance(s, (int, fx.Node, torch.SymInt)) and not isinstance(s, bool) for s in (start, step)):

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import operator
 import re
+from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from typing import Any
@@ -19,14 +20,14 @@ from minifuse import compat
 from minifuse.ir import dtypes
 from minifuse.ir.index import ONE, ZERO, Axis, Expr, Sym, as_expr
 from minifuse.ir.kernel import Check, Kernel, Param, Store
-from minifuse.ir.plan import Buffer, Extern, Launch, Opaque, Output, Plan, Step, Symbol, TensorRef
+from minifuse.ir.plan import Again, Buffer, Extern, Launch, Opaque, Output, Plan, Step, Symbol, TensorRef
 from minifuse.ir.shape import contiguous_strides
 from minifuse.ir.value import Cast, Const, IndexOf, Load, Op, Value, topological
 from minifuse.passes.context import CompileContext
 
 from .externs import expected, fallback
-from .nodes import is_alias, is_dense, is_effect, is_injective, mutated_arguments, names_symbol, source_line
-from .pointwise import DIVISIONS, ROWS, Unsupported, to_compute, truth
+from .nodes import is_alias, is_dense, is_effect, is_injective, memory_of, mutated_arguments, names_symbol, source_line
+from .pointwise import DIVISIONS, ROWS, Unsupported, check_fits, to_compute, truth
 from .structural import STRUCTURAL
 from .view import View
 
@@ -56,6 +57,8 @@ class Lowering:
                 n.name = f"{n.name}_"
         self.node_names = {n.name for n in graph.nodes}
         self.node: fx.Node = next(iter(graph.nodes))
+        returned = Counter(memory_of(n) for n in graph.output_node().all_input_nodes)
+        self.shared = {memory for memory, times in returned.items() if memory is not None and times > 1}
         self.written_inputs = {m.name for n in graph.nodes for m in mutated_arguments(n) if m.op == "placeholder"}
 
     # -- sizes -----------------------------------------------------------------------------------
@@ -125,7 +128,8 @@ class Lowering:
         buffer = self.buffer(name, val, "arena", stride or self.dense_stride(val))
         where = self.axes(buffer.shape)
         body = Store(name, where, Cast.of(val.dtype, value(where)))
-        self.add_kernel((*checks, *self.division_checks(body.value), body), name)
+        empty = any(s is ZERO for s in buffer.shape)  # nothing is divided or looked up
+        self.add_kernel((*(() if empty else (*checks, *self.division_checks(body.value))), body), name)
         return View.whole(buffer)
 
     def add_kernel(self, body: Sequence[Store | Check], name: str) -> None:
@@ -151,7 +155,7 @@ class Lowering:
         """Integer division by zero is an error, as in eager."""
         found = []
         for v in topological([value]):
-            if isinstance(v, Op) and v.name in DIVISIONS and not isinstance(v.args[1], Const):
+            if isinstance(v, Op) and v.name in DIVISIONS and not (isinstance(v.args[1], Const) and v.args[1].value):
                 nonzero = Op.of("ne", v.args[1], Const.of(0, v.args[1].dtype))
                 found.append(Check(nonzero, "ZeroDivisionError"))
         return found
@@ -215,6 +219,8 @@ class Lowering:
         for k, v in list(kwargs.items()):
             if isinstance(v, fx.Node):
                 raise Unsupported(f"{k} given as a symbolic number")
+        for number in (*(a for p, a in enumerate(node.args) if p in row.scalars), *kwargs.values()):
+            check_fits(number, val.dtype)
         result = val.dtype
         common = compat.result_type(node.args) if row.promote in ("common", "where") else result
         if not dtypes.supported(common):
@@ -412,11 +418,15 @@ class Lowering:
         return self.extern(node, reason)
 
     def apart(self, node: fx.Node, result: Any) -> Any:
-        """A result that ATen copies is copied here too where it reads an input that the graph writes."""
-        if not isinstance(result, View) or result.buffer.name not in self.written_inputs or is_alias(node):
+        """A result that ATen copies is copied here too where it reads an input that the graph writes, or where several
+        outputs are to share its memory."""
+        if not isinstance(result, View) or is_alias(node) or mutated_arguments(node):
             return result
         last = self.steps[-1] if self.steps else None
-        if mutated_arguments(node) or isinstance(last, Launch) and result.buffer.name in last.kernel.joins:
+        if isinstance(last, Launch) and result.buffer.name in last.kernel.joins:
+            return result  # it was written in place
+        written = result.buffer.name in self.written_inputs
+        if not written and (node.name in self.buffers or memory_of(node) not in self.shared):
             return result
         return self.emit(result.read, node.meta["val"])
 
@@ -458,10 +468,14 @@ class Lowering:
 
     def outputs(self, node: fx.Node, strides: dict[int, tuple[Any, ...]]) -> tuple[Output, ...]:
         outs: list[Output] = []
+        first: dict[fx.Node, int] = {}
         for i, arg in enumerate(node.args[0]):  # type: ignore[arg-type]
             value = self.env[arg] if isinstance(arg, fx.Node) else arg
             if isinstance(value, View):
                 self.node = arg
+                if first.setdefault(arg, i) != i:
+                    outs.append(Again(first[arg]))
+                    continue
                 want = strides.get(i)
                 wanted = self.strides(arg.meta["val"].stride() if want is None else want)
                 outs.append(self.output_ref(value, wanted))

@@ -13,7 +13,7 @@ from minifuse.ir.index import ONE, ZERO, Expr
 from minifuse.ir.kernel import Store
 from minifuse.ir.value import Cast, Const, IndexOf, Op, Value
 
-from .pointwise import Unsupported, to_compute
+from .pointwise import Unsupported, check_fits, to_compute
 from .registry import lowers
 from .view import View
 
@@ -70,6 +70,7 @@ def _pad(lo: Lowering, node: fx.Node, x: fx.Node, pad: Sequence[Any], value: Any
     view = lo.view(x)
     if not isinstance(value, (int, float, bool)):
         raise Unsupported("a symbolic padding value")
+    check_fits(value, val.dtype)
     before = {}
     for k in range(len(pad) // 2):
         before[len(view.at) - 1 - k] = (lo.size(pad[2 * k]), lo.size(pad[2 * k + 1]))

@@ -62,6 +62,11 @@ def is_alias(node: fx.Node) -> bool:
     return isinstance(target, compat.OpOverload) and any(r.alias_info is not None for r in target._schema.returns)
 
 
+def memory_of(node: fx.Node) -> int | None:
+    """What nodes whose results share memory have in common."""
+    return compat.storage_id(node.meta.get("val"))
+
+
 def mutated_arguments(node: fx.Node) -> list[fx.Node]:
     """The arguments that a call writes into, by its schema."""
     if not isinstance(node.target, compat.OpOverload):

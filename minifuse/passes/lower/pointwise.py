@@ -116,8 +116,13 @@ def _silu(x: Value) -> Value:
     return Op.of("div", x, Op.of("add", const_like(x, 1), Op.of("exp", Op.of("neg", x))))
 
 
+def _bounded(kind: str, x: Value, bound: Value | float) -> Value:
+    """Of zeros that differ in sign ATen gives the element before a number, and a bound that is a tensor before it."""
+    return Op.of(kind, x, bound) if isinstance(bound, Value) else Op.of(kind, const_like(x, bound), x)
+
+
 def _relu(x: Value) -> Value:
-    return Op.of("maximum", x, const_like(x, 0))
+    return _bounded("maximum", x, 0)
 
 
 def _square(x: Value) -> Value:
@@ -157,6 +162,17 @@ class Unsupported(Exception):  # noqa: N818 - an answer, not a fault
     """This form of an operator has no kernel; it becomes an extern with this reason."""
 
 
+def check_fits(number: object, dtype: torch.dtype) -> None:
+    """Raises Unsupported for a Python number that ATen does not convert to `dtype`: it raises in place of wrapping. Of
+    unsigned integers negative ones wrap."""
+    if not isinstance(number, (int, float)) or dtype is torch.bool:
+        return
+    limits = torch.finfo(dtype) if dtypes.is_float(dtype) else torch.iinfo(dtype)
+    low, known = (limits.min or -limits.max), math.isfinite(number)
+    if not (low <= number <= limits.max if known else dtypes.is_float(dtype)):
+        raise Unsupported(f"{number} does not fit {dtype}: ATen raises")
+
+
 def _pow_tensor(x: Value, y: Value) -> Value:
     if not dtypes.is_float(x.dtype):
         raise Unsupported("an integer power with a tensor exponent")
@@ -173,9 +189,9 @@ def _sign(x: Value) -> Value:
 
 def _clamp(x: Value, low: Value | float | None = None, high: Value | float | None = None) -> Value:
     if low is not None:
-        x = Op.of("maximum", x, low if isinstance(low, Value) else const_like(x, low))
+        x = _bounded("maximum", x, low)
     if high is not None:
-        x = Op.of("minimum", x, high if isinstance(high, Value) else const_like(x, high))
+        x = _bounded("minimum", x, high)
     return x
 
 

@@ -178,6 +178,12 @@ def user_tags(nodes: Sequence[fx.Node]) -> dict[fx.Node, str | None]:
     return tags
 
 
+def _is_copied_first(primal: fx.Node) -> bool:
+    """Whether an input may be written when the forward has run: of one that is, AOT autograd reads a clone alone."""
+    readers = [u for u in primal.users if tensors(u.meta.get("val"))]
+    return len(readers) == 1 and op_name(readers[0]) == "clone"
+
+
 def build_problem(
     joint: fx.GraphModule,
     num_fwd_outputs: int,
@@ -205,6 +211,7 @@ def build_problem(
     primals = [n for n in graph.nodes if n.op == "placeholder" and not compat.is_tangent(n)]
     parameters = {n for i, n in enumerate(primals) if i in static_inputs}
     overwritten = {t for n in graph.nodes if n not in graph.after_tangents for t in _written(n)}
+    overwritten |= {p for p in primals if _is_copied_first(p)}
     storage: dict[fx.Node, fx.Node] = {}
     stored: dict[fx.Node, bool] = {}
     values = []
