@@ -1,13 +1,18 @@
-"""`python -m tests.fuzz --count N --seed S`: random programs from seed S on; prints the failing ones, shrunk."""
+"""Random programs from seed S on; prints the failing ones, shrunk: `python -m tests.fuzz --count N --seed S`.
+
+With `--calls` what callers see of compiled functions, else what kernels compute.
+"""
 
 from __future__ import annotations
 
 import argparse
+import logging
 import sys
 import time
+import warnings
+from typing import Any
 
-from .check import BATCH, check, shrink
-from .generate import generate
+from . import calls, check, generate
 
 
 def main() -> int:
@@ -15,24 +20,28 @@ def main() -> int:
     parser.add_argument("--count", type=int, default=3000, help="programs to try")
     parser.add_argument("--seed", type=int, default=0, help="the first seed")
     parser.add_argument("--show", type=int, default=5, help="failures to shrink and print, one a kind")
+    parser.add_argument("--calls", action="store_true", help="through torch.compile, with aliases and writes in place")
     parser.add_argument("--print", action="store_true", help="print the programs and stop")
     args = parser.parse_args()
+    warnings.simplefilter("ignore")
+    logging.disable(logging.ERROR)
+    judge: Any = calls if args.calls else check
+    make: Any = calls.generate if args.calls else generate.generate
     seeds = range(args.seed, args.seed + args.count)
     if args.print:
         for s in seeds:
-            print(generate(s).script())
+            print(make(s).source() if args.calls else make(s).script())
         return 0
     kinds: dict[str, list[int]] = {}
-    shown = 0
     begin = time.perf_counter()
-    for k in range(0, len(seeds), BATCH):
-        batch = seeds[k : k + BATCH]
-        for failure in check(generate(s) for s in batch):
+    for k in range(0, len(seeds), judge.BATCH):
+        batch = seeds[k : k + judge.BATCH]
+        for failure in judge.check(make(s) for s in batch):
             seen = kinds.setdefault(failure.kind, [])
-            seen.append(failure.recipe.seed)
-            if len(seen) == 1 and shown < args.show:
-                shown += 1
-                print(shrink(failure), flush=True)
+            seen.append(failure.seed)
+            print(f"seed {failure.seed}: {failure.kind}", flush=True)
+            if len(seen) == 1 and len(kinds) <= args.show:
+                print(judge.shrink(failure), flush=True)
         failed = sum(map(len, kinds.values()))
         print(
             f"seeds {batch[0]} to {batch[-1]}: {failed} failed so far, {time.perf_counter() - begin:.0f} s", flush=True

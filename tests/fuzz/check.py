@@ -44,8 +44,12 @@ class Failure:
     kind: str
     detail: str
 
+    @property
+    def seed(self) -> int:
+        return self.recipe.seed
+
     def __str__(self) -> str:
-        return f"seed {self.recipe.seed}: {self.kind}\n{self.detail}\n{self.recipe.script()}"
+        return f"seed {self.seed}: {self.kind}\n{self.detail}\n{self.recipe.script()}"
 
 
 @dataclass

@@ -30,8 +30,10 @@ from .operators import (
     INT_BINARY,
     INT_UNARY,
     LIBRARY,
+    POOLS,
     REDUCE_FLOATS,
     REDUCE_INTEGERS,
+    SCATTERS,
     VIEWS,
     VIEWS_OF_MATRICES,
 )
@@ -274,7 +276,8 @@ class Maker:
         sized = self.size(x, d)
         fields = {
             "d": d, "e": e, "order": order, "both": sorted({d, e}), "n": sized,
-            "wide": [-1] * d + [3] + [-1] * (rank - d),
+            "wide": [-1] * d + [3] + [-1] * (rank - d), "ones": [1] * rank, "last": self.size(x, rank - 1),
+            "same": f"[{', '.join(self.size(x, i) for i in range(rank))}]",
             "twice": [2 if k == d else 1 for k in range(rank)], "diagonal": rng.choice((0, 0, 1, -1)),
         }  # fmt: skip
         texts = list(VIEWS)
@@ -367,6 +370,24 @@ class Maker:
         texts = [*BLOCKS, *(BLOCKS_OF_IMAGES if v.dim() >= 3 else ())]
         self.add(Template(rng.choice(texts)).substitute(fields), [x], "loose")
 
+    def pool(self) -> None:
+        x = self.pick(lambda t: t.dim() >= 3 and t.is_floating_point())
+        text, results = self.rng.choice(POOLS)
+        self.add(text, [x], "jump", results)
+
+    def scatter(self) -> None:
+        x = self.pick(lambda t: t.dim() > 0 and min(t.shape) > 0)
+        v = self.values[x]
+        d = self.rng.randrange(v.dim())
+        text, how = self.rng.choice(SCATTERS)
+        if how == "unique":  # of several that are written to one place, any may stay
+            text, how = text.replace("{1} % $n", "torch.zeros_like({0}, dtype=torch.int64).cumsum($d)"), "same"
+            text = text.replace("torch.zeros_like", "torch.ones_like").replace(".cumsum($d)", ".cumsum($d) - 1")
+        if not v.is_floating_point() and how == "loose":
+            how = "same"
+        i = self.new_input(v.shape, torch.int64, "index")
+        self.add(Template(text).substitute(d=d, n=self.size(x, d)), [x, i], how)
+
     def index(self) -> None:
         x = self.pick(lambda t: t.dim() > 0 and min(t.shape) > 0)
         v, rng = self.values[x], self.rng
@@ -408,7 +429,7 @@ class Maker:
         rng = self.rng
         kinds = [
             (self.unary, 20), (self.binary, 26), (self.choose, 6), (self.cast, 8), (self.view, 22), (self.join, 8),
-            (self.reduce, 15), (self.block, 7), (self.index, 6), (self.create, 3),
+            (self.reduce, 16), (self.block, 8), (self.pool, 2), (self.index, 6), (self.scatter, 4), (self.create, 3),
         ]  # fmt: skip
         makers, weights = [k for k, _ in kinds], [w for _, w in kinds]
         self.new_input()
