@@ -78,6 +78,14 @@ def test_complex_numbers_go_to_aten() -> None:
     check(f, torch.randn(3, 8))
 
 
+def test_views_of_complex_numbers_share_memory_when_they_are_returned() -> None:
+    def f(x: Tensor) -> tuple[Tensor, ...]:
+        z = torch.complex(x, x)
+        return z, z.real, torch.view_as_real(z), z.conj(), z.imag
+
+    check(f, torch.randn(7))
+
+
 # -- sizes ------------------------------------------------------------------------------------------
 class Block(nn.Module):
     def __init__(self, width: int = 8) -> None:

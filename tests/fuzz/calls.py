@@ -275,7 +275,7 @@ def values(a: Tensor, b: Tensor, exact: bool) -> str:
         close = {"rtol": 0, "atol": 0} if exact else {}
         if not exact and a.is_floating_point():
             scale = float(b.double().abs().max()) if b.numel() else 0.0
-            eps = torch.finfo(b.dtype).eps
+            eps = max(torch.finfo(b.dtype).eps, torch.finfo(torch.float32).eps)  # as of steps on the way
             close = {"rtol": 16 * eps, "atol": 16 * eps * max(scale, 1.0)}
         torch.testing.assert_close(a, b, equal_nan=True, check_stride=False, **close)
     except AssertionError as why:
