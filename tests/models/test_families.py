@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 
 from tests.models.check import COVERED, check
-from tests.models.families import FAMILIES, KINDS, FIFTH
+from tests.models.families import FAMILIES, FIFTH, KINDS
 
 
 @pytest.mark.parametrize("family", FIFTH)

@@ -300,22 +300,17 @@ class Lowering:
         sizes: list[tuple[int, str]] = []
         env: list[Any] = []
         for i, v in enumerate(vals):
+            name = None
+            expr = self.size(v) if isinstance(v, torch.SymInt) else None
             if isinstance(v, torch.Tensor):
                 name = node.name if single else self.result_name(i)
                 env.append(View.whole(self.buffer(name, v, "extern")))
-                results.append(name)
-            elif isinstance(v, (torch.SymInt, torch.SymBool, torch.SymFloat)):
-                expr = self.size(v) if isinstance(v, torch.SymInt) else None
-                atom = expr.atom if expr is not None else None
-                if isinstance(atom, Sym):
-                    sizes.append((i, atom.name))
-                    env.append(expr)
-                else:
-                    env.append(Opaque(node.name, None if single else i))
-                results.append(None)
+            elif expr is not None and isinstance(expr.atom, Sym):
+                sizes.append((i, expr.atom.name))
+                env.append(expr)
             else:
                 env.append(Opaque(node.name, None if single else i))
-                results.append(None)
+            results.append(name)
         self.steps.append(
             Extern(
                 node.target, args, kwargs, tuple(results), reason, single, effect=is_effect(node), sizes=tuple(sizes),
