@@ -259,11 +259,9 @@ class Lowering:
                     raise Unsupported(f"an argument on {view.buffer.device}")
                 view = self.by_value(view, val.device)
             return view.broadcast_read
-        if keep or arg is None:
-            if isinstance(arg, fx.Node):
-                raise Unsupported("a symbolic number where a literal is needed")
-            return arg
-        if isinstance(arg, str):
+        if keep and isinstance(arg, fx.Node):
+            raise Unsupported("a symbolic number where a literal is needed")
+        if keep or arg is None or isinstance(arg, str):
             return arg
         number = self.scalar(arg)
         if number is None:
@@ -453,12 +451,9 @@ class Lowering:
         value: Any = owner
         for part in str(node.target).split("."):
             value = getattr(value, part)
-        if isinstance(value, torch.Tensor):
-            name = node.name
-            buffer = self.buffer(name, value, "constant")
-            self.ctx.stages.setdefault("constants", {})[name] = value
-            return View.whole(buffer)
         self.ctx.stages.setdefault("constants", {})[node.name] = value
+        if isinstance(value, torch.Tensor):
+            return View.whole(self.buffer(node.name, value, "constant"))
         return Opaque(node.name, None)
 
     def outputs(self, node: fx.Node, strides: dict[int, tuple[Any, ...]]) -> tuple[Output, ...]:
