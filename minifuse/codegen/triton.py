@@ -25,7 +25,7 @@ from minifuse.passes.schedule import affine_offset
 from minifuse.passes.schedule_triton import blocks, elements, grid_size, power_of_2, problem
 
 from .looptree import Fold, build
-from .printer import CodegenError, Printer, Scope
+from .printer import CodegenError, Printer, Scope, floors
 from .triton_text import LIMIT, combine, extents_of, fixed, inline, literal, register, typed, warps
 
 UNROLL = 8
@@ -72,7 +72,8 @@ class TritonDialect:
 
     # -- names and expressions -------------------------------------------------------------------
     def expr(self, e: Expr) -> str:
-        return e.render(lambda a: a.name)
+        # Triton's own division and remainder round towards zero
+        return e.render(lambda a: a.name, *(("mf_floor(", "mf_wrap(") if floors(e) else ("//", "%")))
 
     def lane_axes(self, axes: frozenset[Axis] | set[Axis]) -> list[Axis]:
         return [a for a in self.dims if a in axes]

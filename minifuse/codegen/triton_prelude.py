@@ -18,6 +18,16 @@ from triton.language.extra import libdevice
 
 _SOURCES = '''
 @triton.jit
+def mf_wrap(a, b):
+    """The remainder of an index, with the sign of b, which is not 0."""
+    return (a % b + b) % b
+
+@triton.jit
+def mf_floor(a, b):
+    """An index divided by b, rounded down."""
+    return (a - (a % b + b) % b) // b
+
+@triton.jit
 def mf_truncdiv(a, b):
     """a / b towards zero; 0 where b is 0, and the wrapped -a where b is -1."""
     safe = tl.where((b == 0) | (b + 1 == 0), b * 0 + 1, b)

@@ -317,6 +317,18 @@ def negative_indices_wrap() -> str:
 
 
 @case
+def numbers_that_are_no_sizes_may_be_negative() -> str:
+    """Their remainders index memory: those are to round down."""
+    x = torch.randn(5, 6)
+
+    def f(x: Tensor, k: int) -> tuple[Tensor, ...]:
+        return x.roll(k, 0), x.roll((k, 2 * k), (0, 1)), x.roll(k) * k, torch.arange(k, k + 6)
+
+    run = compiled(f, dynamic=True)
+    return "; ".join(p for k in (-2, -7, 3, 0, 11) if (p := same(run(x, k), f(x, k))))
+
+
+@case
 def pooling_pads_and_masked_stores() -> str:
     x = torch.randn(2, 3, 9, 8, requires_grad=True)
 
