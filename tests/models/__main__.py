@@ -5,29 +5,11 @@ from __future__ import annotations
 import argparse
 import multiprocessing
 import sys
-import time
-import traceback
-import warnings
 from concurrent.futures import ProcessPoolExecutor, as_completed
 
-import torch
-import transformers
-
-from .check import COVERED, Found, check
+from .check import COVERED, Found, attempt
 from .families import FAMILIES
 from .left import LEFT, why
-
-
-def one(name: str) -> tuple[Found | str, float]:
-    """What a family shows, or how it fails, and the seconds that it took."""
-    warnings.simplefilter("ignore")
-    transformers.logging.set_verbosity_error()
-    torch.set_num_threads(1)
-    begin = time.perf_counter()
-    try:
-        return check(name), time.perf_counter() - begin
-    except Exception:
-        return traceback.format_exc(), time.perf_counter() - begin
 
 
 def main() -> int:
@@ -41,7 +23,7 @@ def main() -> int:
     context = multiprocessing.get_context("spawn")
     # What torch keeps of each compile adds up.
     with ProcessPoolExecutor(args.jobs, context, max_tasks_per_child=20) as pool:
-        futures = {pool.submit(one, name): name for name in names}
+        futures = {pool.submit(attempt, name): name for name in names}
         for future in as_completed(futures):
             name, (found, seconds) = futures[future], future.result()
             if isinstance(found, str):

@@ -4,12 +4,16 @@ from __future__ import annotations
 
 import copy
 import math
+import time
+import traceback
+import warnings
 from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
 
 import torch
+import transformers
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 from torch.utils import _pytree as pytree
@@ -151,3 +155,15 @@ def check(family: str, backend: Any = "minifuse") -> Found:
         found.operators += generated + interpreted + sum(map(is_fusible, report.plan.externs))
         found.left.update((e.op, e.reason) for e in fallbacks)
     return found
+
+
+def attempt(name: str) -> tuple[Found | str, float]:
+    """What a family shows, or how it fails, and the seconds that it took."""
+    warnings.simplefilter("ignore")
+    transformers.logging.set_verbosity_error()
+    torch.set_num_threads(1)
+    begin = time.perf_counter()
+    try:
+        return check(name), time.perf_counter() - begin
+    except Exception:
+        return traceback.format_exc(), time.perf_counter() - begin

@@ -12,6 +12,8 @@ LEFT: dict[str, str] = {
     "aten.scatter_add.default": "a scatter with collisions",
     "aten.scatter.src": "a scatter",
     "aten.scatter.value": "a scatter",
+    "aten.masked_scatter.default": "a scatter whose places depend on data",
+    "aten.masked_scatter_backward.default": "a gather whose size depends on data",
     "aten.max_pool2d_with_indices_backward.default": "a scatter on a CPU: ATen's walks the outputs alone",
     "aten.logcumsumexp.default": "a scan of two states",
     "aten.linalg_solve_triangular.default": "a solver",

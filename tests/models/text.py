@@ -6,7 +6,6 @@ from .makers import (
     HEADS,
     HIDDEN,
     LAYERS,
-    SEQUENCE,
     SIZES,
     VOCABULARY,
     Family,
@@ -46,7 +45,6 @@ ENCODERS: dict[str, Family] = {
     "xlnet": masked(
         "XLNet", "XLNetLMHeadModel", vocab_size=VOCABULARY, d_model=HIDDEN, n_layer=LAYERS, n_head=HEADS, d_inner=64
     ),
-    "nystromformer": masked("Nystromformer", mask=False, **SIZES, num_landmarks=4, segment_means_seq_len=SEQUENCE),
     "longformer": masked("Longformer", **SIZES, attention_window=4, sep_token_id=2),
     "big_bird": masked("BigBird", **SIZES, attention_type="original_full"),
     "ibert": masked("IBert", **SIZES),
