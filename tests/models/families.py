@@ -1,4 +1,4 @@
-"""All families by kind, those that are left out with the reason, and the fifth of them that `make test` runs."""
+"""All families by kind, those left out with the reason, and the fifth of them that `make test` runs."""
 
 from __future__ import annotations
 
@@ -20,13 +20,17 @@ KINDS: dict[str, dict[str, Family]] = {
     "our own": OWN,
 }
 FAMILIES: dict[str, Family] = {name: family for kind in KINDS.values() for name, family in kind.items()}
-# Tried and left out: `family` -> why.
+# Tried and left out, for eager or `aot_eager` does not do them with one right answer: `family` -> why.
 OUT: dict[str, str] = {
     "longt5": "Dynamo fails whatever the backend: a mask keeps a batch of one, and a concatenation refuses it",
     "nystromformer": "Dynamo fails whatever the backend: a mask that eager drops does not fit the landmarks",
     "paligemma": "by aot_eager too its loss is not eager's",
     "phimoe": "its routing draws random numbers in training",
-    "vilt": "it draws the patches that it sees",
+}
+# Tried and not right here, `aot_eager` not compared: `family` -> what is past what is allowed.
+OPEN: dict[str, str] = {
+    "efficientnet": "running means of batch norm, by up to 1.33 times, on images of 32",
+    "mobilevit": "gradients that eager has as zero, on images of 32, where a batch of two values is normalised",
 }
 # The first of each kind and every fifth after it.
 FIFTH = [name for kind in KINDS.values() for name in list(kind)[::5]]

@@ -69,14 +69,7 @@ VISION: dict[str, Family] = {
     "bit": seeing("Bit", size=32, **_STAGES, embedding_size=8, num_groups=2),
     "mobilenet_v1": seeing("MobileNetV1", size=64, depth_multiplier=0.25),
     "mobilenet_v2": seeing("MobileNetV2", size=64, depth_multiplier=0.25),
-    "mobilevit": seeing(
-        "MobileViT", size=64, hidden_sizes=[8, 12, 16], neck_hidden_sizes=[4, 8, 8, 12, 12, 16, 24],
-        num_attention_heads=2,
-    ),
     "mobilevitv2": seeing("MobileViTV2", size=64, width_multiplier=0.125, n_attn_blocks=[1, 1, 1]),
-    "efficientnet": seeing(
-        "EfficientNet", size=32, width_coefficient=0.25, depth_coefficient=0.3, hidden_dim=320
-    ),
     "focalnet": seeing("FocalNet", patch_size=2, embed_dim=8, depths=[1, 1], focal_levels=[2, 2], focal_windows=[3, 3]),
     "swiftformer": seeing("SwiftFormer", size=64, depths=[1, 1, 1, 1], embed_dims=[8, 16, 24, 32]),
     "textnet": seeing("TextNet", size=32, stem_out_channels=8, hidden_sizes=[8, 8, 12, 16, 16]),
