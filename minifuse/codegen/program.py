@@ -249,7 +249,7 @@ class _Writer:
         if not step.writes and not step.sizes:
             out.append(f"{self.var(step.origin)} = {call}{comment}")
             return
-        copies = returns_alias(step.target) and not self.stays_view(step)
+        copies = returns_alias(step.target) and not self.plan.keeps_view(step)
         if step.single:
             if step.sizes:
                 out.append(f"sym_{step.sizes[0][1]} = {call}{comment}")
@@ -276,12 +276,6 @@ class _Writer:
             if result is not None and result in plan.buffers and self.is_late(plan.buffers[result], step):
                 name = self.var(result)
                 out.append(f"{name} = {self.adopt(name, plan.buffers[result], copies, step, known=True)}")
-
-    def stays_view(self, step: Extern) -> bool:
-        """Whether a view and what it views are returned: the caller sees one memory, and nothing writes it again."""
-        names = {*step.reads, *step.writes}
-        returned = {o.buffer for o in self.plan.outputs if isinstance(o, TensorRef)}
-        return names <= returned and all(self.plan.buffers[n].storage == "extern" for n in names)
 
     def derive(self, known: set[str]) -> None:
         """Sizes that are computed from ones that a step has just defined."""

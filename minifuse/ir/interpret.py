@@ -368,6 +368,7 @@ class _Call:
 
     def extern(self, step: Extern) -> None:
         args = [self.resolve(a) for a in step.args]
+        memory = {_address(x) for x in self.live.values()} - {None}
         found = step.target(*args, **{k: self.resolve(v) for k, v in step.kwargs})
         results = (found,) if step.single else tuple(found or ())
         for at, symbol in step.sizes:
@@ -378,7 +379,9 @@ class _Call:
             self._derive()
         for at, (name, result) in enumerate(zip(step.results, results, strict=False)):
             if name is not None:
-                self._adopt(name, result)
+                # what shares an argument's memory is copied: the plan may write a result's memory once it has been read
+                apart = _address(result) in memory and not self.plan.keeps_view(step)
+                self._adopt(name, result.clone() if apart else result)
             else:
                 self.others[step.origin, None if step.single else at] = result
 
@@ -408,6 +411,11 @@ class _Call:
         for o in self.plan.outputs:
             found.append(found[o.output] if isinstance(o, Again) else self.resolve(o))
         return found
+
+
+def _address(x: torch.Tensor) -> int | None:
+    """Where a tensor's storage lies; None where it has no memory, or not one."""
+    return x.untyped_storage().data_ptr() or None if x.layout is torch.strided else None
 
 
 @torch.no_grad()

@@ -236,6 +236,12 @@ class Plan:
     def externs(self) -> tuple[Extern, ...]:
         return tuple(s for s in self.steps if isinstance(s, Extern))
 
+    def keeps_view(self, step: Extern) -> bool:
+        """Whether a view and what it views are returned: the caller sees one memory, and nothing writes it again."""
+        names = {*step.reads, *step.writes}
+        returned = {o.buffer for o in self.outputs if isinstance(o, TensorRef)}
+        return names <= returned and all(self.buffers[n].storage == "extern" for n in names)
+
     def hint(self, size: Expr) -> int:
         """A size with every symbol at its hint."""
         if size.is_const:

@@ -138,7 +138,8 @@ class Expected:
     scale: list[float]
 
 
-_HALF_OR_SINGLE = re.compile(r"torch\.(float32|bfloat16|float16)")
+_NARROW = ((r"torch\.(float32|bfloat16|float16)", "torch.float64"), (r"\.(float|half)\(\)", ".double()"),
+           ("complex64", "complex128"))  # fmt: skip
 
 
 def expect(recipe: Recipe, sizes: dict[int, int] | None = None) -> tuple[Expected, Tensors]:
@@ -156,7 +157,10 @@ def expect(recipe: Recipe, sizes: dict[int, int] | None = None) -> tuple[Expecte
         else:
             torch.set_default_dtype(torch.float64)
             try:
-                precise.update(_run(_HALF_OR_SINGLE.sub("torch.float64", str(s)), s, precise))
+                text = str(s)
+                for narrow, wide in _NARROW:
+                    text = re.sub(narrow, wide, text)
+                precise.update(_run(text, s, precise))
             finally:
                 torch.set_default_dtype(torch.float32)
         for n, x in found.items():

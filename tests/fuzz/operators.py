@@ -79,8 +79,7 @@ FLOAT_BINARY = (
     ("F.poisson_nll_loss({0}, {1}.abs())", "loose"),
     ("F.kl_div(F.log_softmax({0}.flatten(), 0), F.softmax({0}.flatten(), 0), reduction='sum') + {1}", "loose"),
     ("F.cosine_similarity({0}, {1}, -1)", "loose"), ("F.hinge_embedding_loss({0}, {1}.sign())", "jump"),
-    ("F.gaussian_nll_loss({0}, {1}, {0}.abs() + 0.5)", "loose"), ("torch.dist({0}, {1})", "loose"),
-    ("torch.linalg.cross({0}.flatten()[:3], {1}.flatten()[:3])", "loose"),
+    ("torch.dist({0}, {1})", "loose"), ("torch.linalg.cross({0}.flatten()[:3], {1}.flatten()[:3])", "loose"),
     ("torch.outer({0}.flatten()[:7], {1}.flatten()[:5])", "same"),
     ("torch.where({0}.isnan() | {1}.isnan(), 0.0, {0})", "same"), ("torch.special.xlog1py({0}, {1}.abs())", "loose"),
     ("torch.nextafter({0}, {1})", "jump"), ("torch.ne({0}, {1}).to({0}.dtype)", "jump"),
@@ -201,7 +200,7 @@ REDUCE_INTEGERS = (
     ("torch.sum({0}, $dims, dtype=torch.float32)", "loose", 1), ("{0}.prod()", "same", 1), ("{0}.max()", "same", 1),
     ("{0}.min()", "same", 1), ("torch.all({0})", "same", 1), ("torch.any({0}, $dim)", "same", 1),
     ("torch.argmax({0})", "same", 1), ("torch.aminmax({0}, dim=$dim)", "same", 2),
-    ("torch.sort({0}, $dim, stable=True)", "same", 2), ("torch.bincount({0}.flatten() & 7, minlength=8)", "same", 1),
+    ("torch.sort({0}, $dim, stable=True)", "same", 2),
 )  # fmt: skip
 BLOCKS = (
     "torch.softmax({0}, $d)", "torch.log_softmax({0}, $d)", "F.layer_norm({0}, [$last])", "F.normalize({0}, dim=-1)",
@@ -268,9 +267,9 @@ CREATE = (
     "torch.arange($n)", "torch.arange($n, dtype=torch.float32) * 0.5", "torch.full(($n, 3), 1.5)",
     "torch.arange($n) // 3 + torch.arange($n) % 4", "torch.arange($n).unsqueeze(1) >= torch.arange($n)",
     "{0}.new_zeros(3)", "torch.arange(1, 2 * $n, 2)", "torch.tensor(2.5)", "torch.arange($n, 0, -1)",
-    "torch.arange(0, 1, 0.25)", "torch.eye($n)", "torch.linspace(-1, 1, $n)", "torch.tensor([1, 2, 3]) * 2",
-    "torch.ones($n, dtype=torch.int8) * 3", "torch.full_like({0}, True)", "torch.full([2, $n], 7, dtype=torch.uint8)",
-    "torch.zeros($n, 0)", "torch.tril_indices(4, 4)", "{0}.new_full((2, 2), 3)", "torch.tensor(True)",
-    "torch.zeros(())", "torch.empty(0, $n).sum(0)", "torch.full((), -0.0)", "torch.logspace(0, 1, 4)",
-    "torch.arange($n).view(-1, 1) - torch.arange(3)", "torch.hann_window($n)", "torch.vander(torch.arange(3.0), 3)",
+    "torch.arange(0, 1, 0.25)", "torch.eye($n)", "torch.tensor([1, 2, 3]) * 2", "torch.ones($n, dtype=torch.int8) * 3",
+    "torch.full_like({0}, True)", "torch.full([2, $n], 7, dtype=torch.uint8)", "torch.zeros($n, 0)",
+    "torch.tril_indices(4, 4)", "{0}.new_full((2, 2), 3)", "torch.tensor(True)", "torch.zeros(())",
+    "torch.empty(0, $n).sum(0)", "torch.full((), -0.0)", "torch.arange($n).view(-1, 1) - torch.arange(3)",
+    "torch.vander(torch.arange(3.0), 3)",
 )  # fmt: skip

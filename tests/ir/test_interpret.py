@@ -479,3 +479,12 @@ def test_errors_of_a_call_say_what_was_expected():
     plan = Plan("p", ("x",), {"x": x, "y": buffer("y", (3, 2))}, (step,), ())
     with pytest.raises(ValueError, match=r"buffer y: expected a tensor of \[3, 2\], found \[2, 3\]"):
         run_plan(plan, [torch.empty(2, 3)])
+
+
+def test_an_operators_view_of_an_input_is_not_memory_that_a_plan_may_write():
+    view = Extern(torch.ops.aten.alias.default, (whole(buffer("x", (3,), "input")),), (), ("y",), "")
+    write = Extern(torch.ops.aten.mul_.Tensor, (whole(buffer("y", (3,))), 2), (), ("z",), "")
+    buffers = {"x": buffer("x", (3,), "input"), "y": buffer("y", (3,), "extern"), "z": buffer("z", (3,), "extern")}
+    x = torch.ones(3)
+    (z,) = run_plan(Plan("p", ("x",), buffers, (view, write), (whole(buffers["z"]),)), [x])
+    assert z.tolist() == [2, 2, 2] and x.tolist() == [1, 1, 1]
