@@ -11,7 +11,7 @@ from torch import Tensor
 
 from minifuse import compat
 
-from . import foreach, gradients, optimisers, quantised, random, scatters
+from . import foreach, gradients, norms, optimisers, quantised, random, scatters
 
 aten = torch.ops.aten
 
@@ -91,4 +91,5 @@ def _table(rng: str) -> dict[Any, Callable[..., Any]]:
     table.update(foreach.decompositions())
     table.update(optimisers.decompositions())
     table.update(_OURS)
+    table.update(norms.decompositions(everything))
     return table if rng == "eager" else {**table, **random.TABLE}
