@@ -247,28 +247,24 @@ def choose(kernel: Kernel, hint: Hint) -> Schedule:
     fast = lane_axis(kernel, {r.over: r for r in reductions}, weight, hint)
     loops: list[Loop] = []
     blocks: dict[Axis, int] = {}
-    held = 1
+    row_steps = {a: tile_steps(rows[a], hint) for a in inner if a in rows}
+    # rows are blocks as their trees are; what walks beside them takes what room they leave
+    held = prod(steps[-1] if steps else power_of_2(a.size.value) for a, steps in row_steps.items())
     for a in inner:
         if a in columns or a in running:
             loops += [Loop(a, "loop", step) for step in (tile_steps(columns[a], hint) if a in columns else [])]
             loops.append(Loop(a, "loop"))
             continue
-        steps = tile_steps(rows[a], hint) if a in rows else _walk(a, HELD // held)
+        steps = row_steps[a] if a in rows else _walk(a, HELD // held)
         block = steps[-1] if steps else power_of_2(a.size.value)
         if a not in rows and (block == 1 or len(blocks) == 2):
             loops.append(Loop(a, "loop"))
             continue
         loops += [Loop(a, "loop", step) for step in steps]
         blocks[a] = block
-        held *= block
-    tiles = _tiles(
-        grid,
-        fast,
-        held,
-        bool(columns) or bool(running),
-        hint,
-        transposed_axis(grid, fast, weight) if not reductions else None,
-    )
+        held *= 1 if a in rows else block
+    across = None if kernel.ordered else transposed_axis(grid, fast, weight)
+    tiles = _tiles(grid, fast, held, bool(columns) or bool(running), hint, across)
     blocks.update(tiles)
     lanes = sorted(blocks, key=lambda a: (a is fast, -stride.get(a, 0), a.name))
     return Schedule((

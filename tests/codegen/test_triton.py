@@ -162,6 +162,24 @@ def test_offsets_past_two_gigaelements_are_64_bits(body: str, tmp_path: Path) ->
     assert {a or b for a, b in widths} == {"i64"}
 
 
+def test_what_is_walked_beside_a_row_takes_the_room_that_the_row_leaves() -> None:
+    """A row of the outer points alone keeps the middle axis from the grid."""
+    kernel = parse_kernel("""kernel gradient  i < 8, j < 196, k < 256
+  param g : f32[8, 256]
+  param x : f32[8, 196, 256]
+  param out : f32[8, 196, 256]
+  v0 : f32[i, k] = load g[i, k]
+  v1 : f32[i] = reduce(sum, v0, over k, lanes 16)
+  v2 : f32[i, j, k] = load x[i, j, k]
+  v3 : f32[i, j] = reduce(sum, mul(v0, v2), over k, lanes 16)
+  store out[i, j, k] = sub(sub(v0, v1), mul(v2, v3))
+""")
+    schedule = schedule_triton.choose(kernel, lambda e: e.value)
+    assert schedule_triton.problem(kernel, schedule) is None
+    held = schedule_triton.blocks(schedule)
+    assert schedule_triton.HELD // 2 <= schedule_triton.elements(kernel, held) <= schedule_triton.HELD
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("target", [H100, MI300], ids=("H100", "MI300"))
 def test_every_kernel_of_a_training_step_compiles(target: tuple[str, Any, int]) -> None:
