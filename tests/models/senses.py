@@ -68,7 +68,7 @@ VISION: dict[str, Family] = {
     "regnet": seeing("RegNet", **_STAGES, embedding_size=8, groups_width=4),
     "bit": seeing("Bit", size=32, **_STAGES, embedding_size=8, num_groups=2),
     "mobilenet_v1": seeing("MobileNetV1", size=64, depth_multiplier=0.25),
-    "efficientnet": seeing("EfficientNet", width_coefficient=0.25, depth_coefficient=0.3, hidden_dim=320),
+    "efficientnet": seeing("EfficientNet", size=32, width_coefficient=0.25, depth_coefficient=0.3, hidden_dim=320),
     "mobilenet_v2": seeing("MobileNetV2", size=64, depth_multiplier=0.25),
     "mobilevitv2": seeing("MobileViTV2", size=64, width_multiplier=0.125, n_attn_blocks=[1, 1, 1]),
     "focalnet": seeing("FocalNet", patch_size=2, embed_dim=8, depths=[1, 1], focal_levels=[2, 2], focal_windows=[3, 3]),
