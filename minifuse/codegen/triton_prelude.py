@@ -153,22 +153,6 @@ def mf_bits(seed, offset, index):
     return w0.to(tl.int64) | (w1.to(tl.int64) << 32)
 
 @triton.jit
-def mf_argmax(v, i, w, j):
-    """The pair (value, index) of the greater value, the first index among equals; NaN is the greatest."""
-    wins = (w > v) | ((w != w) & (v == v))
-    ties = (w == v) | ((w != w) & (v != v))
-    take = wins | (ties & (j < i))
-    return tl.where(take, w, v), tl.where(take, j, i)
-
-@triton.jit
-def mf_argmin(v, i, w, j):
-    """The pair (value, index) of the lesser value, the first index among equals; NaN is the least."""
-    wins = (w < v) | ((w != w) & (v == v))
-    ties = (w == v) | ((w != w) & (v != v))
-    take = wins | (ties & (j < i))
-    return tl.where(take, w, v), tl.where(take, j, i)
-
-@triton.jit
 def mf_add(a, b):
     return a + b
 
@@ -232,58 +216,36 @@ def mf_prod(x, A: tl.constexpr, N: tl.constexpr, C: tl.constexpr):
         else:
             x = tl.reduce(tl.reshape(x, [A, x.shape[1] // 2, 2, C]), 2, mf_mul)
     return mf_last(x, A, C)
-
-@triton.jit
-def mf_max(x, A: tl.constexpr, N: tl.constexpr, C: tl.constexpr):
-    """The greatest over the middle of [A, N, C]; NaN where there is one."""
-    if A * C == 1:
-        return tl.reduce(tl.reshape(x, [N]), 0, mf_maximum)
-    else:
-        return tl.reshape(tl.reduce(tl.reshape(x, [A, N, C]), 1, mf_maximum), [A * C])
-
-@triton.jit
-def mf_min(x, A: tl.constexpr, N: tl.constexpr, C: tl.constexpr):
-    """The least over the middle of [A, N, C]; NaN where there is one."""
-    if A * C == 1:
-        return tl.reduce(tl.reshape(x, [N]), 0, mf_minimum)
-    else:
-        return tl.reshape(tl.reduce(tl.reshape(x, [A, N, C]), 1, mf_minimum), [A * C])
-
-@triton.jit
-def mf_any(x, A: tl.constexpr, N: tl.constexpr, C: tl.constexpr):
-    """Whether any is true over the middle of [A, N, C]."""
-    if A * C == 1:
-        return tl.reduce(tl.reshape(x, [N]), 0, mf_or)
-    else:
-        return tl.reshape(tl.reduce(tl.reshape(x, [A, N, C]), 1, mf_or), [A * C])
-
-@triton.jit
-def mf_all(x, A: tl.constexpr, N: tl.constexpr, C: tl.constexpr):
-    """Whether all are true over the middle of [A, N, C]."""
-    if A * C == 1:
-        return tl.reduce(tl.reshape(x, [N]), 0, mf_and)
-    else:
-        return tl.reshape(tl.reduce(tl.reshape(x, [A, N, C]), 1, mf_and), [A * C])
-
-@triton.jit
-def mf_rowargmax(x, i, A: tl.constexpr, N: tl.constexpr, C: tl.constexpr):
-    """mf_argmax over the middle of [A, N, C]."""
-    if A * C == 1:
-        return tl.reduce((tl.reshape(x, [N]), tl.reshape(i, [N])), 0, mf_argmax)
-    else:
-        v, j = tl.reduce((tl.reshape(x, [A, N, C]), tl.reshape(i, [A, N, C])), 1, mf_argmax)
-        return tl.reshape(v, [A * C]), tl.reshape(j, [A * C])
-
-@triton.jit
-def mf_rowargmin(x, i, A: tl.constexpr, N: tl.constexpr, C: tl.constexpr):
-    """mf_argmin over the middle of [A, N, C]."""
-    if A * C == 1:
-        return tl.reduce((tl.reshape(x, [N]), tl.reshape(i, [N])), 0, mf_argmin)
-    else:
-        v, j = tl.reduce((tl.reshape(x, [A, N, C]), tl.reshape(i, [A, N, C])), 1, mf_argmin)
-        return tl.reshape(v, [A * C]), tl.reshape(j, [A * C])
 '''
 
+# An argument reduction, and a reduction whose order is all the same.
+_PAIR = """
+@triton.jit
+def mf_{name}(v, i, w, j):
+    \"\"\"The pair (value, index) of the {better} value, the first index among equals; NaN is the {best}.\"\"\"
+    wins = (w {sign} v) | ((w != w) & (v == v))
+    ties = (w == v) | ((w != w) & (v != v))
+    take = wins | (ties & (j < i))
+    return tl.where(take, w, v), tl.where(take, j, i)
+
+@triton.jit
+def mf_row{name}(x, i, A: tl.constexpr, N: tl.constexpr, C: tl.constexpr):
+    \"\"\"mf_{name} over the middle of [A, N, C].\"\"\"
+    if A * C == 1:
+        return tl.reduce((tl.reshape(x, [N]), tl.reshape(i, [N])), 0, mf_{name})
+    else:
+        v, j = tl.reduce((tl.reshape(x, [A, N, C]), tl.reshape(i, [A, N, C])), 1, mf_{name})
+        return tl.reshape(v, [A * C]), tl.reshape(j, [A * C])
+"""
+_ROW = """
+@triton.jit
+def mf_{name}(x, A: tl.constexpr, N: tl.constexpr, C: tl.constexpr):
+    \"\"\"{what} over the middle of [A, N, C].\"\"\"
+    if A * C == 1:
+        return tl.reduce(tl.reshape(x, [N]), 0, mf_{join})
+    else:
+        return tl.reshape(tl.reduce(tl.reshape(x, [A, N, C]), 1, mf_{join}), [A * C])
+"""
 _BYTE_FLOAT = """
 @triton.jit
 def mf_widen_{name}(x):
@@ -327,7 +289,15 @@ def _byte_float(name: str) -> str:
     )  # fmt: skip
 
 
-_SOURCES += _byte_float("e4m3") + _byte_float("e5m2")
+_SOURCES += "".join(
+    [_PAIR.format(name="argmax", better="greater", best="greatest", sign=">"),
+     _PAIR.format(name="argmin", better="lesser", best="least", sign="<"),
+     _ROW.format(name="max", join="maximum", what="The greatest, NaN where there is one,"),
+     _ROW.format(name="min", join="minimum", what="The least, NaN where there is one,"),
+     _ROW.format(name="any", join="or", what="Whether any is true"),
+     _ROW.format(name="all", join="and", what="Whether all are true"),
+     _byte_float("e4m3"), _byte_float("e5m2")]
+)  # fmt: skip
 _NAME = re.compile(r"\bmf_\w+")
 SOURCES: dict[str, str] = {
     re.search(r"def (mf_\w+)", text)[1]: f"@triton.jit{text}".rstrip()  # type: ignore[index]
