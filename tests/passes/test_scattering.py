@@ -114,6 +114,18 @@ def test_an_old_value_that_is_read_later_is_kept() -> None:
     same(compiled(step)(args[0].clone(), *args[1:]), step(args[0].clone(), *args[1:]), tolerance=1e-5)
 
 
+def test_a_place_out_of_range_writes_nothing_into_the_callers_memory() -> None:
+    def step(cache: Tensor, at: Tensor, keys: Tensor) -> None:
+        cache.index_copy_(0, at, keys)
+
+    cache, run = torch.zeros(16, 8), compiled(step)
+    run(cache, torch.tensor([5]), torch.ones(1, 8))
+    before = cache.clone()
+    with pytest.raises(IndexError):
+        run(cache, torch.tensor([16]), torch.ones(1, 8))
+    assert torch.equal(cache, before)
+
+
 @pytest.mark.parametrize("bad", [50, -51])
 def test_a_place_out_of_range_raises_as_in_eager(bad: int) -> None:
     run: Any = compiled(lambda x, i, v: x.index_put((i,), v, accumulate=True))

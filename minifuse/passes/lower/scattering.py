@@ -50,6 +50,9 @@ def _scatter(
     if base is not None and _written_over(lo, base):
         buffer = lo.view(base).buffer
         lo.mutated.add(buffer.name)
+        # An index that raises must not have written anything into what is the caller's.
+        for check in checks:
+            mask = check.condition if mask is None else Op.of("and", mask, check.condition)
     else:
         buffer = lo.buffer(name, val, "arena", lo.dense_stride(val))
         where = lo.axes(buffer.shape, "b")
