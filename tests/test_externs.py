@@ -14,6 +14,7 @@ from torch.nn import functional as F
 
 from minifuse.errors import FallbackError
 from minifuse.passes.lower.externs import EXPECTED
+from minifuse.passes.memory import out_overload
 from tests.judge import check, compiled, externs, same
 
 _library = torch.library.Library("minifuse_test", "DEF")
@@ -122,6 +123,12 @@ def test_a_result_of_another_dtype_or_shape_than_was_announced_is_not_read_as_wh
     same(run(X.clone(), len(X)), X.half().float() + 1)
     with pytest.raises(RuntimeError, match=r"an operator gave a tensor of \[1, "):
         run(X.clone(), 1)
+
+
+def test_the_out_overload_takes_what_the_operator_takes() -> None:
+    aten = torch.ops.aten
+    assert out_overload(aten.any.dims) is aten.any.dims_out and out_overload(aten.any.dim) is aten.any.out
+    check(lambda x: torch.complex(x, x).any([0, 1]), X)
 
 
 def test_a_custom_operator_with_nested_results() -> None:

@@ -169,11 +169,11 @@ def has_real_out(step: Extern, plan: Plan) -> bool:
 def out_overload(target: compat.OpOverload) -> compat.OpOverload | None:
     """The overload that takes `out=` with the same arguments, where ATen has a real one."""
     packet = target.overloadpacket
-    wanted = [a.name for a in target._schema.arguments]
+    wanted = [(a.name, str(a.type)) for a in target._schema.arguments]
     for name in ("out", f"{target._overloadname}_out"):
         if name in packet.overloads():
             found = getattr(packet, name)
-            takes = [a.name for a in found._schema.arguments if not a.is_out]
+            takes = [(a.name, str(a.type)) for a in found._schema.arguments if not a.is_out]
             outs = [a for a in found._schema.arguments if a.is_out]
             if takes == wanted and len(outs) == 1 and torch.Tag.generated not in found.tags:
                 return found
