@@ -16,7 +16,7 @@ import torch
 from minifuse.ir import dtypes
 from minifuse.ir.index import Axis, Expr, FloorDiv, Mod, Sym
 from minifuse.ir.kernel import Check, Kernel, Param, Schedule, Store
-from minifuse.ir.value import Cast, Const, IndexOf, Load, Op, Pick, Random, Reduce, Scan, Value
+from minifuse.ir.value import Cast, Const, IndexOf, Load, Op, Pick, Random, Reduce, Scan, Value, topological
 
 from .looptree import Fold, Hold, LoopTree, Node, with_held
 
@@ -75,6 +75,7 @@ class Printer:
         self.serial = 0
         self.holding: set[Value] = set()
         self.filled: set[Value] = set()
+        self.now: set[Value] = set()
         self.symbols: tuple[Sym, ...] = tuple(sorted(kernel.symbols(), key=lambda s: s.name))
 
     def write(self, name: str) -> str:
@@ -91,7 +92,7 @@ class Printer:
             elif isinstance(item, Store):
                 for load in self.tree.late.get(item, ()):
                     self.name(load)
-                self.dialect.store(self, joining(item) if item.mode else item)
+                self.dialect.store(self, self.joining(item) if item.mode else item)
             elif isinstance(item, Check):
                 self.dialect.check(self, item)
             elif isinstance(item, Hold):
@@ -99,6 +100,16 @@ class Printer:
                 self.filled.add(item.value)
             else:
                 self.dialect.fold_step(self, item)
+
+    def joining(self, s: Store) -> Store:
+        """A scatter as a store of what is there and what comes, joined here and now: the next point may find more."""
+        if s.mode == "last":
+            return s
+        there, compute = Load.of(s.param, s.index, s.value.dtype), dtypes.row(s.value.dtype).compute
+        value = Op.of(s.mode, Cast.of(compute, there), Cast.of(compute, s.value))
+        joined = replace(s, value=Cast.of(s.value.dtype, value))
+        self.now = set(topological([joined.value])) - set(topological([s.value]))
+        return joined
 
     def walk_loop(self, node: Node) -> None:
         k = node.loop
@@ -176,7 +187,7 @@ class Printer:
         return None
 
     def emit(self, v: Value) -> None:
-        scope = self.scope_of(self.tree.loops_of(v.axes))
+        scope = self.here if v in self.now else self.scope_of(self.tree.loops_of(v.axes))
         lanes = self.lanes(v)
         d = self.dialect
         if isinstance(v, Reduce) and v not in self.filled:
@@ -240,15 +251,6 @@ class Printer:
 
     def last_loop(self, axis: Axis) -> int:
         return max(k for k, loop in enumerate(self.loops) if loop.axis is axis)
-
-
-def joining(s: Store) -> Store:
-    """A scatter as a store of what is there and what comes, joined."""
-    if s.mode == "last":
-        return s
-    here, compute = Load.of(s.param, s.index, s.value.dtype), dtypes.row(s.value.dtype).compute
-    value = Op.of(s.mode, Cast.of(compute, here), Cast.of(compute, s.value))
-    return replace(s, value=Cast.of(s.value.dtype, value))
 
 
 def floors(expr: Expr) -> bool:

@@ -46,7 +46,7 @@ class Store:
 
     @property
     def space(self) -> frozenset[Axis]:
-        return index_axes(self.index) | self.value.axes
+        return index_axes(self.index) | self.value.axes | (frozenset() if self.over is None else {self.over})
 
 
 @dataclass(frozen=True)
@@ -111,7 +111,7 @@ class Kernel:
                     raise ValueError(f"store {root.param}: {len(root.index)} indices, rank {len(param.shape)}")
                 if root.value.dtype is not param.dtype:
                     raise TypeError(f"store {root.param}: {root.value.dtype} into {param.dtype}")
-                if not all(v.axes <= index_axes(root.index) for v in root.values):
+                if not all(v.axes <= index_axes(root.index) | {root.over} for v in root.values):
                     raise ValueError(f"store {root.param}: its value varies over more than its index")
                 if root.mask is not None and root.mask.dtype is not torch.bool:
                     raise TypeError(f"store {root.param}: a mask is a bool, found {root.mask.dtype}")

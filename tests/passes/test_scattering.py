@@ -42,6 +42,7 @@ CASES: dict[str, tuple[Callable[..., Any], tuple[Tensor, ...]]] = {
     "integers": (lambda x, i, v: x.scatter_add(0, i, v), (INTS, ROWS, INTS[:30])),
     "scatter": (lambda x, i, v: x.scatter(1, i, v), (TABLE, COLUMNS, torch.randn(50, 30))),
     "value": (lambda x, i: x.scatter(1, i, 7.0), (TABLE, COLUMNS)),
+    "one place": (lambda x: x.scatter_add(0, torch.zeros(50, 24, dtype=torch.long), x * 2), (TABLE,)),
     "nothing": (lambda x, i, v: x.scatter_add(0, i, v), (TABLE, ROWS[:0], torch.randn(0, 24))),
     **{
         f"{kind} {reduce} {'' if own else 'alone'}": (

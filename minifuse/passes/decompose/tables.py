@@ -48,9 +48,9 @@ _RANDOM = "exponential cauchy geometric log_normal".split()
 
 
 def round_decimals(x: Tensor, *, decimals: int) -> Tensor:
-    """Rounding to a power of ten."""
-    power = 10.0 ** abs(decimals)
-    return torch.round(x / power) * power if decimals < 0 else torch.round(x * power) / power
+    """Rounding to a power of ten; half types are rounded once, at the end."""
+    power, wide = 10.0 ** abs(decimals), x.float() if x.dtype in (torch.float16, torch.bfloat16) else x
+    return (torch.round(wide / power) * power if decimals < 0 else torch.round(wide * power) / power).to(x.dtype)
 
 
 def _off_cpu(fn: Callable[..., Any]) -> Callable[..., Any]:
