@@ -65,8 +65,8 @@ def decompositions() -> dict[Any, Callable[..., Any]]:
     """Overload -> its parts, for the list operators without side effects."""
     table: dict[Any, Callable[..., Any]] = {}
     for name in _NAMES:
-        packet = getattr(aten, f"_foreach_{name}")
-        for overload in packet.overloads():
+        packet = getattr(aten, f"_foreach_{name}", None)  # not every release has all of them
+        for overload in () if packet is None else packet.overloads():
             op = getattr(packet, overload)
             # A tensor of scalars would have to be read on the host.
             plain = not any(str(a.type) == "Tensor" and a.name == "scalars" for a in op._schema.arguments)
