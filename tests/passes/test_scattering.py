@@ -53,14 +53,21 @@ CASES: dict[str, tuple[Callable[..., Any], tuple[Tensor, ...]]] = {
 }  # fmt: skip
 
 
-@pytest.mark.parametrize("name", CASES)
-def test_scatters_have_eagers_bits_however_they_are_fused(name: str) -> None:
-    fn, args = CASES[name]
-    for dynamic in (False, True):
-        got = check(fn, *args, dynamic=dynamic, exact=True)
-        assert not externs()
-        same(compiled(fn, {"fusion_fuel": 0}, dynamic=dynamic)(*args), got, exact=True)
-        same(compiled(fn, {"target": "interpret"}, dynamic=dynamic)(*args), got, exact=True)
+# Some cases in one function, so that one compile serves all of them.
+PARTS = [list(CASES)[k::4] for k in range(4)]
+
+
+@pytest.mark.parametrize("dynamic", [False, True], ids=["static", "dynamic"])
+@pytest.mark.parametrize("names", PARTS, ids=" and ".join)
+def test_scatters_have_eagers_bits_however_they_are_fused(names: list[str], dynamic: bool) -> None:
+    def together(*given: tuple[Tensor, ...]) -> list[Tensor]:
+        return [CASES[name][0](*args) for name, args in zip(names, given, strict=True)]
+
+    args = [CASES[name][1] for name in names]
+    got = check(together, *args, dynamic=dynamic, exact=True)
+    assert not externs()
+    same(compiled(together, {"fusion_fuel": 0}, dynamic=dynamic)(*args), got, exact=True)
+    same(compiled(together, {"target": "interpret"}, dynamic=dynamic)(*args), got, exact=True)
 
 
 def test_a_gradient_of_an_embedding_takes_in_what_feeds_it() -> None:
