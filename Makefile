@@ -30,7 +30,7 @@ demo: env
 conformance: env
 	$(PY) -m tests.conformance
 
-# A training step of every family of models beside eager; `make test` takes a fifth of them.
+# A training step of every family of models beside eager; `make test` takes a tenth of them.
 models: env
 	HF_HUB_OFFLINE=1 OMP_NUM_THREADS=1 $(PY) -m tests.models
 

@@ -112,21 +112,23 @@ def allowance(value: Tensor, exact: Tensor) -> float:
     return 4 * max(error(value, exact), ulp)
 
 
-def check(family: str, backend: Any = "minifuse") -> Found:
-    """Over several draws of weights and inputs: what is zero but for rounding differs by chance in any one of them."""
+def check(family: str, draws: int = DRAWS, device: str = "cpu", **how: Any) -> Found:
+    """Over several draws of weights and inputs: what is zero but for rounding differs by chance in any one of them.
+    `how` goes to `torch.compile`."""
     torch.compiler.reset()
     RECORDS.clear()
     ours: dict[str, float] = {}
     allowed: dict[str, float] = {}
     model = None
-    for draw in range(DRAWS):
+    for draw in range(draws):
         torch.manual_seed(draw)
-        plain, inputs = FAMILIES[family]()
-        plain.train()
+        plain, given = FAMILIES[family]()
+        plain.to(device).train()
+        inputs = pytree.tree_map(lambda v: v.to(device) if isinstance(v, Tensor) else v, given)
         precise = copy.deepcopy(plain).double()
         if model is None:
             model = copy.deepcopy(plain)
-            run = torch.compile(model, backend=backend)
+            run = torch.compile(model, **{"backend": "minifuse", **how})
         model.load_state_dict(plain.state_dict())
         model.zero_grad()
 

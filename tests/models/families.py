@@ -31,5 +31,5 @@ OUT: dict[str, str] = {
 OPEN: dict[str, str] = {
     "mobilevit": "running means and weights of batch norm by up to 1.25 times, on images of 64",
 }
-# The first of each kind and every fifth after it.
-FIFTH = [name for kind in KINDS.values() for name in list(kind)[::5]]
+# The first of each kind and every tenth after it.
+TENTH = [name for kind in KINDS.values() for name in list(kind)[::10]]
