@@ -1,4 +1,4 @@
-"""All families by kind, those left out with the reason, and the fifth of them that `make test` runs."""
+"""All families by kind, those left out with the reason, and the tenth of them that `make test` runs."""
 
 from __future__ import annotations
 

@@ -122,6 +122,17 @@ def test_an_old_value_that_is_read_later_is_kept() -> None:
     same(compiled(step)(args[0].clone(), *args[1:]), step(args[0].clone(), *args[1:]), tolerance=1e-5)
 
 
+def test_rows_of_a_cache_that_change_places_are_read_before_they_are_written() -> None:
+    def step(cache: Tensor, at: Tensor) -> None:
+        cache.copy_(cache.index_copy(0, at, cache[:3]))
+
+    cache = torch.randn(16, 8)
+    mine, theirs = cache.clone(), cache.clone()
+    step(theirs, torch.tensor([1, 2, 0]))
+    compiled(step)(mine, torch.tensor([1, 2, 0]))
+    assert torch.equal(mine, theirs)
+
+
 def test_a_place_out_of_range_writes_nothing_into_the_callers_memory() -> None:
     def step(cache: Tensor, at: Tensor, keys: Tensor) -> None:
         cache.index_copy_(0, at, keys)

@@ -12,7 +12,7 @@ from minifuse import compat
 from minifuse.ir.index import ONE, ZERO, Axis, Expr
 from minifuse.ir.kernel import Check, Store
 from minifuse.ir.shape import delinearize, product
-from minifuse.ir.value import Cast, Const, Op, Value
+from minifuse.ir.value import Cast, Const, Load, Op, Value, topological
 
 from .indexing import wrapped
 from .pointwise import Unsupported
@@ -47,7 +47,8 @@ def _scatter(
     if val.dtype is torch.bool and mode != "last":
         raise Unsupported("a scatter that joins bools")
     name, axis, body = lo.node.name, over.atom, list[Store]()
-    if base is not None and _written_over(lo, base):
+    read = {v.param for v in topological([value, *(i for i in at if isinstance(i, Value))]) if isinstance(v, Load)}
+    if base is not None and base.name not in read and _written_over(lo, base):
         buffer = lo.view(base).buffer
         lo.mutated.add(buffer.name)
         # An index that raises must not have written anything into what is the caller's.
