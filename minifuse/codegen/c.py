@@ -16,7 +16,7 @@ from minifuse.ir.index import ONE, ZERO, Axis, Expr, Sym
 from minifuse.ir.kernel import Check, Kernel, Param, Schedule, Store
 from minifuse.ir.shape import cdiv, product
 from minifuse.ir.value import LANES, Cast, Load, Op, Random, Reduce, Scan, Value
-from minifuse.passes.schedule import affine_offset, tile_elements
+from minifuse.passes.schedule import tile_elements
 
 from .c_text import (
     MAX_LOCAL,
@@ -239,7 +239,7 @@ class CDialect:
         return f"({p.name(v.mask)} ? {text} : {self.vector(p, v.other)})"
 
     def place_of(self, p: Printer, param: Param, access: Load | Store) -> Place:
-        offset = affine_offset(param, access)
+        offset = param.offset(access.index)
         uniform, varying = "", ""
         for i, s in zip(access.index, param.stride, strict=True):
             if isinstance(i, Value):

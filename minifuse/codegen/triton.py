@@ -21,7 +21,6 @@ from minifuse.ir.plan import Launch
 from minifuse.ir.shape import cdiv
 from minifuse.ir.text import kernel_hash
 from minifuse.ir.value import Cast, Load, Op, Random, Reduce, Scan, Value
-from minifuse.passes.schedule import affine_offset
 from minifuse.passes.schedule_triton import blocks, elements, grid_size, power_of_2, problem
 
 from .looptree import Fold, build
@@ -240,7 +239,7 @@ class TritonDialect:
 
     def load(self, p: Printer, v: Load, lanes: bool) -> str:
         param = p.param(v.param)
-        affine = affine_offset(param, v)
+        affine = param.offset(v.index)
         over = affine.axes().union(*(i.axes for i in v.index if isinstance(i, Value)))
         text = self.pointer(p, param, v.index, affine)
         masks = [m for m in [self.mask(over)] if m]

@@ -18,7 +18,7 @@ from minifuse.ir.kernel import Kernel, Store, rewrite
 from minifuse.ir.plan import Buffer, Extern, Free, Launch, Plan, Step, TensorRef
 from minifuse.ir.value import Load, Value
 from minifuse.passes.context import CompileContext
-from minifuse.passes.schedule import affine_offset, canonical
+from minifuse.passes.schedule import canonical
 
 ALIGN = 64
 # A buffer of this size has a block of its own, which returns to the pool when its last reader has run: one
@@ -126,9 +126,9 @@ def element_by_element(kernel: Kernel, param: str, store: Store) -> bool:
     """Whether a parameter is loaded only at the offset that one store, the only one of its parameter, writes."""
     if sum(s.param == store.param for s in kernel.stores) > 1:
         return False
-    at = affine_offset(kernel.param(store.param), store)
+    at = kernel.param(store.param).offset(store.index)
     return all(
-        not any(isinstance(i, Value) for i in v.index) and affine_offset(kernel.param(param), v) is at
+        not any(isinstance(i, Value) for i in v.index) and kernel.param(param).offset(v.index) is at
         for v in kernel.loads
         if v.param == param
     )

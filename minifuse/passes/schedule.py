@@ -76,18 +76,13 @@ def index_exprs(kernel: Kernel) -> Iterable[Expr]:
     params = {p.name: p for p in kernel.params}
     for v in kernel.values():
         if isinstance(v, Load):
-            yield affine_offset(params[v.param], v)
+            yield params[v.param].offset(v.index)
         elif isinstance(v, IndexOf):
             yield v.expr
         elif isinstance(v, Random):
             yield v.index
     for s in kernel.stores:
-        yield affine_offset(params[s.param], s)
-
-
-def affine_offset(param: Param, access: Load | Store) -> Expr:
-    """The part of an access' element offset that is an expression; computed coordinates count as zero."""
-    return param.offset(access.index)
+        yield params[s.param].offset(s.index)
 
 
 def split_axes(kernel: Kernel) -> Kernel:
@@ -277,11 +272,9 @@ def _depth(axis: Axis, reductions: list[Reduce]) -> int:
 
 def _accesses(kernel: Kernel) -> Iterable[tuple[Param, Expr, int]]:
     params = {p.name: p for p in kernel.params}
-    for v in kernel.values():
-        if isinstance(v, Load):
-            yield params[v.param], affine_offset(params[v.param], v), 1
-    for s in kernel.stores:
-        yield params[s.param], affine_offset(params[s.param], s), 2
+    for access in kernel.accesses:
+        param = params[access.param]
+        yield param, param.offset(access.index), 1 if isinstance(access, Load) else 2
 
 
 def unit_weights(kernel: Kernel, hint: Hint) -> dict[Axis, int]:
