@@ -9,7 +9,7 @@ from pathlib import Path
 import torch
 
 from minifuse.passes import lower, normalise
-from minifuse.passes.decompose import decompositions
+from minifuse.passes.decompose import KEEP_ON_CPU, decompositions
 from minifuse.passes.lower.externs import EXPECTED, reason
 from minifuse.passes.lower.pointwise import ROWS
 from minifuse.passes.lower.structural import STRUCTURAL
@@ -26,9 +26,9 @@ VERSION = ".".join(torch.__version__.split(".")[:2])
 
 
 def unlowered() -> set[str]:
-    """The functional ATen operators, as `aten::name`, that have an overload without kernels."""
+    """The functional ATen operators, as `aten::name`, that have an overload without kernels, or none on a CPU."""
     known = {*decompositions("fast"), *ROWS, *STRUCTURAL, *normalise.DRAWN}
-    found = set()
+    found = {f"aten::{name}" for name in KEEP_ON_CPU}
     for full in torch._C._dispatch_get_all_op_names():
         namespace, _, rest = full.partition("::")
         name, _, overload = rest.partition(".")

@@ -29,7 +29,7 @@ _KEEP = (
     " addcmul addcdiv"
 ).split()
 # Kept whole on a CPU alone: gathers and masked sums of their parts took 4 to 30 times as long as ATen's copies of rows.
-_KEEP_ON_CPU = (
+KEEP_ON_CPU = (
     "reflection_pad1d reflection_pad2d reflection_pad3d reflection_pad1d_backward reflection_pad2d_backward"
     " reflection_pad3d_backward replication_pad1d replication_pad2d replication_pad3d"
 ).split()
@@ -78,7 +78,7 @@ def decompositions(rng: str) -> dict[Any, Callable[..., Any]]:
 def _table(rng: str) -> dict[Any, Callable[..., Any]]:
     keep = {"aten::" + name for name in [*_KEEP, *RESIZING]}
     table = {op: fn for op, fn in compat.core_decompositions().items() if op.name().split(".")[0] not in keep}
-    for name in _KEEP_ON_CPU:
+    for name in KEEP_ON_CPU:
         op = getattr(aten, name).default
         table[op] = _off_cpu(table[op])
     everything = compat.all_decompositions()
