@@ -21,11 +21,14 @@ def main() -> int:
     total, bad = Found({}), []
     callers: dict[tuple[str, str], list[str]] = {}
     context = multiprocessing.get_context("spawn")
-    # What torch keeps of each compile adds up.
-    with ProcessPoolExecutor(args.jobs, context, max_tasks_per_child=20) as pool:
-        futures = {pool.submit(attempt, name): name for name in names}
-        for future in as_completed(futures):
-            name, (found, seconds) = futures[future], future.result()
+    # What torch keeps of each compile adds up. (A pool with `max_tasks_per_child` may wait for ever for a worker that
+    # it has just retired: CPython 3.11, one process.)
+    batches = [names[k : k + 20 * args.jobs] for k in range(0, len(names), 20 * args.jobs)]
+    for batch in batches:
+        with ProcessPoolExecutor(args.jobs, context) as pool:
+            done = {pool.submit(attempt, name): name for name in batch}
+            results = [(done[future], *future.result()) for future in as_completed(done)]
+        for name, found, seconds in results:
             if isinstance(found, str):
                 bad.append(name)
                 print(f"{name:24} fails\n{found}", flush=True)
