@@ -183,7 +183,9 @@ class Graph:
             plan = make_plan(gm.graph, ctx, strides)
             report_fallbacks(plan, ctx)
             program = build(plan, ctx)
-            record = Record(ctx.name, stage, ctx.stages, ctx.decisions, ctx.seconds)
+            record = Record(
+                ctx.name, stage, ctx.stages, ctx.decisions, ctx.seconds, options=self.options, device=ctx.device
+            )
             record.source.update(self.captured)
             RECORDS.append(record)
             if self.options.debug_dir is not None:

@@ -47,6 +47,14 @@ class Options:
     fusion_fuel: int | None = None
     """Stop after this many fusions of a graph (0 or more), to bisect a wrong one. None: no limit."""
 
+    fusion_rules: Any = ()
+    """Rules of your own: a list of `Rule`, `forbid(...)` and `force(...)` of `minifuse.passes.fuse`, asked before the
+    compiler's."""
+
+    fusion_log: Any = None
+    """Fuse as a log says, where that is legal, in the graphs that it names: a list of `Report.fusion_log` entries or
+    the path of a JSON file of them."""
+
     verify: bool = False
     """Check the IR between passes; an error then names the pass. Unset: on when `$MINIFUSE_VERIFY` is 1."""
 
@@ -147,6 +155,17 @@ _ACCEPTS: dict[str, _Check] = {
     ),
     "debug_dir": _PATH,
     "fusion_fuel": ("an integer of 0 or more, or None", lambda value: value is None or (_is_int(value) and value >= 0)),
+    "fusion_rules": (
+        "a list of Rule, forbid(...) and force(...)",
+        lambda value: (
+            isinstance(value, (list, tuple))
+            and all(callable(getattr(r, "broken", None)) or callable(getattr(r, "matches", None)) for r in value)
+        ),
+    ),
+    "fusion_log": (
+        "a list of fusions or the path of a JSON file",
+        lambda value: value is None or isinstance(value, (list, tuple, str, os.PathLike)),
+    ),
     "verify": _BOOL,
     "deterministic": _BOOL,
     "rng": _one_of("rng"),

@@ -7,13 +7,15 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from minifuse.ir.decision import Decision
+from minifuse.ir.device import CPU, DeviceModel
+from minifuse.options import Options
 
 KEPT = 256
 
 
 @dataclass
 class Record:
-    """One compiled graph: its stages by name, its decisions, and seconds by phase."""
+    """One compiled graph: its stages by name, its decisions, and seconds by phase; what it was compiled with."""
 
     name: str
     stage: str
@@ -21,6 +23,8 @@ class Record:
     decisions: list[Decision]
     seconds: dict[str, float]
     source: dict[str, str] = field(default_factory=dict)
+    options: Options = field(default_factory=Options)
+    device: DeviceModel = CPU
 
 
 RECORDS: deque[Record] = deque(maxlen=KEPT)

@@ -25,8 +25,11 @@ from minifuse.ir.decision import Decision, bytes_text
 from minifuse.ir.device import DeviceModel
 from minifuse.ir.plan import Extern, Launch, Plan, launch_traffic
 from minifuse.ir.value import Cast, Op, Random, Reduce, Scan, Value
+from minifuse.passes.fuse.log import entries
 from minifuse.passes.remat.plan import RECOMPUTE, SAVE, Choice, RematPlan
 from minifuse.records import RECORDS, Record
+
+from .why import WhyNot, why_not
 
 SCHEMA = 1
 FIGURES = ("ops", "calls", "read", "written", "bytes", "at least")
@@ -145,6 +148,15 @@ class Report:
     def decisions(self) -> Sequence[Decision]:
         """Every choice that was made and every one that was refused, in order."""
         return self.record.decisions
+
+    @property
+    def fusion_log(self) -> list[dict[str, str]]:
+        """The fusions in order, as plain data; given to another compile as `fusion_log` they give the same plan."""
+        return entries(self.record.decisions, self.name)
+
+    def why_not(self, first: str, second: str) -> WhyNot:
+        """Why two FX nodes are not in one kernel: see `minifuse.explain.why.why_not`."""
+        return why_not(self.record, first, second)
 
     @property
     def seconds(self) -> dict[str, float]:

@@ -215,7 +215,8 @@ class Plan:
     """Everything that a program does, in order. Frozen; passes make new ones.
 
     `mutated` are inputs that it writes; `donated` inputs that die with the call unless their owner keeps them (what
-    the forward saved for the backward), so that their last reader frees memory.
+    the forward saved for the backward), so that their last reader frees memory. `origins` and `targets` give the
+    user's line and the operator (`aten.add.Tensor`) of each FX node.
     """
 
     name: str
@@ -227,6 +228,7 @@ class Plan:
     mutated: frozenset[str] = frozenset()
     donated: frozenset[str] = frozenset()
     origins: Mapping[str, str] = field(default_factory=dict)
+    targets: Mapping[str, str] = field(default_factory=dict)
 
     @property
     def launches(self) -> tuple[Launch, ...]:

@@ -8,13 +8,14 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
 
+from minifuse.ir import device as devices
 from minifuse.ir.decision import Decision
 from minifuse.options import Options
 
 
 @dataclass
 class CompileContext:
-    """One compile of one graph. Passes read `options` and append to `decisions`; nothing else.
+    """One compile of one graph. Passes read `options` and `device` and append to `decisions`; nothing else.
 
     `stage` is "inference", "forward" or "backward"; `seconds` maps a phase to its duration.
     """
@@ -25,6 +26,7 @@ class CompileContext:
     decisions: list[Decision] = field(default_factory=list)
     seconds: dict[str, float] = field(default_factory=dict)
     stages: dict[str, Any] = field(default_factory=dict)
+    device: devices.DeviceModel = devices.CPU
 
     def record(self, rule: str, *subject: str, taken: bool, reason: str, where: str = "", **facts: Any) -> None:
         self.decisions.append(Decision(rule, subject, taken, reason, facts, where))

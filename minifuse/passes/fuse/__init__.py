@@ -1,5 +1,6 @@
-"""Fusion: which kernels become one, decided by bytes of memory traffic."""
+"""Fusion: which kernels become one, decided by the time that they save."""
 
-from .greedy import fuse
+from .rules import RULES, Candidate, Force, Rule, forbid, force
+from .search import fuse
 
-__all__ = ["fuse"]
+__all__ = ["RULES", "Candidate", "Force", "Rule", "forbid", "force", "fuse"]

@@ -1,106 +1,186 @@
-"""Groups: kernels in the making. A group's body keeps its loads of what it stores itself until it is built."""
+"""Groups: kernels in the making. Merging two joins what is known of them; bodies are written when kernels are built."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Container, Iterable, Mapping
+from collections.abc import Callable, Container, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
 
 from minifuse.ir import ops
 from minifuse.ir.index import ONE, Axis, Expr
 from minifuse.ir.kernel import Check, Kernel, Param, Root, Store, rewrite
 from minifuse.ir.plan import Buffer, Launch
-from minifuse.ir.value import Cast, Const, Index, IndexOf, Load, Op, Random, Reduce, Scan, Value, at_values, topological
+from minifuse.ir.value import Index, Load, Op, Random, Reduce, Scan, Value, topological
 
-from .unify import Substitution
+from .body import compose, forward, read_through, shifted
+from .unify import Substitution, Unified, image
+
+RANDOM_COST = 40.0
+
+
+@dataclass(frozen=True)
+class Stored:
+    """A store of a group: where, over which axes; the parameters that its value loads, and whether it needs a column's
+    sum that is taken in the same piece."""
+
+    index: tuple[Index, ...]
+    space: frozenset[Axis]
+    needs: frozenset[str]
+    sums: bool
+
+    def moved(self, env: Substitution) -> Stored:
+        return replace(self, index=shifted(self.index, env), space=image(self.space, env))
+
+
+@dataclass(frozen=True)
+class Fold:
+    """A reduction of a group: over an axis of a space of loops, with so many lanes. A column's sum has one; `needs`
+    holds what its argument loads, and `nested` whether it reaches another column's sum."""
+
+    over: Axis
+    space: frozenset[Axis]
+    lanes: int
+    needs: frozenset[str] = frozenset()
+    nested: bool = False
+
+    def moved(self, env: Substitution) -> Fold:
+        (over,) = image([self.over], env)
+        return replace(self, over=over, space=image(self.space, env))
+
+
+class Tree:
+    """The pieces of a group with the substitutions that its merges made: a leaf's roots, or two trees."""
+
+    __slots__ = ("first", "roots", "second")
+
+    def __init__(
+        self,
+        roots: tuple[Root, ...] = (),
+        first: tuple[Tree, Substitution] | None = None,
+        second: tuple[Tree, Substitution] | None = None,
+    ) -> None:
+        self.roots, self.first, self.second = roots, first, second
+
+    def flatten(self) -> Iterator[Root]:
+        """The roots in order, in the group's axes."""
+        stack: list[tuple[Tree, Substitution]] = [(self, {})]
+        while stack:
+            tree, env = stack.pop()
+            parts = [part for part in (tree.second, tree.first) if part is not None]
+            stack.extend((part, compose(inner, env)) for part, inner in parts)
+            if tree.roots:
+                yield from rewrite(tree.roots, env) if env else tree.roots
 
 
 @dataclass
 class Group:
-    """Operators that will be one kernel. `inlined` stores are read inside the group and never written; a `chunked`
-    group sums columns of what it also walks row by row."""
+    """Operators that will be one kernel.
+
+    `inlined` names what is stored, read inside and never written; a `chunked` group sums columns of what it also walks
+    row by row. `first` and `last` are its places in the captured graph; `extent` gives the points of a space.
+    `cost` is instructions a point, `instructions` those of a run; `moving` the seconds that its bytes take, -1 where
+    nobody asked.
+    """
 
     id: int
     name: str
-    body: tuple[Root, ...]
     nodes: tuple[str, ...]
     first: int
     last: int
-    inlined: dict[str, Store] = field(default_factory=dict)
+    extent: Callable[[frozenset[Axis]], int]
+    tree: Tree = field(default_factory=Tree)
+    fixed: bool = False
+    inlined: set[str] = field(default_factory=set)
     preds: set[int] = field(default_factory=set)
     succs: set[int] = field(default_factory=set)
     version: int = 0
     chunked: bool = False
-    fixed: bool = False
 
     def __post_init__(self) -> None:
-        self.refresh()
+        self.survey()
 
-    def refresh(self) -> None:
-        """Derive what legality asks for from the body."""
-        self.writes: dict[str, tuple[Index, ...]] = {r.param: r.index for r in self.body if isinstance(r, Store)}
+    # -- what is known of it -----------------------------------------------------------------------
+    def survey(self) -> None:
+        """Find in the body what the rules ask for."""
+        body = tuple(self.tree.flatten())
+        self.stored: dict[str, Stored] = {}
+        self.scattered: frozenset[str] = frozenset(r.param for r in body if isinstance(r, Store) and r.mode)
         self.reads: dict[str, dict[tuple[Index, ...], None]] = {}
-        self.reduced: frozenset[Axis] = frozenset()
-        self.trees: frozenset[tuple[Axis, int]] = frozenset()
+        self.folds: dict[Fold, None] = {}
+        self.ordered: dict[tuple[Axis, int], None] = {}
         self.scanned: frozenset[Axis] = frozenset()
-        self.scattered = frozenset(r.param for r in self.body if isinstance(r, Store) and r.mode)
-        self.spaces: list[frozenset[Axis]] = [r.space for r in self.body]
-        self.folds: list[tuple[frozenset[Axis], int]] = []
-        self.summed: frozenset[str] = frozenset()
-        self.cost = 0.0
-        self.pure = True
-        axes: dict[Axis, None] = {}
-        reductions: list[Reduce] = []
-        self.size = 0
-        for v in topological(v for r in (*self.body, *self.inlined.values()) for v in r.values):
+        self.checks: list[frozenset[Axis]] = [r.space for r in body if isinstance(r, Check)]
+        self.begun: list[frozenset[Axis]] = []
+        self.cost, self.instructions, self.size, self.pure, self.whole = 0.0, 0.0, 0, True, True
+        for v in topological(v for r in body for v in r.values):
             self.size += 1
             if isinstance(v, Load):
                 if v.param not in self.inlined:
                     self.reads.setdefault(v.param, {})[v.index] = None
             elif isinstance(v, Reduce):
-                self.reduced |= {v.over}
-                reductions.append(v)
-                self.trees |= {(v.over, v.lanes)}
-                self.folds.append((v.axes | {v.over}, v.lanes))
-                self.spaces.append(v.axes | {v.over})
-                self.pure = False
+                self.add_fold(v)
             elif isinstance(v, Scan):
                 # Its axis keeps its order, as a reduced one does.
-                self.reduced |= {v.over}
-                self.trees |= {(v.over, v.lanes)}
-                self.scanned |= {v.over}
-                self.pure = False
+                self.order(v.over, v.lanes)
             elif isinstance(v, Op):
                 self.cost += ops.TABLE[v.name].cost
+                self.instructions += ops.TABLE[v.name].cost * self.extent(v.axes)
             elif isinstance(v, Random):
-                self.cost += 40
-        begun = {r.param for r in self.body if isinstance(r, Store) and not r.mode}
-        for r in self.body:
-            if isinstance(r, Store) and r.mode:
+                self.cost += RANDOM_COST
+                self.instructions += RANDOM_COST * self.extent(v.axes)
+        begun = {r.param for r in body if isinstance(r, Store) and not r.mode}
+        columns = any(f.lanes == 1 for f in self.folds)
+        for r in body:
+            if not isinstance(r, Store):
+                continue
+            needs, sums = reach(r.values) if columns or len(body) > 1 else (frozenset(self.reads), False)
+            if r.param in self.stored:  # what a scatter is to find there
+                self.begun.append(self.stored[r.param].space)
+            self.stored[r.param] = Stored(r.index, r.space, needs, sums)
+            if r.mode:
                 self.pure = False
                 if r.param not in begun:
                     self.reads.setdefault(r.param, {})[r.index] = None
                 if r.over is not None:
-                    self.reduced |= {r.over}
-                    self.trees |= {(r.over, 1)}
-                    self.scanned |= {r.over}
-        for space in self.spaces:
-            for a in sorted(space, key=lambda a: (a.name, a.serial)):
-                axes[a] = None
-        self.axes = tuple(axes)
-        self.checks = any(isinstance(r, Check) for r in self.body)
-        columns = [v for v in reductions if v.lanes == 1]
-        if columns:
-            self.summed = self._summed()
-        whole = not self.scanned  # a chunk of a scan does not stand alone
-        self.splits = whole and all(len(v.args) == 1 and not reaches_column(v.args, self.summed) for v in columns)
+                    self.order(r.over, 1)
+        for name in [n for n in self.stored if n in self.inlined]:
+            self.drop(name)
+        self.derive()
 
-    def _summed(self) -> frozenset[str]:
-        """What is stored that needs a column's sum; of stores within the group too."""
-        found: set[str] = set()
-        stores = [r for r in (*self.inlined.values(), *self.body) if isinstance(r, Store)]
-        more = True
+    def add_fold(self, v: Reduce) -> None:
+        space = v.axes | {v.over}
+        needs, nested = reach(v.args) if v.lanes == 1 else (frozenset(), False)
+        self.whole = self.whole and (v.lanes != 1 or len(v.args) == 1)
+        self.folds[Fold(v.over, space, v.lanes, needs, nested)] = None
+        self.instructions += self.extent(space)
+        self.ordered[v.over, v.lanes] = None
+        self.pure = False
+
+    def order(self, axis: Axis, lanes: int) -> None:
+        self.ordered[axis, lanes] = None
+        self.scanned |= {axis}
+        self.pure = False
+
+    def derive(self) -> None:
+        """What follows from stores, reads and reductions together."""
+        self.writes = {n: s.index for n, s in self.stored.items()}
+        self.moving = -1.0
+        self.reduced = frozenset(a for a, _ in self.ordered)
+        roots = [*(s.space for s in self.stored.values()), *self.checks, *self.begun]
+        self.spaces = tuple(dict.fromkeys([*roots, *(f.space for f in self.folds)]))
+        self.axes = tuple(dict.fromkeys(a for s in self.spaces for a in sorted(s, key=lambda a: (a.name, a.serial))))
+        self.summed = self.needing_columns()
+        self.splits = (
+            self.whole
+            and not self.scanned  # a chunk of a scan does not stand alone
+            and not any(f.lanes == 1 and (f.nested or not f.needs.isdisjoint(self.summed)) for f in self.folds)
+        )
+
+    def needing_columns(self) -> frozenset[str]:
+        """What is stored that needs a column's sum."""
+        found = {n for n, s in self.stored.items() if s.sums}
+        more = bool(found)
         while more:
-            new = {s.param for s in stores if s.param not in found and reaches_column([s.value], found)}
+            new = {n for n, s in self.stored.items() if n not in found and not s.needs.isdisjoint(found)}
             found |= new
             more = bool(new)
         return frozenset(found)
@@ -108,9 +188,10 @@ class Group:
     @property
     def mixed(self) -> bool:
         """Whether it sums columns, and does something else than that."""
-        rows = any(lanes > 1 for _, lanes in self.folds)
-        return bool(self.summed) and (
-            rows or any(isinstance(r, Check) or r.param not in self.summed for r in self.body)
+        if not self.summed:
+            return False
+        return (
+            bool(self.checks) or any(f.lanes > 1 for f in self.folds) or any(n not in self.summed for n in self.writes)
         )
 
     @property
@@ -118,32 +199,107 @@ class Group:
         """Buffers that the group reads from memory."""
         return [b for b in self.reads if b not in self.writes]
 
-    def substitute(self, env: Substitution) -> tuple[tuple[Root, ...], dict[str, Store]]:
-        if not env:
-            return self.body, self.inlined
-        names = list(self.inlined)
-        made = rewrite([*self.body, *(self.inlined[n] for n in names)], env)
-        body, rest = made[: len(self.body)], made[len(self.body) :]
-        return body, {n: s for n, s in zip(names, rest, strict=True) if isinstance(s, Store)}
+    # -- merging -------------------------------------------------------------------------------------
+    def join(self, other: Group, how: Unified) -> None:
+        """Take in another group: its tree, and what is known of it, in the axes of both."""
+        self.tree = Tree((), (self.tree, how.first), (other.tree, how.second))
+        if how.first:
+            self.move(how.first)
+        moved = how.second
+        for name, index in other.reads.items():
+            mine = self.reads.setdefault(name, {})
+            mine.update((shifted(i, moved), None) for i in index) if moved else mine.update(index)
+        for n, s in other.stored.items():
+            self.stored[n] = s.moved(moved) if moved else s
+        self.folds.update((f.moved(moved) if moved else f, None) for f in other.folds)
+        self.ordered.update(((axis_of(a, moved), lanes), None) for a, lanes in other.ordered)
+        self.checks = self.checks + [image(s, moved) for s in other.checks]
+        self.begun = self.begun + [image(s, moved) for s in other.begun]
+        self.scanned |= image(other.scanned, moved)
+        self.scattered |= other.scattered
+        self.inlined |= other.inlined
+        self.cost, self.size = self.cost + other.cost, self.size + other.size
+        self.instructions += other.instructions
+        self.pure, self.whole = self.pure and other.pure, self.whole and other.whole
+        self.nodes = self.nodes + other.nodes
+        if other.last > self.last:
+            self.name = other.name
+        self.first, self.last = min(self.first, other.first), max(self.last, other.last)
+
+    def move(self, env: Substitution) -> None:
+        """Rename the axes of what is known."""
+        self.reads = {n: {shifted(i, env): None for i in index} for n, index in self.reads.items()}
+        self.stored = {n: s.moved(env) for n, s in self.stored.items()}
+        self.folds = dict.fromkeys(f.moved(env) for f in self.folds)
+        self.ordered = {(axis_of(a, env), lanes): None for a, lanes in self.ordered}
+        self.checks = [image(s, env) for s in self.checks]
+        self.begun = [image(s, env) for s in self.begun]
+        self.scanned = image(self.scanned, env)
+
+    def drop(self, name: str) -> None:
+        """A store that is read inside alone: its value travels in registers, and what it needs its readers need."""
+        gone = self.stored.pop(name)
+        self.inlined.add(name)
+        self.reads.pop(name, None)
+        for n, s in self.stored.items():
+            if name in s.needs:
+                self.stored[n] = replace(s, needs=s.needs - {name} | gone.needs, sums=s.sums or gone.sums)
+        if any(name in f.needs for f in self.folds):
+            self.folds = dict.fromkeys(
+                replace(f, needs=f.needs - {name} | gone.needs, nested=f.nested or gone.sums) if name in f.needs else f
+                for f in self.folds
+            )
+
+    # -- its body ------------------------------------------------------------------------------------
+    def body(self) -> tuple[tuple[Root, ...], dict[str, Store]]:
+        """Stores and checks, and the stores that are read inside alone."""
+        roots = tuple(self.tree.flatten())
+        inside = {r.param: r for r in roots if isinstance(r, Store) and r.param in self.inlined}
+        return tuple(r for r in roots if not isinstance(r, Store) or r.param not in self.inlined), inside
 
     def replace_loads(self, stores: Mapping[str, Store]) -> None:
         """Compute what is stored in these at each place where the group loads it."""
-        names = list(self.inlined)
 
         def resolve(v: Value) -> Value | None:
             return read_through(v, stores[v.param]) if isinstance(v, Load) and v.param in stores else None
 
-        made = rewrite([*self.body, *(self.inlined[n] for n in names)], None, resolve)
-        self.body = made[: len(self.body)]
-        rest = made[len(self.body) :]
-        self.inlined = {n: s for n, s in zip(names, rest, strict=True) if isinstance(s, Store)}
-        self.refresh()
+        self.tree = Tree(rewrite(tuple(self.tree.flatten()), None, resolve))
+        self.survey()
+
+    def build(self, keep: Callable[[str], bool], buffers: Mapping[str, Buffer], overwritten: Container[str]) -> Launch:
+        """The kernel: loads of its own stores forwarded, stores that nobody needs dropped."""
+        made = forward(*self.body(), overwritten)
+        body = tuple(r for r in made if not isinstance(r, Store) or keep(r.param))
+        axes: dict[Axis, None] = {}
+        params: dict[str, Param] = {}
+        for root in body:
+            for a in sorted(root.space, key=lambda a: (a.name, a.serial)):
+                axes[a] = None
+        for v in topological(v for r in body for v in r.values):
+            if isinstance(v, Load):
+                params.setdefault(v.param, buffers[v.param].as_param())
+            elif isinstance(v, (Reduce, Scan)):
+                axes[v.over] = None
+        for root in body:
+            if isinstance(root, Store):
+                params.setdefault(root.param, buffers[root.param].as_param())
+        kernel = Kernel(tuple(axes), tuple(params.values()), body, self.nodes)
+        return Launch(kernel, tuple(params), None, self.name)
 
 
-def reaches_column(values: Iterable[Value], stored: Container[str]) -> bool:
-    """Whether values are computed from a column's sum, or from a load of what these stores hold."""
+def axis_of(a: Axis, env: Substitution) -> Axis:
+    """What an axis with an order becomes: an axis, as the rules make sure."""
+    if a not in env:
+        return a
+    (found,) = env[a].axes()
+    return found
+
+
+def reach(values: Iterable[Value]) -> tuple[frozenset[str], bool]:
+    """The parameters that values load, and whether they are computed from a column's sum."""
     found = topological(values)
-    return any(v.lanes == 1 if isinstance(v, Reduce) else isinstance(v, Load) and v.param in stored for v in found)
+    needs = frozenset(v.param for v in found if isinstance(v, Load))
+    return needs, any(isinstance(v, Reduce) and v.lanes == 1 for v in found)
 
 
 def grid_axes(spaces: Iterable[frozenset[Axis]], reduced: frozenset[Axis]) -> frozenset[Axis]:
@@ -164,179 +320,3 @@ def innermost(group: Group, buffers: Mapping[str, Buffer]) -> Axis | None:
                 if found is not None:
                     return found
     return None
-
-
-def forward(body: tuple[Root, ...], inlined: Mapping[str, Store], overwritten: Container[str] = ()) -> tuple[Root, ...]:
-    """Replace each load of something that the group computes by the value itself.
-
-    Loads of an `overwritten` input mean what it held before.
-
-    A load at another index than the store's is the store's value at that index (inlining); its
-    loads are then masked as the load was.
-    """
-    apart = {r.param for r in body if isinstance(r, Store) and (r.mode or r.param in overwritten)}
-    stores = {r.param: r for r in body if isinstance(r, Store) and r.param not in apart}
-    stores.update(inlined)
-    done: dict[str, Value] = {}
-
-    def resolve(v: Value) -> Value | None:
-        if not isinstance(v, Load) or v.param not in stores:
-            return None
-        store = stores[v.param]
-        if store.param not in done:
-            done[store.param] = value_of(store)
-        return read_through(v, Store(store.param, store.index, done[store.param]))
-
-    def value_of(store: Store) -> Value:
-        """The store's value with its own loads resolved; producers come first, so depth is bounded by
-        the longest chain of inlined stores that was not resolved yet."""
-        order, seen, stack = [], set(), [store]
-        while stack:
-            s = stack.pop()
-            if s.param in seen or s.param in done:
-                continue
-            seen.add(s.param)
-            order.append(s)
-            stack.extend(
-                stores[v.param]
-                for v in topological([s.value])
-                if isinstance(v, Load) and v.param in stores and v.param != s.param
-            )
-        made: Value = store.value
-        for s in _by_dependency(order, stores):
-            (r,) = rewrite([s], None, resolve)
-            done[s.param] = r.value
-            made = r.value
-        return done.get(store.param, made)
-
-    out: list[Root] = []
-    for root in body:
-        if isinstance(root, Store):
-            if root.param in apart:
-                out.extend(rewrite([root], None, resolve))
-                continue
-            if root.param not in done:
-                done[root.param] = value_of(root)
-            out.append(replace(root, value=done[root.param]))
-        else:
-            (made,) = rewrite([root], None, resolve)
-            out.append(made)
-    return tuple(out)
-
-
-def _by_dependency(some: list[Store], stores: Mapping[str, Store]) -> list[Store]:
-    """Stores of a group ordered so that each comes after those that it reads."""
-    names = {s.param for s in some}
-    needs = {
-        s.param: {
-            v.param for v in topological([s.value]) if isinstance(v, Load) and v.param in names and v.param != s.param
-        }
-        for s in some
-    }
-    out: list[Store] = []
-    placed: set[str] = set()
-    by_name = {s.param: s for s in some}
-    stack = [s.param for s in some]
-    while stack:
-        name = stack[-1]
-        if name in placed:
-            stack.pop()
-            continue
-        waiting = [n for n in needs[name] if n not in placed]
-        if waiting:
-            stack.extend(waiting)
-            continue
-        placed.add(name)
-        out.append(by_name[name])
-        stack.pop()
-    return out
-
-
-def read_through(load: Load, store: Store) -> Value:
-    """What a load of a stored value reads: the value at the load's index."""
-    moved = load.index != store.index
-    value = at_index(store.value, store.index, load.index) if moved else store.value
-    if load.mask is not None and load.other is not None:
-        # at the store's own index every point is in range, and only the choice is left
-        value = Op.of("where", load.mask, masked(value, load.mask) if moved else value, load.other)
-    return value
-
-
-class NotInvertible(Exception):  # noqa: N818 - an answer, not a fault
-    """A stored value cannot be written at the index that is asked for."""
-
-
-def at_index(value: Value, index: tuple[Index, ...], wanted: tuple[Index, ...]) -> Value:
-    """A stored value at another index than the one it was stored at; coordinates may be computed.
-
-    Raises NotInvertible where the store's index is no axis, or where a reduction or a random number would have to be
-    taken at a computed coordinate.
-    """
-    env: Substitution = {}
-    computed: dict[Axis, Value] = {}
-    for i, w in zip(index, wanted, strict=True):
-        axis = i.atom if isinstance(i, Expr) else None
-        if isinstance(axis, Axis) and isinstance(w, Expr):
-            env[axis] = w
-        elif isinstance(axis, Axis) and isinstance(w, Value):
-            computed[axis] = w
-        elif i is not w and not (isinstance(i, Expr) and i.is_const):
-            raise NotInvertible(f"cannot invert the index {i}")
-    out: dict[Value, Value] = {}
-
-    def moved(e: Expr) -> Expr:
-        if not computed.keys().isdisjoint(e.atoms()):
-            raise NotInvertible(f"{e} has a computed coordinate")
-        return e.substitute(env)  # type: ignore[arg-type]
-
-    for v in topological([value]):
-        args = tuple(out[a] for a in v.args)
-        if computed and isinstance(v, Load):
-            rest = iter(args)
-            at = [next(rest) if isinstance(i, Value) else at_values(i, env, computed) for i in v.index]
-            out[v] = Load.of(v.param, at, v.dtype, *rest)
-        elif computed and isinstance(v, IndexOf):
-            made = at_values(v.expr, env, computed)
-            out[v] = IndexOf.of(made, v.dtype) if isinstance(made, Expr) else Cast.of(v.dtype, made)
-        else:
-            out[v] = v.rebuild(args, moved)
-    return out[value]
-
-
-def masked(value: Value, mask: Value) -> Value:
-    """The value with each of its loads done only where the mask holds."""
-    out: dict[Value, Value] = {}
-    for v in topological([value]):
-        new = v.rebuild(tuple(out[a] for a in v.args), lambda e: e)
-        if isinstance(new, Load):
-            if new.mask is None:
-                new = Load.of(new.param, new.index, new.dtype, mask, Const.of(0, new.dtype))
-            elif new.mask is not mask and new.other is not None:
-                both = Op.of("and", new.mask, mask)
-                new = Load.of(new.param, new.index, new.dtype, both, new.other)
-        out[v] = new
-    return out[value]
-
-
-def build(
-    group: Group, keep: Callable[[str], bool], buffers: Mapping[str, Buffer], overwritten: Container[str]
-) -> Launch:
-    """The kernel of a group: loads of its own stores forwarded, stores that nobody needs dropped."""
-    made = forward(group.body, group.inlined, overwritten)
-    body = tuple(r for r in made if not isinstance(r, Store) or keep(r.param))
-    axes: dict[Axis, None] = {}
-    params: dict[str, Param] = {}
-    values = topological(v for r in body for v in r.values)
-    for root in body:
-        for a in sorted(root.space, key=lambda a: (a.name, a.serial)):
-            axes[a] = None
-    for v in values:
-        if isinstance(v, Load):
-            params.setdefault(v.param, buffers[v.param].as_param())
-        elif isinstance(v, (Reduce, Scan)):
-            axes[v.over] = None
-    for root in body:
-        if isinstance(root, Store):
-            params.setdefault(root.param, buffers[root.param].as_param())
-    kernel = Kernel(tuple(axes), tuple(params.values()), body, group.nodes)
-    return Launch(kernel, tuple(params), None, group.name)

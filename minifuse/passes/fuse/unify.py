@@ -12,7 +12,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from minifuse.ir.index import ONE, ZERO, Axis, Expr
+from minifuse.ir.index import ONE, ZERO, Axis, Expr, FloorDiv, Mod
 
 Substitution = dict[Axis, Expr]
 Equation = tuple[Expr, Expr]
@@ -48,12 +48,15 @@ def mixed_radix(images: Sequence[tuple[Axis, Expr]]) -> bool:
     """Whether the images run over the product of their axes' extents exactly once.
 
     The images, linearised by the extents, must be digits of distinct axes: each axis' factor is
-    the product of the extents below it.
+    the product of the extents below it. An axis that is walked backwards counts as one walked forwards.
     """
     total, step = ZERO, ONE
     for axis, image in reversed(images):
         total = total + image * step
         step = step * axis.size
+    backwards = [m[0] for m, coef in total.terms if coef < 0 and len(m) == 1 and isinstance(m[0], Axis)]
+    if backwards:
+        total = total.substitute({a: a.size - 1 - a.expr for a in backwards})
     digits: dict[Expr, Axis] = {}
     for mono, coef in total.terms:
         axes = [a for a in mono if isinstance(a, Axis)]
@@ -91,6 +94,11 @@ def unify(
 
     The two kernels' axes are taken as different variables even where they are one object.
     """
+    hard, soft = list(hard), list(soft)
+    if all(p is c for p, c in hard) and all(p is c for p, c in soft):
+        mine, theirs = set(first), set(second)
+        if mine <= theirs or theirs <= mine:
+            return Unified({}, {})  # one's loops are among the other's
     to_first: Substitution = {}
     to_second: Substitution = {}
     later: list[Equation] = []
@@ -166,6 +174,9 @@ def unify(
 
 def _digit_by_digit(p: Expr, c: Expr, first: Substitution, second: Substitution) -> Substitution | None:
     """Axes of two sums of axes that have the same factors and extents, `128*i + j` twice: equal where each digit is."""
+    one, other = p.atom, c.atom
+    if isinstance(one, (FloorDiv, Mod)) and type(one) is type(other) and one.den is other.den:
+        return _digit_by_digit(one.num, other.num, first, second)  # the same digits of two numbers: the same number
     mine = {p.coefficient(a): a for a in p.axes() if a not in first}
     theirs = {c.coefficient(a): a for a in c.axes() if a not in second}
     if None in mine or mine.keys() != theirs.keys() or len(mine) < len(p.axes()) or len(theirs) < len(c.axes()):

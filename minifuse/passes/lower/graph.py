@@ -379,9 +379,10 @@ class Lowering:
         self.sources()
         given = self.graph.find_nodes(op="placeholder") if self.ctx.stage == "backward" else []
         donated = frozenset(n.name for n in given if not compat.is_primal(n))
+        targets = {n.name: str(n.target) for n in self.graph.nodes if n.name in self.origin}
         return Plan(
             name, tuple(self.inputs), self.buffers, tuple(self.steps), outputs, self.symbols, frozenset(self.mutated),
-            donated, self.origin,
+            donated, self.origin, targets,
         )  # fmt: skip
 
     def call(self, node: fx.Node) -> Any:

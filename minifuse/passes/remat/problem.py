@@ -153,7 +153,7 @@ class Problem:
         data: dict[str, Any] = json.loads(text)
         values = tuple(Value(**{**v, "inputs": tuple(v["inputs"])}) for v in data["values"])
         names = {k: tuple(data[k]) for k in ("forward_outputs", "backward_outputs", "required")}
-        return cls(values, **names, device=DeviceModel(**data["device"]), memory_budget=data["memory_budget"])
+        return cls(values, **names, device=DeviceModel.from_json(data["device"]), memory_budget=data["memory_budget"])
 
     def __str__(self) -> str:
         """A table: the values that the backward could get in more than one way, their costs in microseconds."""

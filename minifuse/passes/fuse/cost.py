@@ -1,0 +1,58 @@
+"""What a kernel takes and what one kernel saves against two, in bytes and in seconds of a device.
+
+The model is the roofline's: a kernel takes its launch, and the longer of moving its bytes and of issuing its
+instructions. A buffer moves at the rate of the level of memory that holds it between two kernels.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from .graph import Graph
+from .group import Group
+
+
+@dataclass(frozen=True)
+class Saving:
+    """What one kernel takes less than two: bytes of traffic, and predicted seconds."""
+
+    nbytes: int
+    seconds: float
+
+
+def moving(graph: Graph, g: Group) -> float:
+    """Seconds to read and write each buffer of a group once."""
+    if g.moving < 0:
+        seconds, writes = graph.seconds, g.writes
+        g.moving = sum([seconds[n] for n in writes]) + sum([seconds[n] for n in g.reads if n not in writes])
+    return g.moving
+
+
+def taken(graph: Graph, memory: float, instructions: float) -> float:
+    """Predicted seconds of a kernel that moves its bytes in `memory` seconds."""
+    return graph.device.launch + max(memory, instructions / graph.device.vector)
+
+
+def saving(graph: Graph, a: Group, b: Group) -> Saving:
+    """What is shared is loaded once, and what only the two use is not stored."""
+    nbytes, memory = 0, 0.0
+    mutated = graph.plan.mutated
+    small, large = (a, b) if len(a.reads) <= len(b.reads) else (b, a)
+    for name in dict.fromkeys((*small.writes, *small.reads)):
+        stored = name in large.writes
+        if not stored and name not in small.writes:
+            times = int(name in large.reads)
+        elif name not in (small.reads if stored else large.reads):
+            continue
+        elif name in mutated:
+            nbytes += 1  # a reader and the writer of an input: worth trying
+            continue
+        else:
+            times = 2 if graph.only_between(name, a, b) else 1
+        nbytes += times * graph.bytes[name]
+        memory += times * graph.seconds[name]
+    if not nbytes:
+        return Saving(0, 0.0)
+    before = moving(graph, a), moving(graph, b)
+    apart = taken(graph, before[0], a.instructions) + taken(graph, before[1], b.instructions)
+    return Saving(nbytes, apart - taken(graph, sum(before) - memory, a.instructions + b.instructions))

@@ -1,0 +1,261 @@
+"""The graph of groups: what depends on what, in an order that merges keep up to date, and who reads which buffer."""
+
+from __future__ import annotations
+
+import heapq
+from math import prod
+
+from minifuse.ir.device import DeviceModel
+from minifuse.ir.index import Axis
+from minifuse.ir.plan import Extern, Free, Launch, Plan, Step, TensorRef
+from minifuse.passes.memory import unknown_at_start
+
+from .group import Group, Tree
+from .unify import Unified
+
+# Groups looked at between two before they count as too far apart to tell.
+LOOKED_AT = 2_000
+
+
+class TooFarError(Exception):
+    """Whether one group depends on another was not found out in `LOOKED_AT` steps."""
+
+
+class Graph:
+    """Groups by the place of their first step in the plan, their edges, and the readers and the writer of each buffer.
+
+    `rank` orders the groups topologically; a merge changes the ranks of what it moves alone (Pearce and Kelly, "A
+    Dynamic Topological Sort Algorithm for Directed Acyclic Graphs", 2006). `place` leads from a step of the plan to
+    the group that holds it. `least_rows` is how many rows a column's sum needs to be split into chunks of them.
+    """
+
+    def __init__(self, plan: Plan, device: DeviceModel, least_rows: int) -> None:
+        self.plan = plan
+        self.device = device
+        self.least_rows = least_rows
+        self.buffers = plan.buffers
+        self.bytes = {name: plan.hint(b.nbytes) for name, b in plan.buffers.items()}
+        self.seconds = {name: device.seconds(n) for name, n in self.bytes.items()}
+        self.extents: dict[frozenset[Axis], int] = {}
+        self.kept = {o.buffer for o in plan.outputs if isinstance(o, TensorRef)} | set(plan.mutated)
+        self.groups: dict[int, Group] = {}
+        self.steps: dict[int, Step] = {}
+        self.writer: dict[str, int] = {}
+        self.readers: dict[str, set[int]] = {}
+        self.place: dict[int, int] = {}
+        for i, step in enumerate(plan.steps):
+            if not isinstance(step, Free):
+                self.add(i, step)
+        self.rank = {i: k for k, i in enumerate(self.groups)}
+        self.link()
+
+    def add(self, i: int, step: Launch | Extern) -> None:
+        if isinstance(step, Launch):
+            group = Group(i, step.name, step.kernel.origins, i, i, self.extent, Tree(step.kernel.body))
+        else:
+            group = Group(i, step.origin, (step.origin,), i, i, self.extent, fixed=True)
+        self.groups[i] = group
+        self.steps[i] = step
+        self.place[i] = i
+        for b in step.reads:
+            self.readers.setdefault(b, set()).add(i)
+
+    # -- edges -----------------------------------------------------------------------------------
+    def link(self) -> None:
+        """Edges: a reader after its writer, a writer of an input after those that read it, effects in order,
+        and what depends on a number after the step that finds it."""
+        effect: int | None = None
+        late = unknown_at_start(self.plan)
+        numbers: dict[str, int] = {}
+        seen: dict[str, list[int]] = {}
+        for i, step in self.steps.items():
+            assert isinstance(step, (Launch, Extern))
+            if isinstance(step, Extern) and step.effect:
+                if effect is not None:
+                    self.edge(effect, i)
+                effect = i
+            for name in self.numbers(step, late):
+                if name in numbers:
+                    self.edge(numbers[name], i)
+            if isinstance(step, Extern):
+                numbers |= dict.fromkeys(step.defines, i)
+            for b in step.reads:
+                if b in self.writer:
+                    self.edge(self.writer[b], i)
+                seen.setdefault(b, []).append(i)
+            for b in [*step.writes, *self.mutates(step)]:
+                for r in [*seen.get(b, []), *([self.writer[b]] if b in self.writer else [])]:
+                    self.edge(r, i)
+                self.writer[b] = i
+
+    def numbers(self, step: Step, late: set[str]) -> set[str]:
+        """The sizes that depend on data and the opaque results that a step mentions."""
+        if isinstance(step, Extern):
+            found = set(step.mentions)
+        elif isinstance(step, Launch) and late:
+            found = {s.name for s in step.kernel.symbols()}
+        else:
+            return set()
+        symbols = self.plan.symbols
+        while more := {n for name in found & late for n in symbols[name].mentions(late)} - found:
+            found |= more
+        return found
+
+    def mutates(self, step: Step) -> list[str]:
+        """Inputs that an extern writes into: everything mutated that it mentions."""
+        if not isinstance(step, Extern) or not step.effect:
+            return []
+        return [b for b in step.reads if b in self.plan.mutated]
+
+    def edge(self, a: int, b: int) -> None:
+        if a != b:
+            self.groups[a].succs.add(b)
+            self.groups[b].preds.add(a)
+
+    # -- order -----------------------------------------------------------------------------------
+    def reach(self, start: Group, goal: Group, forward: bool) -> set[int] | None:
+        """The groups after `start` that lie before `goal` in the order (before and after, where not `forward`), or None
+        where one of them leads to the goal. What is nearest to the goal is looked at first, so that a path is found
+        soon where there is one.
+
+        Raises TooFarError.
+        """
+        rank, groups, sign = self.rank, self.groups, 1 if forward else -1
+        end = sign * rank[goal.id]
+        first = start.succs if forward else start.preds
+        heap = [(-sign * rank[s], s) for s in first if s != goal.id and sign * rank[s] < end]
+        seen = {s for _, s in heap}
+        heapq.heapify(heap)
+        while heap:
+            g = groups[heapq.heappop(heap)[1]]
+            further = g.succs if forward else g.preds
+            if goal.id in further:
+                return None
+            if len(seen) > LOOKED_AT:
+                raise TooFarError
+            for s in further:
+                if s not in seen and sign * rank[s] < end:
+                    seen.add(s)
+                    heapq.heappush(heap, (-sign * rank[s], s))
+        return seen
+
+    def in_order(self, a: Group, b: Group) -> tuple[Group, Group]:
+        return (a, b) if self.rank[a.id] < self.rank[b.id] else (b, a)
+
+    def cyclic(self, a: Group, b: Group) -> bool:
+        """Whether one of two groups depends on the other through a third: merging them would make a cycle.
+
+        Raises TooFarError.
+        """
+        first, last = self.in_order(a, b)
+        if len(first.succs) <= len(last.preds):
+            return self.reach(first, last, True) is None
+        return self.reach(last, first, False) is None
+
+    def reorder(self, a: Group, b: Group) -> None:
+        """Keep `rank` an order when b joins a: between the two, what leads to the later one goes before the merged
+        group, what depends on the earlier one behind it."""
+        first, last = self.in_order(a, b)
+        before = self.reach(last, first, False)
+        after = self.reach(first, last, True) if before else None
+        if not before or not after:
+            self.rank[a.id] = self.rank[last.id if before else first.id]
+            return
+        moved = [*sorted(before, key=self.rank.__getitem__), a.id, *sorted(after, key=self.rank.__getitem__)]
+        slots = sorted(self.rank[i] for i in {*before, *after, first.id, last.id})
+        for i, k in zip(moved, slots, strict=False):
+            self.rank[i] = k
+
+    # -- merging ---------------------------------------------------------------------------------
+    def at(self, step: int) -> int:
+        """The group that a step of the plan is in now; -1 where it is in none any more."""
+        path = []
+        while step >= 0 and self.place[step] != step:
+            path.append(step)
+            step = self.place[step]
+        for p in path:
+            self.place[p] = step
+        return step
+
+    def merge(self, a: Group, b: Group, how: Unified) -> None:
+        """b joins a; what they alone read is not stored any more."""
+        self.reorder(a, b)
+        mixed = how.chunked
+        a.join(b, how)
+        self.absorb(a, b)
+        for name in [n for n in a.stored if n not in self.kept and self.readers.get(n, set()) <= {a.id}]:
+            if name not in self.plan.mutated and name not in a.scattered:
+                a.drop(name)
+                del self.writer[name]
+                self.readers.pop(name, None)
+        a.derive()
+        a.chunked = a.chunked or b.chunked or mixed and a.mixed
+        a.version += 1
+
+    def absorb(self, a: Group, b: Group) -> None:
+        """a takes b's edges, reads and writes."""
+        self.rank.pop(b.id)
+        self.place[b.id] = a.id
+        for n in b.writes:
+            self.writer[n] = a.id
+        for n in b.reads:
+            self.readers[n].discard(b.id)
+            self.readers[n].add(a.id)
+        for s in b.succs:
+            self.groups[s].preds.discard(b.id)
+            if s != a.id:
+                self.edge(a.id, s)
+        for p in b.preds:
+            self.groups[p].succs.discard(b.id)
+            if p != a.id:
+                self.edge(p, a.id)
+        a.succs.discard(b.id)
+        a.preds.discard(b.id)
+        del self.groups[b.id]
+
+    def bury(self, a: Group) -> None:
+        """Drop a kernel that nobody reads any more."""
+        if any(n in self.kept or self.readers.get(n, set()) - {a.id} for n in a.writes) or a.checks:
+            return
+        for n in a.reads:
+            self.readers[n].discard(a.id)
+        for n in a.writes:
+            self.writer.pop(n, None)
+            self.readers.pop(n, None)
+        for s in a.succs:
+            self.groups[s].preds.discard(a.id)
+        for p in a.preds:
+            self.groups[p].succs.discard(a.id)
+        self.rank.pop(a.id)
+        self.place[a.id] = -1
+        del self.groups[a.id]
+
+    def extent(self, axes: frozenset[Axis]) -> int:
+        """Points of a space of loops, dynamic sizes at their hints."""
+        found = self.extents.get(axes)
+        if found is None:
+            found = self.extents[axes] = prod(self.plan.hint(x.size) for x in axes)
+        return found
+
+    # -- questions -------------------------------------------------------------------------------
+    def only_between(self, name: str, a: Group, b: Group) -> bool:
+        """Whether a buffer is read by these two alone, and by no caller."""
+        return name not in self.kept and self.readers.get(name, set()) <= {a.id, b.id}
+
+    def dies(self, a: Group, b: Group) -> bool:
+        """Whether nothing outside b reads what a stores."""
+        return not a.checks and all(self.only_between(n, a, b) for n in a.writes)
+
+    def overwritten(self, a: Group) -> bool:
+        """Whether a group reads an input that some step writes: its reader may run after the write."""
+        return not self.plan.mutated.isdisjoint(a.reads)
+
+    def mortal(self, name: str) -> bool:
+        """Whether a buffer's memory is free once its last reader has run."""
+        storage = self.buffers[name].storage
+        given = storage == "constant" or storage == "input" and name not in self.plan.donated
+        return not given and name not in self.kept
+
+    def needed(self, name: str, me: int) -> bool:
+        """Whether something besides a group reads a buffer."""
+        return name in self.kept or bool(self.readers.get(name, set()) - {me})

@@ -1,0 +1,157 @@
+"""Computing a value where it is read, at whatever index: cheap producers duplicated into their readers."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from minifuse.ir.index import Axis, Expr
+from minifuse.ir.kernel import Store
+
+from .body import NotInvertible, forward
+from .group import Group
+from .rules import CHEAP, MAX_VALUES
+from .unify import Refusal
+
+if TYPE_CHECKING:
+    from .search import Search
+
+MAX_USES = 8
+# Values of a producer that a kernel with reductions takes in: it runs once a pass over the row.
+MAX_IN_REDUCTION = 60
+
+
+def constants(search: Search) -> None:
+    """Kernels that read nothing are computed where they are used."""
+    graph = search.graph
+    for g in list(graph.groups.values()):
+        if g.fixed or g.reads or g.checks or not g.pure or g.cost > CHEAP:
+            continue
+        readers = {r: None for name in g.writes for r in sorted(graph.readers.get(name, ()))}
+        for reader in [graph.groups[r] for r in readers]:
+            if search.empty:
+                return
+            if refusal(search, g, reader) is None:
+                into(search, g, reader, "it reads nothing: computed where it is read")
+        graph.bury(g)
+
+
+def picks(reader: Group, name: str) -> bool:
+    """Whether a group reads a buffer at a computed index."""
+    return any(not isinstance(i, Expr) for at in reader.reads.get(name, ()) for i in at)
+
+
+def gathered(search: Search) -> None:
+    """What a kernel picks elements of by a computed index is computed at those elements alone."""
+    graph = search.graph
+    for reader in list(graph.groups.values()):
+        again = not reader.fixed
+        while again:
+            again = False
+            for name, places in list(reader.reads.items()):
+                maker = graph.groups.get(graph.writer.get(name, -1))
+                if maker is None or maker.fixed or not maker.pure or maker.checks or name in search.plan.mutated:
+                    continue
+                if graph.overwritten(maker) or not picks(reader, name):
+                    continue
+                axes = [
+                    frozenset(a for i in at for a in (i.axes() if isinstance(i, Expr) else i.axes)) for at in places
+                ]
+                picked = sum(map(graph.extent, axes))
+                small = picked * max(len(maker.reads), 1) * 4 < graph.bytes[name]
+                if small and reader.size + maker.size <= MAX_VALUES and not search.empty:
+                    again = gather(search, maker, reader) or again
+
+
+def gather(search: Search, maker: Group, reader: Group) -> bool:
+    if search.forbids(maker, reader) is not None:
+        return False
+    try:
+        into(search, maker, reader, "computed at the elements that are picked, not stored")
+    except NotInvertible:
+        return False
+    search.graph.bury(maker)
+    return True
+
+
+def refusal(search: Search, a: Group, reader: Group) -> Refusal | None:
+    """Why a's values cannot be computed at the places where a group reads them; None where they can."""
+    graph = search.graph
+    if (forbidden := search.forbids(a, reader)) is not None:
+        return forbidden
+    names = [n for n in a.writes if n in reader.reads]
+    if not names or a.fixed or reader.fixed:
+        return Refusal("inline", "{name} reads nothing that {maker} stores", {"name": reader.name, "maker": a.name})
+    if not a.pure or a.checks or graph.overwritten(a) or not graph.plan.mutated.isdisjoint(a.writes):
+        return Refusal("inline", "{maker} reduces, checks, or touches what is overwritten", {"maker": a.name})
+    if any(picks(reader, n) for n in names):
+        return Refusal("gathered", "{buffer} is read at an index that is computed", {"buffer": names[0]})
+    if any(isinstance(i, Expr) and not isinstance(i.atom, Axis) and not i.is_const for n in names for i in a.writes[n]):
+        return Refusal("inline", "{maker} stores at places that are no plain axes", {"maker": a.name})
+    return None
+
+
+def obey(search: Search, a: Group, reader: Group) -> None:
+    """What a log says: a's values are computed where the reader loads them."""
+    refused = refusal(search, a, reader)
+    if refused is not None and refused.rule != "gathered":
+        search.ctx.decisions.append(search.decision(refused.rule, a, reader, False, refused.reason, **refused.facts))
+        return
+    try:
+        into(search, a, reader, "computed where it is read, as the log says")
+    except NotInvertible as why:
+        search.ctx.decisions.append(search.decision("inline", a, reader, False, "{why}", why=str(why)))
+        return
+    search.graph.bury(a)
+
+
+def duplicate(search: Search, a: Group, b: Group) -> bool:
+    """Compute a's values where b loads them, at whatever index; a stays for its other readers.
+
+    Pays when all of a's readers are kernels, a is cheap, and what they would read moves fewer bytes than storing a's
+    result and reading it back.
+    """
+    graph = search.graph
+    if not a.pure or len(a.writes) != 1:
+        return False
+    (name,) = a.writes
+    if name in graph.kept or name not in b.reads or len(graph.readers[name]) > MAX_USES:
+        return False
+    readers = [graph.groups[r] for r in sorted(graph.readers[name] - {a.id})]
+    uses = sum(len(r.reads.get(name, ())) for r in readers)
+    if a.cost * uses > CHEAP and uses > 1 or uses > MAX_USES:
+        return False
+    if any(r.size + a.size > MAX_VALUES or r.reduced and a.size > MAX_IN_REDUCTION for r in readers):
+        return False
+    before = graph.bytes[name] * (1 + len(readers)) + sum(graph.bytes[n] for n in a.reads)
+    after = sum(graph.bytes[n] for r in readers for n in a.reads if n not in r.reads)
+    if after >= before or any(refusal(search, a, r) is not None for r in readers):
+        return False
+    for reader in readers:
+        if search.empty:
+            break
+        into(search, a, reader, "computed where it is read, saves {saved_bytes} over all readers", before - after)
+        search.rewritten(reader)
+    graph.bury(a)
+    return True
+
+
+def into(search: Search, a: Group, reader: Group, reason: str, saved: int | None = None) -> None:
+    """Replace a reader's loads of what a stores by its values.
+
+    Raises NotInvertible, with nothing changed.
+    """
+    graph = search.graph
+    stores = {r.param: r for r in forward(*a.body()) if isinstance(r, Store) and r.param in reader.reads}
+    reader.replace_loads(stores)
+    facts = {} if saved is None else {"saved_bytes": saved}
+    search.ctx.decisions.append(search.decision("inline", a, reader, True, reason, **facts))
+    search.spend()
+    for name in stores:
+        graph.readers[name].discard(reader.id)
+    for n in a.reads:
+        if n not in a.writes:
+            graph.readers[n].add(reader.id)
+            if n in graph.writer:
+                graph.edge(graph.writer[n], reader.id)
+    reader.nodes = (*a.nodes, *(n for n in reader.nodes if n not in a.nodes))
+    reader.version += 1
