@@ -45,7 +45,8 @@ class Options:
     None: `$MINIFUSE_DEBUG`, else nothing is written."""
 
     fusion_fuel: int | None = None
-    """Stop after this many fusions of a graph (0 or more), to bisect a wrong one. None: no limit."""
+    """Stop after this many fusions of a graph (0 or more), to bisect a wrong one; beyond as many as the graph has
+    operators it counts launches that batches save. None: no limit."""
 
     verify: bool = False
     """Check the IR between passes; an error then names the pass. Unset: on when `$MINIFUSE_VERIFY` is 1."""
