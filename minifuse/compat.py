@@ -368,17 +368,21 @@ def gpu_target(backend: str, arch: int | str, warp_size: int) -> Any:
 
 
 def triton_compile(
-    function: Any, signature: Mapping[str, str], divisible: Sequence[int], warps: int, target: Any = None
-) -> Any:
-    """A compiled kernel; arguments at `divisible` are multiples of 16. Without fused multiply-adds. 3.6-3.9.
+    function: Any, signature: Mapping[str, str], divisible: Sequence[int], warps: int, target: Any = None,
+    constants: Mapping[str, int] | None = None,
+) -> Any:  # fmt: skip
+    """A compiled kernel; arguments at `divisible` are multiples of 16, those that the signature has as "constexpr" are
+    given by `constants`. Without fused multiply-adds. 3.6-3.9.
 
-    `compiled[(x, y, z)]` is a function of the arguments and `stream=`.
+    `compiled[(x, y, z)]` is a function of all arguments and `stream=`.
     """
     import triton
     from triton.compiler import ASTSource
 
     target = target or triton.runtime.driver.active.get_current_target()
-    source = ASTSource(function, dict(signature), {}, {(k,): [["tt.divisibility", 16]] for k in divisible})
+    source = ASTSource(
+        function, dict(signature), dict(constants or {}), {(k,): [["tt.divisibility", 16]] for k in divisible}
+    )
     warps = max(warps * 32 // target.warp_size, 1)
     return triton.compile(source, target=target, options={"num_warps": warps, "enable_fp_fusion": False})
 

@@ -1,7 +1,7 @@
 """The debug dump: a folder a graph, with every stage, the sources, the decisions and a script for each kernel.
 
 captured.fx.py joint.fx.py forward.fx.py backward.fx.py inference.fx.py     the graph, as FX prints it
-plan_lower.txt plan_fuse.txt plan_schedule.txt plan_memory.txt              the plan after each pass
+plan_lower.txt plan_fuse.txt plan_schedule.txt plan_batch.txt plan_memory.txt     the plan after each pass
 kernels.c program.py                                                        the code that runs
 decisions.json decisions.txt report.txt report.json report.html             what was chosen and why
 kernel_NAME.py                                                              runs, checks and times one kernel

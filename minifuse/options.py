@@ -45,7 +45,8 @@ class Options:
     None: `$MINIFUSE_DEBUG`, else nothing is written."""
 
     fusion_fuel: int | None = None
-    """Stop after this many fusions of a graph (0 or more), to bisect a wrong one. None: no limit."""
+    """Stop after this many fusions of a graph (0 or more), to bisect a wrong one; beyond as many as the graph has
+    operators it counts launches that batches save. None: no limit."""
 
     fusion_rules: Any = ()
     """Rules of your own: a list of `Rule`, `forbid(...)` and `force(...)` of `minifuse.passes.fuse`, asked before the

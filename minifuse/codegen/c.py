@@ -145,7 +145,7 @@ class CDialect:
     def ragged(self, p: Printer) -> bool:
         """Whether the last vector of a row may be partial."""
         assert p.lane is not None
-        return not (p.lane.size.is_const and p.lane.size.value % LANES == 0)
+        return (p.lane.size % LANES) is not ZERO
 
     def n(self, p: Printer) -> str:
         return "n" if self.ragged(p) else str(LANES)

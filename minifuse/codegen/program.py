@@ -146,7 +146,7 @@ class _Writer:
             exprs += [*b.shape, *b.stride]
         for step in self.plan.steps:
             if isinstance(step, Launch):
-                exprs += [s.expr for s in step.kernel.symbols()]
+                exprs += [s.expr for s in step.symbols]
             elif isinstance(step, Extern):
                 exprs += list(_exprs((step.args, tuple(v for _, v in step.kwargs))))
         exprs += list(_exprs(self.plan.outputs))
@@ -184,12 +184,7 @@ class _Writer:
                     made.add(name)
             run = self.run_of.get(i)
             if run is None:
-                at = ", ".join(self.whole(b) for b in step.binding)
-                sizes = ", ".join(
-                    f"{s.name!r}: sym_{s.name}" for s in sorted(step.kernel.symbols(), key=lambda s: s.name)
-                )
-                kernel = self.constant(step.kernel)
-                out.append(f"interpret({kernel}, [{at}], {{{sizes}}})  # {step.name}")
+                self.interpret(step)
                 continue
             if run in done_runs:
                 continue
@@ -211,6 +206,15 @@ class _Writer:
                     out.append(f"frame.sizes[{k}] = sym_{symbol}")
             out.append(f"error = run{run}(P, frame.sizes, threads())  # {launches}")
             out.append(f"if error: fail({run}, error)")
+
+    def interpret(self, step: Launch) -> None:
+        """A line for each run of a kernel that there is no code for."""
+        kernel, symbols = self.constant(step.kernel), sorted(step.kernel.symbols(), key=lambda s: s.name)
+        for run in step.members:
+            refs = (TensorRef(run.buffers[p.name], *run.layout(p), _zero()) for p in step.kernel.params)
+            sizes = (f"{s.name!r}: {self.size(run.sizes.get(s, s.expr))}" for s in symbols)
+            at = ", ".join(map(self.ref, refs))
+            self.lines.append(f"interpret({kernel}, [{at}], {{{', '.join(sizes)}}})  # {step.name}")
 
     def members(self, run: int) -> list[tuple[int, Any]]:
         return [(j, self.plan.steps[j]) for j, r in self.run_of.items() if r == run]

@@ -16,7 +16,7 @@ import torch
 
 from minifuse.ir import dtypes, ops
 from minifuse.ir.index import ONE, ZERO, Axis, Expr
-from minifuse.ir.kernel import Check, Kernel, Param, Schedule, Store
+from minifuse.ir.kernel import Check, Param, Store
 from minifuse.ir.plan import Launch
 from minifuse.ir.shape import cdiv
 from minifuse.ir.text import kernel_hash
@@ -41,6 +41,7 @@ class TritonKernel:
 
     `symbols` are its size arguments after the parameters, `grid` the number of programs; `extents` (elements)
     and `counts` bound every offset: one over 2**31 asks for 64-bit sizes. `messages` are its checks' by code.
+    A batch has its parameters in a table, and its `own` sizes in another.
     """
 
     name: str
@@ -50,12 +51,18 @@ class TritonKernel:
     warps: int
     extents: tuple[Expr, ...]
     messages: tuple[str, ...]
+    batched: bool = False
+    own: tuple[str, ...] = ()
 
 
 class TritonDialect:
     """Text of one kernel in Triton."""
 
-    def __init__(self, kernel: Kernel, schedule: Schedule) -> None:
+    def __init__(self, launch: Launch) -> None:
+        kernel, schedule = launch.kernel, launch.schedule
+        assert schedule is not None
+        self.batched = launch.batched
+        self.own = sorted(s.name for s in launch.own)
         self.blocks = blocks(schedule)
         self.dims = list(self.blocks)
         self.messages: list[str] = []
@@ -108,12 +115,29 @@ class TritonDialect:
     # -- loops -----------------------------------------------------------------------------------
     def begin(self, p: Printer) -> None:
         grid = [loop for loop in p.loops if loop.kind == "grid"]
+        if self.batched:
+            self.look_up(p)
         if grid:
-            p.line(f"pid = tl.program_id(0){self.width}")
+            at = "tl.load(blocks + 2 * tl.program_id(0) + 1)" if self.batched else "tl.program_id(0)"
+            p.line(f"pid = {at}{self.width}")
         tiled = {loop.axis for loop in p.loops}
         for axis in self.dims:
             if axis not in tiled:
                 p.scopes[0].lines += self.lane(axis)
+
+    def look_up(self, p: Printer) -> None:
+        """The lines that find the tensor of a program: its own sizes, and its addresses, multiples of `align`."""
+        p.line("tensor = tl.load(blocks + 2 * tl.program_id(0))")
+
+        def row(width: int, k: int) -> str:
+            return ("tensor" if width == 1 else f"{width} * tensor") + (f" + {k}" if k else "")
+
+        for k, name in enumerate(self.own):
+            p.line(f"{name} = tl.load(lengths + {row(len(self.own), k)})")
+        for k, param in enumerate(p.kernel.params):
+            pointer = f"tl.pointer_type({dtypes.row(param.dtype).triton})"
+            address = f"tl.load(table + {row(len(p.kernel.params), k)}).to({pointer})"
+            p.line(f"{param.name} = tl.multiple_of({address}, align)")
 
     def open_loop(self, p: Printer, k: int) -> None:
         """The lines of a loop are placed where it is closed."""
@@ -382,7 +406,16 @@ class TritonDialect:
 
     # -- the function ----------------------------------------------------------------------------
     def finish(self, p: Printer, name: str) -> str:
-        args = [param.name for param in p.kernel.params] + [s.name for s in p.symbols]
+        if self.batched:
+            args = [
+                "align: tl.constexpr",
+                "table",
+                "lengths",
+                "blocks",
+                *(s.name for s in p.symbols if s.name not in self.own),
+            ]
+        else:
+            args = [param.name for param in p.kernel.params] + [s.name for s in p.symbols]
         if self.messages:
             args.append("err")
         body = inline(p.scopes[0].lines)
@@ -395,7 +428,7 @@ def write_kernel(launch: Launch) -> TritonKernel:
     """The Triton of one launch's kernel. Raises CodegenError where Triton cannot express it."""
     kernel, schedule = launch.kernel, launch.schedule
     assert schedule is not None
-    dialect = TritonDialect(kernel, schedule)
+    dialect = TritonDialect(launch)
     if why := problem(kernel, schedule):
         raise CodegenError(why)
     loops = replace(schedule, loops=tuple(loop for loop in schedule.loops if loop.kind != "lane"), held=())
@@ -403,9 +436,10 @@ def write_kernel(launch: Launch) -> TritonKernel:
         tree = build(kernel, loops)
     except ValueError as why:
         raise CodegenError(str(why)) from None
-    name = "k_" + kernel_hash(kernel, schedule)
+    name = "k_" + kernel_hash(kernel, schedule) + ("_batch" if launch.batched else "")
     text = Printer(kernel, loops, dialect, tree).write(name)
-    symbols = tuple(sorted(s.name for s in kernel.symbols()))
+    symbols = tuple(sorted(s.name for s in kernel.symbols() - launch.own))
     count = warps(elements(kernel, dialect.blocks))
     messages = tuple(dialect.messages)
-    return TritonKernel(name, text, symbols, grid_size(schedule), count, dialect.extents, messages)
+    return TritonKernel(name, text, symbols, grid_size(schedule), count, dialect.extents, messages, launch.batched,
+                        tuple(dialect.own))  # fmt: skip

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import textwrap
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
-from minifuse.ir.index import Expr
-from minifuse.ir.plan import Launch
+from minifuse.ir.index import Axis, Expr, Sym
+from minifuse.ir.plan import Binding, Launch
 from minifuse.ir.shape import cdiv, product
 from minifuse.ir.text import kernel_hash
 
@@ -35,6 +36,36 @@ static void mf_launch(mf_kernel run, int64_t count, int64_t most, int64_t thread
   if (threads > most) threads = most;
   if (threads > 1) mf_parallel(mf_worker, &task, (unsigned)threads);
   else if (count > 0) run(0, count, P, S, err);
+}
+"""
+BATCH = """
+static int64_t mf_points(int64_t work, int64_t count, int64_t size) {
+  return work <= 0 ? 0 : work >= size ? count : (work * count + size - 1) / size;
+}
+/* A batch: the points of all tensors, N of each, shared out by the elements that they are, W. */
+typedef struct {
+  mf_kernel run; int64_t tensors, params, sizes, work; const int64_t *N, *W;
+  void* const* P; const int64_t* S; int64_t* err;
+} mf_batch;
+static void mf_share(const mf_batch* t, int64_t lo, int64_t hi) {
+  for (int64_t k = 0, at = 0; k < t->tensors && at < hi; at += t->W[k++]) {
+    const int64_t first = mf_points(lo - at, t->N[k], t->W[k]), last = mf_points(hi - at, t->N[k], t->W[k]);
+    if (first < last) t->run(first, last, t->P + k * t->params, t->S + k * t->sizes, t->err);
+  }
+}
+static void mf_batch_worker(void* data) {
+  const mf_batch* t = (const mf_batch*)data;
+  const int64_t id = mf_thread(), threads = mf_threads(), each = t->work / threads, more = t->work % threads;
+  const int64_t lo = id * each + (id < more ? id : more);
+  mf_share(t, lo, lo + each + (id < more));
+}
+static void mf_launch_batch(mf_batch t, int64_t most, int64_t threads) {
+  int64_t count = 0;
+  for (int64_t k = 0; k < t.tensors; ++k) count += t.N[k], t.work += t.W[k];
+  if (threads > count) threads = count;
+  if (threads > most) threads = most;
+  if (threads > 1) mf_parallel(mf_batch_worker, &t, (unsigned)threads);
+  else mf_share(&t, 0, t.work);
 }
 """
 WITH_OPENMP = """extern void GOMP_parallel(void (*)(void*), void*, unsigned, unsigned);
@@ -87,7 +118,7 @@ def write_unit(
     bytes_of: Callable[[Launch], int],
 ) -> Unit:
     """The unit of a program. Kernels with one content appear once."""
-    symbols = tuple(sorted({s.name for run in runs for launch, _ in run for s in launch.kernel.symbols()}))
+    symbols = tuple(sorted({s.name for run in runs for launch, _ in run for s in launch.symbols}))
     at = {name: k for k, name in enumerate(symbols)}
     kernels: dict[str, str] = {}
     functions: list[str] = []
@@ -101,16 +132,14 @@ def write_unit(
         for launch, kernel in run:
             kernels.setdefault(kernel.name, kernel.text)
             slots = [binding.setdefault(b, len(binding)) for b in launch.binding]
-            sizes = [f"Z[{at[s.name]}]" for s in sorted(launch.kernel.symbols(), key=lambda s: s.name)]
-            pointers = ", ".join(f"B[{k}]" for k in slots)
-            count = grid_count(launch)
-            text = count.render(lambda a: f"Z[{at[a.name]}]", *divisions(count))
             hint = max(bytes_of(launch), 1)
-            most = max(hint // GRAIN_BYTES, 1)
-            lines.append(f"  {{ // {launch.name}")
-            lines.append(f"    void* const P[] = {{{pointers}}};")
-            lines.append(f"    const int64_t S[] = {{{', '.join(sizes) or '0'}}};")
-            lines.append(f"    mf_launch({kernel.name}, {text}, {most}, threads, P, S, err);")
+            side_by_side = launch.batched and slots == list(range(slots[0], slots[0] + len(slots)))
+            pointers = array("void* const P", [f"B[{k}]" for k in slots])
+            lines += [
+                f"  {{ // {launch.name}",
+                f"    {f'void* const* P = B + {slots[0]};' if side_by_side else pointers}",
+            ]
+            lines += call(launch, kernel, max(hint // GRAIN_BYTES, 1), lambda a: f"Z[{at[a.name]}]")
             if kernel.messages:
                 lines.append(f"    if (err[0]) return err[0] + {len(said)};")
                 said += kernel.messages
@@ -122,11 +151,35 @@ def write_unit(
         messages.append(tuple(said))
     body = "\n\n".join([*kernels.values(), *bodies])
     driver = DRIVER % {"openmp": WITH_OPENMP if openmp else WITHOUT_OPENMP}
-    source = prelude(body, maths) + driver + "\n" + body + "\n"
+    batches = BATCH if any(launch.batched for run in runs for launch, _ in run) else ""
+    source = prelude(body, maths) + driver + batches + "\n" + body + "\n"
     return Unit(source, tuple(functions), tuple(bindings), symbols, tuple(messages))
 
 
-def grid_count(launch: Launch) -> Expr:
-    """Points of a launch's grid."""
+def call(launch: Launch, kernel: KernelText, most: int, size: Callable[[Sym | Axis], str]) -> list[str]:
+    """The lines that run one launch on at most as many threads, its sizes written by `size`."""
     assert launch.schedule is not None
-    return product(cdiv(loop.axis.size, loop.step) for loop in launch.schedule.grid)
+    grid = launch.schedule.grid
+    points = product(cdiv(loop.axis.size, loop.step) for loop in grid)
+    work = product(loop.axis.size for loop in grid)
+
+    def text(e: Expr, run: Binding) -> str:
+        e = e.substitute(run.sizes)
+        return e.render(size, *divisions(e))
+
+    symbols = sorted(launch.kernel.symbols(), key=lambda s: s.name)
+    lines = [f"    {array('const int64_t S', [text(s.expr, m) for m in launch.members for s in symbols] or ['0'])}"]
+    if not launch.batched:
+        return [*lines, f"    mf_launch({kernel.name}, {text(points, launch.members[0])}, {most}, threads, P, S, err);"]
+    lines += [f"    {array(f'const int64_t {name}', [text(e, m) for m in launch.members])}"
+              for name, e in (("N", points), ("W", work))]  # fmt: skip
+    shape = f"{len(launch.members)}, {len(launch.kernel.params)}, {len(symbols)}"
+    batch = f"(mf_batch){{{kernel.name}, {shape}, 0, N, W, P, S, err}}"
+    return [*lines, f"    mf_launch_batch({batch}, {most}, threads);"]
+
+
+def array(name: str, items: Sequence[str]) -> str:
+    """A C array in lines that can be read."""
+    kind = "static " if len(items) > 1 and all(text.isdigit() for text in items) else ""
+    whole = f"{kind}{name}[] = {{{', '.join(items)}}};"
+    return "\n      ".join(textwrap.wrap(whole, 110, break_long_words=False, break_on_hyphens=False))

@@ -19,7 +19,7 @@ from minifuse.ir.index import Expr, as_expr
 from minifuse.ir.interpret import run_kernel
 from minifuse.ir.kernel import Kernel, Param
 from minifuse.ir.plan import Buffer, Launch, Plan, Symbol, TensorRef, launch_traffic
-from minifuse.ir.text import parse, print_kernel
+from minifuse.ir.text import parse, print_launch
 from minifuse.ir.value import Load, Value, topological
 from minifuse.options import Options
 from minifuse.passes.context import CompileContext
@@ -66,24 +66,28 @@ def replay(text: str, sizes: Mapping[str, int], device: str = "cpu", options: Se
     parsed = parse(text)
     if parsed.schedule is None:
         raise ValueError(f"the kernel {parsed.name} has no schedule line")
-    launch = Launch(parsed.kernel, tuple(p.name for p in parsed.kernel.params), parsed.schedule, parsed.name)
+    names = parsed.binding or tuple(p.name for p in parsed.kernel.params)
+    launch = Launch(parsed.kernel, names, parsed.schedule, parsed.name, parsed.sizes)
     ctx = CompileContext(parsed.name, "inference", Options.parse(options))
     plan = place(plan_of(launch, sizes, torch.device(device)), ctx)
     program = build(plan, ctx)
     torch.manual_seed(0)
     limit = index_limit(parsed.kernel, sizes)
-    given = {p.name: random_input(p, sizes, device, limit) for p in parsed.kernel.params if p.name in plan.inputs}
+    buffers = [b.as_param() for b in plan.buffers.values()]
+    given = {p.name: random_input(p, sizes, device, limit) for p in buffers if p.name in plan.inputs}
     expected = {name: clone(x) for name, x in given.items()}
-    for p in parsed.kernel.params:
+    for p in buffers:
         if p.name not in expected:
             expected[p.name] = empty(p, sizes, device)
-    run_kernel(parsed.kernel, expected, sizes)
+    for run in launch.members:
+        lengths = {s.name: e.evaluate(sizes) for s, e in run.sizes.items()}
+        run_kernel(parsed.kernel, {p: expected[b] for p, b in run.buffers.items()}, {**sizes, **lengths})
 
     def call(tensors: Mapping[str, torch.Tensor]) -> list[torch.Tensor]:
         return list(program([*sizes.values(), *(tensors[n] for n in plan.inputs if n in tensors)]))
 
     own = {name: clone(x) for name, x in given.items()}
-    found = dict(zip(parsed.kernel.writes, call(own), strict=True))
+    found = dict(zip(launch.writes, call(own), strict=True))
     errors = {name: difference(found[name], expected[name]) for name in found}
     right = all(error <= TOLERANCE.get(found[name].dtype, FLIPS) for name, error in errors.items())
     unit = ctx.stages["unit"]
@@ -93,20 +97,20 @@ def replay(text: str, sizes: Mapping[str, int], device: str = "cpu", options: Se
 
 def plan_of(launch: Launch, sizes: Mapping[str, int], device: torch.device) -> Plan:
     """A plan of this launch alone: what it loads are inputs, what it stores are outputs, sizes come first."""
-    kernel = launch.kernel
-    loaded = set(kernel.reads)
+    loaded = dict.fromkeys(launch.reads)
     buffers = {
-        p.name: Buffer(p.name, p.dtype, p.shape, p.stride, device, "input" if p.name in loaded else "pooled")
-        for p in kernel.params
+        name: Buffer(name, p.dtype, *run.layout(p), device, "input" if name in loaded else "pooled")
+        for run in launch.members
+        for p, name in zip(launch.kernel.params, run.buffers.values(), strict=True)
     }
     return Plan(
         launch.name,
-        (*sizes, *kernel.reads),
+        (*sizes, *loaded),
         buffers,
         (launch,),
-        tuple(TensorRef(n, buffers[n].shape, buffers[n].stride, as_expr(0)) for n in kernel.writes),
+        tuple(TensorRef(n, buffers[n].shape, buffers[n].stride, as_expr(0)) for n in launch.writes),
         {name: Symbol(name, hint, name) for name, hint in sizes.items()},
-        frozenset(loaded & set(kernel.writes)),
+        frozenset(loaded.keys() & set(launch.writes)),
     )
 
 
@@ -184,10 +188,10 @@ def median_seconds(run: Callable[[], object], device: str, budget: float = 0.5, 
 
 def kernel_script(plan: Plan, launch: Launch, options: Settings = None) -> str:
     """The script of one launch of a plan. Every text that is not ours stands in it as a literal."""
-    sizes = {s.name: plan.symbols[s.name].hint for s in sorted(launch.kernel.symbols(), key=lambda s: s.name)}
+    sizes = {s.name: plan.symbols[s.name].hint for s in sorted(launch.symbols, key=lambda s: s.name)}
     lines = dict.fromkeys(plan.origins[o] for o in launch.kernel.origins if plan.origins.get(o))
     device = str(plan.buffers[launch.binding[0]].device) if launch.binding else "cpu"
-    text = print_kernel(launch.kernel, launch.schedule, launch.name)
+    text = print_launch(launch)
     return _SCRIPT.format(
         name=ascii(launch.name),
         graph=ascii(plan.name),

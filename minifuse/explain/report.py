@@ -7,7 +7,7 @@ sizes that are symbols count at their hints.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from functools import cached_property
 from math import prod
@@ -23,6 +23,7 @@ from minifuse.ir import device as devices
 from minifuse.ir import ops
 from minifuse.ir.decision import Decision, bytes_text
 from minifuse.ir.device import DeviceModel
+from minifuse.ir.index import Expr
 from minifuse.ir.plan import Extern, Launch, Plan, launch_traffic
 from minifuse.ir.value import Cast, Op, Random, Reduce, Scan, Value
 from minifuse.passes.fuse.log import entries
@@ -327,7 +328,8 @@ def is_fusible(extern: Extern) -> bool:
 
 
 def _launch_report(plan: Plan, step: Launch, device: DeviceModel, interpreted: bool) -> LaunchReport:
-    moved, count = launch_traffic(plan, step), instructions(plan, step.kernel.values())
+    moved = launch_traffic(plan, step)
+    count = sum(instructions(plan, step.kernel.values(), m.sizes) for m in step.members)
     times = {"memory": moved.total / device.dram, "compute": count / device.vector, "launch": device.launch}
     bound = max(times, key=times.__getitem__)
     ops_of = step.kernel.origins
@@ -337,8 +339,9 @@ def _launch_report(plan: Plan, step: Launch, device: DeviceModel, interpreted: b
     )  # fmt: skip
 
 
-def instructions(plan: Plan, values: Iterable[Value]) -> float:
-    """Instructions to compute these values once at each point that they vary over, by the costs of the op table."""
+def instructions(plan: Plan, values: Iterable[Value], sizes: Mapping[Any, Expr] | None = None) -> float:
+    """Instructions to compute these values once at each point that they vary over, by the costs of the op table;
+    `sizes` are those of a launch's own."""
     total = 0.0
     for v in values:
         if isinstance(v, Op):
@@ -350,7 +353,7 @@ def instructions(plan: Plan, values: Iterable[Value]) -> float:
         else:
             continue
         axes = v.axes | {v.over} if isinstance(v, Reduce) else v.axes
-        total += cost * prod(plan.hint(a.size) for a in axes)
+        total += cost * prod(plan.hint(a.size, sizes) for a in axes)
     return total
 
 

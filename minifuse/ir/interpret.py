@@ -360,11 +360,13 @@ class _Call:
 
     def launch(self, step: Launch) -> None:
         writes = set(step.writes)
-        tensors = {
-            p.name: self._written(b) if b in writes else self.live[b]
-            for p, b in zip(step.kernel.params, step.binding, strict=True)
-        }
-        run_kernel(step.kernel, tensors, self.sizes)
+        for run in step.members:
+            tensors = {p: self._written(b) if b in writes else self.live[b] for p, b in run.buffers.items()}
+            for p in step.kernel.params if run.sizes else ():
+                shape, stride = map(self._ints, run.layout(p))
+                tensors[p.name] = tensors[p.name].as_strided(shape, stride)
+            own = {s.name: e.evaluate(self.sizes) for s, e in run.sizes.items()}
+            run_kernel(step.kernel, tensors, {**self.sizes, **own})
 
     def extern(self, step: Extern) -> None:
         args = [self.resolve(a) for a in step.args]

@@ -25,11 +25,14 @@ _STRING = re.compile(r'"(\\.|[^"\\])*"')
 
 @dataclass(frozen=True)
 class Parsed:
-    """What a kernel's text says: the kernel, the schedule if it has one, and the name."""
+    """What a kernel's text says: the kernel, the schedule if it has one, the name, and what a batch runs over: the
+    buffers of all its tensors in turn, and a row of sizes for each."""
 
     name: str
     kernel: Kernel
     schedule: Schedule | None
+    binding: tuple[str, ...] = ()
+    sizes: tuple[tuple[tuple[Sym, Expr], ...], ...] = ((),)
 
 
 @dataclass(frozen=True)
@@ -117,6 +120,8 @@ class _Parser:
         self.values: dict[str, Value] = {}
         self.body: list[Root] = []
         self.schedule: Schedule | None = None
+        self.binding: list[str] = []
+        self.sizes: list[tuple[tuple[Sym, Expr], ...]] = []
 
     def expr(self, text: str) -> Expr:
         try:
@@ -134,6 +139,7 @@ class _Parser:
             "store": self.store_line,
             "check": self.check_line,
             "schedule": self.schedule_line,
+            "over": self.over_line,
         }
         word = r.word("a line of a kernel")
         if r.peek() == ":" and word not in self.values:
@@ -231,6 +237,27 @@ class _Parser:
             while r.accept(","):
                 held.append(self.value(r, None))
         self.schedule = Schedule(tuple(loops), tuple(held))
+
+    def over_line(self, r: _Reader) -> None:
+        count = 0
+        while r.peek() not in (";", ""):
+            if count:
+                r.expect(",")
+            self.binding.append(r.word("a buffer"))
+            count += 1
+        if count != len(self.params):
+            raise ValueError(f"{count} buffers for {len(self.params)} parameters")
+        row: list[tuple[Sym, Expr]] = []
+        while r.accept(";"):
+            name = r.word("a size")
+            symbol = self.atoms.get(name)
+            if not isinstance(symbol, Sym):
+                raise ValueError(f"no size {name!r} above this line")
+            r.expect("=")
+            text, _, rest = r.text[r.at :].partition(";")
+            row.append((symbol, self.expr(text.strip())))
+            r.at = len(r.text) - len(rest) - bool(rest)
+        self.sizes.append(tuple(row))
 
     # -- parts of a line -------------------------------------------------------------------------
     def dtype(self, r: _Reader) -> torch.dtype:
@@ -397,7 +424,7 @@ def parse(text: str) -> Parsed:
             raise ValueError(f"line {n}: {e.args[0]}: {stripped}") from e
     parser.define_axes()
     kernel = Kernel(tuple(parser.axes), tuple(parser.params.values()), tuple(parser.body))
-    return Parsed(parser.name, kernel, parser.schedule)
+    return Parsed(parser.name, kernel, parser.schedule, tuple(parser.binding), tuple(parser.sizes) or ((),))
 
 
 def parse_kernel(text: str) -> Kernel:

@@ -6,12 +6,13 @@ import hashlib
 import re
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
+from functools import cached_property
 from typing import Any, Literal
 
 import torch
 
 from . import dtypes
-from .index import Expr
+from .index import ZERO, Expr, Sym
 from .kernel import Kernel, Param, Schedule
 from .shape import contiguous_strides, linearize, product
 from .value import index_axes
@@ -53,6 +54,11 @@ class Buffer:
         return linearize([s - 1 for s in self.shape], self.stride) + 1
 
     @property
+    def is_dense(self) -> bool:
+        """Whether the elements fill the memory from the first to the last, in whatever order."""
+        return self.extent is self.numel or self.numel is ZERO
+
+    @property
     def is_contiguous(self) -> bool:
         return self.stride == contiguous_strides(self.shape)
 
@@ -79,26 +85,70 @@ class Opaque:
     item: int | None = None
 
 
+Sizes = tuple[tuple[Sym, Expr], ...]
+
+
+@dataclass(frozen=True)
+class Binding:
+    """What a kernel's parameters stand for in one of its runs, and what its own sizes are there."""
+
+    buffers: Mapping[str, str]
+    sizes: Mapping[Any, Expr]
+
+    def layout(self, p: Param) -> tuple[tuple[Expr, ...], tuple[Expr, ...]]:
+        """The shape and the strides of a parameter in this run."""
+        return tuple(s.substitute(self.sizes) for s in p.shape), tuple(s.substitute(self.sizes) for s in p.stride)
+
+
 @dataclass(frozen=True)
 class Launch:
-    """A kernel with the buffers that its parameters stand for, in order of `kernel.params`."""
+    """A kernel with the buffers that its parameters stand for, in order of `kernel.params`.
+
+    A batch runs its kernel for many tensors, none of which needs what the kernel makes of another: `binding` then holds
+    the buffers of one after the other. `sizes` has a row for each, with what the sizes that are the kernel's own, and
+    not the plan's, are there. A parameter of such a size is the memory of its buffer, from the first element to the
+    last.
+    """
 
     kernel: Kernel
     binding: tuple[str, ...]
     schedule: Schedule | None = None
     name: str = "kernel"
+    sizes: tuple[Sizes, ...] = ((),)
+
+    @cached_property
+    def members(self) -> tuple[Binding, ...]:
+        """The runs of the kernel: one, or one for each tensor of a batch."""
+        names, width = [p.name for p in self.kernel.params], len(self.kernel.params)
+        rows = (self.binding[k * width : (k + 1) * width] for k in range(len(self.sizes)))
+        return tuple(Binding(dict(zip(names, r, strict=True)), dict(s)) for r, s in zip(rows, self.sizes, strict=True))
 
     def buffers(self, params: Iterable[str]) -> tuple[str, ...]:
-        at = {p.name: b for p, b in zip(self.kernel.params, self.binding, strict=True)}
-        return tuple(at[p] for p in params)
+        params = tuple(params)
+        return tuple(m.buffers[p] for m in self.members for p in params)
 
-    @property
+    @cached_property
     def reads(self) -> tuple[str, ...]:
         return self.buffers(self.kernel.reads)
 
-    @property
+    @cached_property
     def writes(self) -> tuple[str, ...]:
         return self.buffers(self.kernel.writes)
+
+    @property
+    def batched(self) -> bool:
+        return len(self.sizes) > 1 or bool(self.sizes[0])
+
+    @property
+    def own(self) -> frozenset[Sym]:
+        """The sizes that differ between the tensors of a batch."""
+        return frozenset(s for s, _ in self.sizes[0])
+
+    @cached_property
+    def symbols(self) -> frozenset[Sym]:
+        """The sizes of the plan that a launch depends on."""
+        given = (e.symbols() for row in self.sizes for _, e in row)
+        return (self.kernel.symbols() - self.own).union(*given)
 
 
 @dataclass(frozen=True)
@@ -244,8 +294,10 @@ class Plan:
         returned = {o.buffer for o in self.outputs if isinstance(o, TensorRef)}
         return names <= returned and all(self.buffers[n].storage == "extern" for n in names)
 
-    def hint(self, size: Expr) -> int:
-        """A size with every symbol at its hint."""
+    def hint(self, size: Expr, sizes: Mapping[Any, Expr] | None = None) -> int:
+        """A size with every symbol at its hint, the own `sizes` of a launch at what they are there."""
+        if sizes:
+            size = size.substitute(sizes)
         if size.is_const:
             return size.value
         return size.evaluate({name: s.hint for name, s in self.symbols.items()})
@@ -280,16 +332,20 @@ def launch_traffic(plan: Plan, step: Launch | Extern) -> Traffic:
     """
     if isinstance(step, Extern):
         return traffic((plan.buffers[b] for b in step.reads), (plan.buffers[b] for b in step.writes), plan.hint)
-    kernel = step.kernel
-    whole = {p.name: plan.hint(plan.buffers[b].nbytes) for p, b in zip(kernel.params, step.binding, strict=True)}
+    found = [_run_traffic(plan, step.kernel, m) for m in step.members]
+    return Traffic(sum(t.read for t in found), sum(t.written for t in found))
+
+
+def _run_traffic(plan: Plan, kernel: Kernel, run: Binding) -> Traffic:
+    whole = {p.name: plan.hint(plan.buffers[run.buffers[p.name]].nbytes) for p in kernel.params}
     read: dict[str, int] = {}
     written: dict[str, int] = {}
     for load in dict.fromkeys((v.param, v.index, v.dtype, v.axes) for v in kernel.loads):
         name, index, dtype, _ = load
-        elements = plan.hint(product(a.size for a in index_axes(index)))
+        elements = plan.hint(product(a.size for a in index_axes(index)), run.sizes)
         read[name] = min(whole[name], read.get(name, 0) + elements * dtypes.itemsize(dtype))
     for store in kernel.stores:
-        elements = plan.hint(product(a.size for a in index_axes(store.index)))
+        elements = plan.hint(product(a.size for a in index_axes(store.index)), run.sizes)
         nbytes = elements * dtypes.itemsize(store.value.dtype)
         written[store.param] = min(whole[store.param], written.get(store.param, 0) + nbytes)
         if store.mode and store.mode != "last":

@@ -12,7 +12,8 @@
       schedule i: grid, j: lane; held v2
 
 A value that is used once and is short stands where it is used. A literal stands bare where its
-neighbours say its dtype, as `const(f32, 1.0)` elsewhere. `parse.py` reads it back.
+neighbours say its dtype, as `const(f32, 1.0)` elsewhere. A batch has a line for each of its tensors behind the
+schedule, `over a, b; n = 512`: the buffers of the parameters, and the kernel's own sizes. `parse.py` reads it back.
 """
 
 from __future__ import annotations
@@ -28,7 +29,7 @@ from .kernel import Kernel, Param, Schedule, Store
 from .parse import Parsed as Parsed
 from .parse import parse as parse
 from .parse import parse_kernel as parse_kernel
-from .plan import Buffer, Extern, Free, Launch, Opaque, Plan, Step, TensorRef, content_hash, launch_traffic
+from .plan import Binding, Buffer, Extern, Free, Launch, Opaque, Plan, Step, TensorRef, content_hash, launch_traffic
 from .shape import contiguous_strides
 from .value import Cast, Const, IndexOf, Load, Op, Pick, Random, Reduce, Scan, Value
 
@@ -174,14 +175,18 @@ def _axis(a: Axis) -> str:
     return f"{a.name} < {a.size}"
 
 
-def print_kernel(kernel: Kernel, schedule: Schedule | None = None, name: str = "kernel") -> str:
+def print_kernel(
+    kernel: Kernel, schedule: Schedule | None = None, name: str = "kernel", batch: Launch | None = None
+) -> str:
     """The text of a kernel, its schedule last; the same kernel always gives the same text.
+
+    With `batch`, a launch of it for many tensors, a line for each of these.
 
     Raises ValueError where two names are the same or a name is not an identifier.
     """
     printer = _Printer(kernel, schedule)
     lines = [f"# {' '.join(origin.split())}" for origin in kernel.origins]
-    symbols = sorted(kernel.symbols(), key=lambda s: s.name)
+    symbols = sorted(kernel.symbols() | (batch.symbols if batch else set()), key=lambda s: s.name)
     if symbols:
         lines.append(f"sizes {_list(map(_range, symbols))}")
     lines += map(_param, kernel.params)
@@ -189,8 +194,20 @@ def print_kernel(kernel: Kernel, schedule: Schedule | None = None, name: str = "
     if schedule is not None:
         held = f"; held {_list(printer.text[v] for v in schedule.held)}" if schedule.held else ""
         lines.append(f"schedule {schedule}{held}")
+    if batch is not None:
+        lines += [f"over {_run(m)}" for m in batch.members]
     header = f"kernel {name}" + (f"  {_list(map(_axis, kernel.axes))}" if kernel.axes else "")
     return "\n  ".join([header, *lines]) + "\n"
+
+
+def print_launch(launch: Launch) -> str:
+    """The text of one launch: its kernel, and the tensors of a batch. `parse` reads both."""
+    return print_kernel(launch.kernel, launch.schedule, launch.name, launch if launch.batched else None)
+
+
+def _run(m: Binding) -> str:
+    """`x, y; n = 512`: the buffers of one run and its own sizes."""
+    return "; ".join([_list(m.buffers.values()), *(f"{s.name} = {e}" for s, e in m.sizes.items())])
 
 
 def kernel_hash(kernel: Kernel, schedule: Schedule | None = None) -> str:
@@ -231,12 +248,15 @@ def _argument(tree: object, plan: Plan) -> str:
 
 
 def print_step(step: Step, plan: Plan) -> str:
-    """One step in one line, with the bytes that it moves (symbols at their hints)."""
+    """One step in one line, a batch with one more for each tensor, with the bytes that it moves (symbols at their
+    hints)."""
     if isinstance(step, Free):
         return f"free {_list(step.buffers)}"
     moved = launch_traffic(plan, step)
     note = f"  # reads {moved.read} B, writes {moved.written} B"
     if isinstance(step, Launch):
+        if step.batched:
+            return "\n    ".join([f"launch {step.name} over{note}", *map(_run, step.members)])
         return f"launch {step.name}({_list(step.binding)}) -> {_list(step.writes) or 'nothing'}{note}"
     return f"{_extern(step, plan)}{note}; {step.reason}"
 

@@ -12,7 +12,7 @@ from dataclasses import dataclass, field
 
 from .index import ONE, Axis, Expr, Sym
 from .kernel import Kernel, Param, Schedule, Store
-from .plan import Again, Extern, Free, Launch, Plan, TensorRef
+from .plan import Again, Binding, Extern, Free, Launch, Plan, TensorRef
 from .shape import product
 from .text import check_names
 from .value import Index, Load
@@ -284,24 +284,54 @@ def verify_plan(plan: Plan) -> None:
 
 
 def _verify_launch(memory: _Memory, step: Launch) -> None:
-    kernel, buffers = step.kernel, memory.plan.buffers
-    if len(step.binding) != len(kernel.params):
+    kernel = step.kernel
+    if len(step.binding) != len(kernel.params) * len(step.sizes):
         raise memory.fail(f"{len(step.binding)} buffers bound to {len(kernel.params)} parameters")
-    bound = dict(zip((p.name for p in kernel.params), step.binding, strict=True))
-    for p in kernel.params:
-        b = buffers.get(bound[p.name])
-        if b is None:
-            raise memory.fail(f"no buffer {bound[p.name]}")
-        if (p.dtype, p.shape, p.stride) != (b.dtype, b.shape, b.stride):
-            raise memory.fail(
-                f"parameter {p.name} is {p.dtype} {_list(p.shape)} strides {_list(p.stride)}, "
-                f"buffer {b.name} is {b.dtype} {_list(b.shape)} strides {_list(b.stride)}"
-            )
-    memory.know(kernel.symbols())
+    if any({s for s, _ in row} != step.own for row in step.sizes):
+        raise memory.fail("the tensors of a batch have different sizes of their own")
+    memory.know(step.symbols)
+    for run in step.members:
+        _verify_binding(memory, kernel, run)
+    if len(step.sizes) > 1:
+        _verify_apart(memory, step)
     for name in dict.fromkeys(step.writes):
         memory.take(name)
     for name in dict.fromkeys(step.reads):
         memory.read(name)
+    for run in step.members:
+        _verify_writes(memory, kernel, run)
+
+
+def _verify_binding(memory: _Memory, kernel: Kernel, run: Binding) -> None:
+    for p in kernel.params:
+        b = memory.plan.buffers.get(run.buffers[p.name])
+        if b is None:
+            raise memory.fail(f"no buffer {run.buffers[p.name]}")
+        shape, stride = run.layout(p)
+        # with a size of its own a parameter is all the memory of a buffer as one row
+        row = p.shape != shape and b.is_dense and (shape, stride) == ((b.numel,), (ONE,))
+        if p.dtype is not b.dtype or (shape, stride) != (b.shape, b.stride) and not row:
+            raise memory.fail(
+                f"parameter {p.name} is {p.dtype} {_list(shape)} strides {_list(stride)}, "
+                f"buffer {b.name} is {b.dtype} {_list(b.shape)} strides {_list(b.stride)}"
+            )
+
+
+def _verify_apart(memory: _Memory, step: Launch) -> None:
+    """No tensor of a batch needs what the kernel makes of another."""
+    kernel, writer = step.kernel, dict[str, int]()
+    for k, run in enumerate(step.members):
+        for p in kernel.writes:
+            if writer.setdefault(run.buffers[p], k) != k:
+                raise memory.fail(f"two tensors of a batch write buffer {run.buffers[p]}")
+    for k, run in enumerate(step.members):
+        for p in kernel.reads:
+            if writer.get(run.buffers[p], k) != k:
+                raise memory.fail(f"a tensor of a batch reads buffer {run.buffers[p]}, which another one writes")
+
+
+def _verify_writes(memory: _Memory, kernel: Kernel, run: Binding) -> None:
+    bound, buffers = run.buffers, memory.plan.buffers
     stored: dict[str, list[Store]] = {}
     for store in kernel.stores:
         stored.setdefault(bound[store.param], []).append(store)
@@ -311,7 +341,7 @@ def _verify_launch(memory: _Memory, step: Launch) -> None:
         except VerificationError as e:
             raise memory.fail(str(e)) from None
     for name, stores in stored.items():
-        memory.write(name, step.buffers(kernel.joins))
+        memory.write(name, tuple(bound[p] for p in kernel.joins))
         points, numel = _points(stores), buffers[name].numel
         partly = points is not None and numel.is_const and points < numel.value
         if partly and buffers[name].storage != "input":

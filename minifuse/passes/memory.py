@@ -7,6 +7,7 @@ by `pack` when the sizes are known.
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, replace
 
@@ -96,16 +97,19 @@ def take_over(step: Launch, dying: Collection[str], buffers: dict[str, Buffer]) 
     runs a store after all loads of it, as for an input that the user's program overwrites.
     """
     kernel = step.kernel
-    bound = dict(zip((p.name for p in kernel.params), step.binding, strict=True))
-    free = [s for s in kernel.stores if buffers[bound[s.param]].storage == "pooled" and s.param not in kernel.reads]
+    bound = [m.buffers for m in step.members]
+    free = [s for s in kernel.stores if s.param not in kernel.reads
+            and all(buffers[b[s.param]].storage == "pooled" for b in bound)]  # fmt: skip
+    uses = Counter(step.binding)
     taken: dict[str, Store] = {}
-    for param in [p.name for p in kernel.params if bound[p.name] in dying]:
-        old = buffers[bound[param]]
+    # what two tensors of a batch read, neither is the last to read
+    for param in [p.name for p in kernel.params
+                  if all(b[p.name] in dying and (len(bound) == 1 or uses[b[p.name]] == 1) for b in bound)]:  # fmt: skip
         for s in free:
-            new = buffers[bound[s.param]]
-            alike = (new.dtype, new.extent, new.device) == (old.dtype, old.extent, old.device)
+            pairs = [(buffers[b[s.param]], buffers[b[param]]) for b in bound]
+            alike = all((x.dtype, x.extent, x.device) == (y.dtype, y.extent, y.device) for x, y in pairs)
             if alike and element_by_element(kernel, param, s):
-                buffers[new.name] = replace(new, reuses=old.name)
+                buffers.update((new.name, replace(new, reuses=old.name)) for new, old in pairs)
                 taken[param] = s
                 free.remove(s)
                 break
@@ -119,7 +123,7 @@ def take_over(step: Launch, dying: Collection[str], buffers: dict[str, Buffer]) 
 
     params = tuple(p for p in kernel.params if p.name not in taken)
     kernel = Kernel(kernel.axes, params, rewrite(kernel.body, None, moved), kernel.origins)
-    return replace(step, kernel=canonical(kernel), binding=tuple(bound[p.name] for p in params))
+    return replace(step, kernel=canonical(kernel), binding=tuple(b[p.name] for b in bound for p in params))
 
 
 def element_by_element(kernel: Kernel, param: str, store: Store) -> bool:

@@ -11,6 +11,7 @@ from torch import fx
 from minifuse.ir.plan import Plan
 from minifuse.ir.verify import verify_plan
 
+from .batch import batch
 from .context import CompileContext
 from .fuse import fuse
 from .lower import lower
@@ -38,6 +39,7 @@ PASSES = (
     Pass("fuse", fuse),
     Pass("widen", widen),
     Pass("schedule", schedule_for_target),
+    Pass("batch", batch),
     Pass("memory", place),
 )
 

@@ -41,6 +41,7 @@ from minifuse.passes.context import CompileContext
 from . import triton_interpret
 from .cache import DiskCache, write_atomically
 from .program import Frame, Layout, Program
+from .triton_batch import ALIGN, Tables
 
 ALIGNED = 15
 KEPT_SIZES = 256
@@ -69,9 +70,9 @@ def build(plan: Plan, ctx: CompileContext) -> Program:
                 launches = {i: one for i, one in launches.items() if compiles(one, ctx, plan)}
     ctx.stages["triton"] = text
     steps, kept = list(launches), list(launches.values())
-    symbols = tuple(sorted({s for one in kept for s in one.kernel.symbols}))
+    symbols = tuple(sorted({s for one in kept for s in one.sizes}))
     for one in kept:
-        one.at = tuple(symbols.index(s) for s in one.kernel.symbols)
+        one.at = tuple(symbols.index(s) for s in one.sizes)
     binding = tuple(plan.steps[i].binding for i in steps)  # type: ignore[union-attr]
     host = ctx.stages["program"] = write_program(plan, binding, symbols, {i: k for k, i in enumerate(steps)})
     return TritonProgram(plan, host, kept, binding, symbols, ctx.stages.get("constants", {}), device,
@@ -101,7 +102,7 @@ def write_all(plan: Plan, device: torch.device, ctx: CompileContext) -> dict[int
     for i, step in enumerate(plan.steps):
         if not isinstance(step, Launch):
             continue
-        key = (step.kernel, step.schedule)
+        key = (step.kernel, step.schedule, step.batched)
         if key not in known:
             try:
                 known[key] = triton.write_kernel(step)
@@ -184,56 +185,78 @@ class Launched:
         self.step = step
         self.kernel = kernel
         self.device = device
+        # those of the program's sizes that the kernel takes, and that the sizes of a batch's tensors are computed from
+        self.sizes = tuple(sorted(s.name for s in step.symbols))
+        self.given = tuple(self.sizes.index(name) for name in kernel.symbols)
         self.at: tuple[int, ...] = ()
         self.last: tuple[int, ...] = ()
         self.variants: dict[Variant, Any] = {}
         self.runners: dict[Any, Callable[..., None] | None] = {}
+        self.tables = Tables(step, kernel, device) if kernel.batched else None
 
     def __call__(self, pointers: Sequence[int], sizes: Sequence[int], stream: int) -> int:
-        bits = 0
-        for address in pointers:
-            bits |= address
         values = tuple([sizes[k] for k in self.at])
-        key = (bits & ALIGNED == 0, values)
+        given: Sequence[int] = pointers
+        if self.tables is not None:
+            layout, where = self.tables.layout(values, self.env(values)), self.tables.addresses(pointers, stream)
+            given = (where.align, where.table.data_ptr(), layout.lengths.data_ptr(), layout.blocks.data_ptr())
+            key = (where.align == ALIGN, values)
+        else:
+            bits = 0
+            for address in pointers:
+                bits |= address
+            key = (bits & ALIGNED == 0, values)
         if key not in self.runners:
             if len(self.runners) >= KEPT_SIZES:
                 self.runners.clear()
             self.runners[key] = self.runner(*key)
         run = self.runners[key]
         if run is not None:
-            run(*pointers, *values, *self.last, stream=stream)
+            run(*given, *(values[k] for k in self.given), *self.last, stream=stream)
         return 0
 
     def env(self, values: Sequence[int]) -> dict[str, int]:
-        return dict(zip(self.kernel.symbols, values, strict=True))
+        return dict(zip(self.sizes, values, strict=True))
 
     def runner(self, aligned: bool, values: tuple[int, ...]) -> Callable[..., None] | None:
         """The compiled kernel with its grid at these sizes; None where there is nothing to do."""
         env = self.env(values)
-        programs = self.kernel.grid.evaluate(env)
+        if self.tables is not None:
+            layout = self.tables.layout(values, env)
+            programs, wide = layout.programs, layout.wide
+        else:
+            programs = self.kernel.grid.evaluate(env)
+            wide = any(e.evaluate(env) >= LIMIT for e in self.kernel.extents)
         if programs == 0:
             return None
-        wide = any(e.evaluate(env) >= LIMIT for e in self.kernel.extents)
-        variant = Variant(aligned, wide, tuple(v % 16 == 0 for v in values))
+        variant = Variant(aligned, wide, tuple(values[k] % 16 == 0 for k in self.given))
         return self.compile(variant)[(programs, 1, 1)]
 
     def compile(self, variant: Variant, target: Any = None) -> Any:
         """The kernel compiled for a variant; for another GPU than this machine's with `target`."""
         if variant not in self.variants or target is not None:
             kernel, params = self.kernel, self.step.kernel.params
-            signature = {p.name: "*" + POINTERS.get(dtypes.name(p.dtype), dtypes.name(p.dtype)) for p in params}
-            signature.update(dict.fromkeys(kernel.symbols, "i64" if variant.wide else "i32"))
+            width = "i64" if variant.wide else "i32"
+            if kernel.batched:
+                signature = {"align": "constexpr", "table": "*i64", "lengths": f"*{width}", "blocks": "*i32"}
+                divisible = [False] * 4
+            else:
+                signature = {p.name: "*" + POINTERS.get(dtypes.name(p.dtype), dtypes.name(p.dtype)) for p in params}
+                divisible = [variant.aligned] * len(params)
+            signature.update(dict.fromkeys(kernel.symbols, width))
             if kernel.messages:
                 signature["err"] = "*i32"
-            divisible = [variant.aligned] * len(params) + list(variant.divisible)
+            divisible += variant.divisible
             self.variants[variant] = compat.triton_compile(
-                self.function, signature, [k for k, yes in enumerate(divisible) if yes], kernel.warps, target
-            )
+                self.function, signature, [k for k, yes in enumerate(divisible) if yes], kernel.warps, target,
+                {"align": ALIGN if variant.aligned else 1} if kernel.batched else None,
+            )  # fmt: skip
         return self.variants[variant]
 
     def usual(self) -> Variant:
         """The variant that most calls have."""
-        wide = any(e.is_const and e.value >= LIMIT for e in self.kernel.extents)
+        fixed = (e.substitute(m.sizes) for m in self.step.members for e in self.kernel.extents)
+        wide = any(e.is_const and e.value >= LIMIT for e in fixed)
         return Variant(True, wide, (False,) * len(self.kernel.symbols))
 
 
@@ -243,6 +266,12 @@ class Interpreted(Launched):
     def __call__(self, pointers: Sequence[int], sizes: Sequence[int], stream: int) -> int:
         values = [sizes[k] for k in self.at]
         env = self.env(values)
+        if self.tables is not None:
+            layout, where = self.tables.layout(tuple(values), env), self.tables.addresses(pointers, stream)
+            if layout.programs:
+                given = (where.align, where.table, layout.lengths, layout.blocks)
+                self.function[(layout.programs,)](*given, *(values[k] for k in self.given))
+            return 0
         programs = self.kernel.grid.evaluate(env)
         if programs == 0:
             return 0

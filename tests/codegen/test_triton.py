@@ -9,6 +9,7 @@ import re
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 from unittest import mock
@@ -27,6 +28,7 @@ from minifuse.ir.plan import Launch, Plan
 from minifuse.ir.verify import verify_plan
 from minifuse.options import Options
 from minifuse.passes import schedule_triton
+from minifuse.passes.batch import batch
 from minifuse.passes.context import CompileContext
 from minifuse.passes.lower import scattering
 from minifuse.passes.lower.pointwise import Unsupported
@@ -67,7 +69,7 @@ def test_cpu_tensors_need_the_interpreter() -> None:
 
 
 # -- for a GPU that is not there --------------------------------------------------------------------
-def plans(function: Callable[..., Any], *args: Tensor, dynamic: bool = False) -> Iterator[tuple[Plan, CompileContext]]:
+def plans(function: Callable[..., Any], *args: Any, dynamic: bool = False) -> Iterator[tuple[Plan, CompileContext]]:
     """The scheduled plans of a function, and of its backward where an argument requires a gradient."""
     torch._dynamo.reset()
     RECORDS.clear()
@@ -78,7 +80,7 @@ def plans(function: Callable[..., Any], *args: Tensor, dynamic: bool = False) ->
             loss.float().square().sum().backward()
     for record in list(RECORDS):
         ctx = CompileContext(record.name, record.stage, Options())
-        plan = schedule_triton.schedule(record.stages["fuse"], ctx)
+        plan = batch(schedule_triton.schedule(record.stages["fuse"], ctx), ctx)
         verify_plan(plan)
         yield place(plan, ctx), ctx
 
@@ -129,6 +131,21 @@ def test_one_kernel_serves_every_size() -> None:
         for one, kernel in triton_launch.compile_for(plan, ctx, compat.gpu_target(*H100)):
             assert one.kernel.symbols
             assert kernel.asm["cubin"]
+
+
+@pytest.mark.parametrize("target", [H100, MI300], ids=("H100", "MI300"))
+def test_a_batch_compiles_and_moves_16_bytes_at_a_time(target: tuple[str, Any, int]) -> None:
+    """Of tensors that begin on 16 bytes, as those of an allocator do; others are a variant."""
+    lists = [[torch.randn(s) for s in ((64, 48), (48,), (16, 48), (4096,))] for _ in range(2)]
+    for plan, ctx in plans(lambda xs, ys: [x * 2 + y for x, y in zip(xs, ys, strict=True)], *lists):
+        ((one, kernel),) = triton_launch.compile_for(plan, ctx, compat.gpu_target(*target))
+        assert len(one.step.sizes) == 4
+        other = one.compile(replace(one.usual(), aligned=False), compat.gpu_target(*target))
+        wide = [("global_load_dwordx4", "amdgcn") if target is MI300 else ("ld.global.v4.b32", "ptx")][0]
+        assert wide[0] in kernel.asm[wide[1]]
+        assert wide[0] not in other.asm[wide[1]]
+        if target is H100:
+            assert compat.kernel_resources(kernel)["spilled"] == 0
 
 
 @pytest.mark.parametrize(("length", "dynamic", "barriers"), [(1024, False, 6), (40_000, False, 24), (4000, True, 30)])

@@ -454,6 +454,47 @@ def column_sums_ride_along_with_the_rows() -> str:
 
 
 @case
+def a_batch_of_tensors_changes_no_bit() -> str:
+    """Tensors of many sizes, none, one, and one that begins between two multiples of 16 bytes."""
+    memory = torch.randn(200)
+    sizes = ((3, 7), (64,), (16, 16), (0, 4), (1,), (2000,), (5, 5))
+    xs = [*(torch.randn(s) for s in sizes), memory[1:65], memory[65:193].view(8, 16)]
+    written = [torch.zeros_like(x) for x in xs]
+    count = torch.tensor(2.0)
+
+    def f(xs: list[Tensor], written: list[Tensor], count: Tensor) -> list[Tensor]:
+        for w, x in zip(written, xs, strict=True):
+            w.add_(x * 2 / count)
+        return [x.sin() + count for x in xs]
+
+    found = compiled(f)(xs, written, count)
+    launches = RECORDS[-1].stages["memory"].launches
+    if not any(len(launch.sizes) > 3 for launch in launches):
+        return f"{len(launches)} launches, none of them a batch of more than three"
+    before, written = written, [torch.zeros_like(x) for x in xs]
+    return same([found, before], [compiled(f, fusion_fuel=0)(xs, written, count), written])
+
+
+@case
+def a_batch_serves_every_size() -> str:
+    f = compiled(lambda xs: [(x * 2).exp() for x in xs], dynamic=True)
+    for n in (4, 16, 37):
+        xs = [torch.randn(n, 16), torch.randn(n), torch.randn(2, n, 8), torch.randn(n, n)]
+        if wrong := same(f(xs), [(x * 2).exp() for x in xs], ulps=4):
+            return f"{n}: {wrong}"
+    launches = RECORDS[-1].stages["memory"].launches
+    return "" if len(launches) < 4 else f"{len(launches)} launches"
+
+
+@case
+def equal_reductions_are_one_launch() -> str:
+    xs = [torch.randn(40, 24) for _ in range(3)]
+    found = compiled(lambda xs: [x.sum(0) for x in xs])(xs)
+    launches = RECORDS[-1].stages["memory"].launches
+    return same(found, [x.sum(0) for x in xs], ulps=16) if len(launches) == 1 else f"{len(launches)} launches"
+
+
+@case
 def helpers_run_as_they_are_written() -> str:
     """Reductions without the stand-ins that save time in the other cases."""
     kept = dict(triton_interpret.STAND_INS)

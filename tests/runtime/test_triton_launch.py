@@ -9,7 +9,7 @@ import torch
 
 from minifuse import compat
 from minifuse.codegen.triton import write_kernel
-from minifuse.ir.parse import parse_kernel
+from minifuse.ir.parse import parse, parse_kernel
 from minifuse.ir.plan import Launch
 from minifuse.passes import schedule_triton
 from minifuse.runtime.triton_launch import Launched
@@ -30,9 +30,11 @@ def launches(monkeypatch: pytest.MonkeyPatch) -> list[Any]:
     found: list[Any] = []
     compiles: list[Any] = []
 
-    def compile(function: Any, signature: dict[str, str], divisible: list[int], warps: int, target: Any) -> Compiled:
-        compiles.append((signature, divisible))
-        assert compiles.count((signature, divisible)) == 1, "compiled again"
+    def compile(
+        function: Any, signature: dict[str, str], divisible: list[int], warps: int, target: Any, constants: Any
+    ) -> Compiled:
+        compiles.append((signature, divisible, constants))
+        assert compiles.count(compiles[-1]) == 1, "compiled again"
         return Compiled(found, signature, divisible)
 
     monkeypatch.setattr(compat, "triton_compile", compile)
@@ -69,6 +71,46 @@ def test_aligned_and_other_pointers_have_a_variant_each(launches: list[Any]) -> 
     assert launches[0][1:3] == ((16, 4096), 7)
     (programs, _, _) = launches[0][0]
     assert programs * sum(schedule_triton.blocks(one.step.schedule).values()) >= 5000  # type: ignore[arg-type]
+
+
+BATCH = """kernel double  i < 16*n
+  sizes n >= 0, s0 >= 0
+  param x : f32[16*n]
+  param out : f32[16*n]
+  store out[i] = add(load x[i], load x[i])
+  schedule i: grid tile 64, i: lane
+  over x, y; n = 5
+  over u, v; n = s0
+  over w, z; n = 0
+"""
+
+
+def test_a_batch_is_launched_with_tables(launches: list[Any]) -> None:
+    found = parse(BATCH)
+    step = Launch(found.kernel, found.binding, found.schedule, found.name, found.sizes)
+    one = Launched(None, step, write_kernel(step), torch.device("cpu"))
+    one.at = (0,)
+    for pointers, size in (([16, 32, 48, 64, 80, 96], 4), ([16, 32, 48, 64, 80, 96], 4), ([16, 32, 48, 68, 80, 96], 1)):
+        assert one(pointers, [size], 7) == 0
+    assert [grid for grid, *_ in launches] == [(3, 1, 1), (3, 1, 1), (3, 1, 1)]
+    assert [args[0] for _, args, *_ in launches] == [16, 16, 1]
+    assert launches[0][1] == launches[1][1]
+    assert launches[0][3] == {"align": "constexpr", "table": "*i64", "lengths": "*i32", "blocks": "*i32"}
+    assert one.tables is not None
+    layout = one.tables.layouts[(4,)]
+    assert layout.blocks.tolist() == [[0, 0], [0, 1], [1, 0]]
+    assert layout.lengths.tolist() == [[5], [4], [0]]
+
+
+def test_a_tensor_past_two_gigaelements_makes_a_batch_wide(launches: list[Any]) -> None:
+    found = parse(BATCH.replace("n = 5", "n = 200000000"))
+    step = Launch(found.kernel, found.binding, schedule_triton.choose(found.kernel, lambda e: 1 << 32), found.name,
+                  found.sizes)  # fmt: skip
+    one = Launched(None, step, write_kernel(step), torch.device("cpu"))
+    assert one.usual().wide
+    one.at = (0,)
+    one([0] * 6, [1], 0)
+    assert launches[0][3]["lengths"] == "*i64"
 
 
 def test_a_size_decides_grid_and_width(launches: list[Any]) -> None:
