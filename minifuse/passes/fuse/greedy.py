@@ -12,7 +12,7 @@ from dataclasses import replace
 
 from minifuse.ir.index import Axis, Expr
 from minifuse.ir.kernel import Store
-from minifuse.ir.plan import Buffer, Extern, Free, Launch, Plan, Step, TensorRef
+from minifuse.ir.plan import Buffer, Extern, Free, Join, Launch, Plan, Step, TensorRef
 from minifuse.passes import schedule, schedule_triton
 from minifuse.passes.context import CompileContext
 from minifuse.passes.memory import unknown_at_start
@@ -50,7 +50,7 @@ class Fuser(Legality):
         self.link()
 
     # -- the graph of steps ----------------------------------------------------------------------
-    def add(self, i: int, step: Launch | Extern) -> None:
+    def add(self, i: int, step: Launch | Extern | Join) -> None:
         if isinstance(step, Launch):
             group = Group(i, step.name, step.kernel.body, step.kernel.origins, i, i)
         else:
@@ -72,7 +72,7 @@ class Fuser(Legality):
                 if effect is not None:
                     self.edge(effect, i)
                 effect = i
-            assert isinstance(step, (Launch, Extern))
+            assert not isinstance(step, Free)
             for name in self.numbers(step, late):
                 if name in numbers:
                     self.edge(numbers[name], i)
@@ -423,7 +423,7 @@ class Fuser(Legality):
             group = self.groups[i]
             if group.fixed:
                 step = self.steps[i]
-                assert isinstance(step, Extern)
+                assert isinstance(step, (Extern, Join))
             else:
                 step = build(group, lambda n, me=i: self.needed(n, me), self.buffers, self.plan.mutated)  # type: ignore[misc]
                 if not step.kernel.body:
