@@ -12,7 +12,7 @@ from minifuse.ir.plan import Plan
 from minifuse.ir.verify import verify_plan
 
 from .context import CompileContext
-from .fuse import fuse
+from .join import fuse_joined
 from .lower import lower
 from .memory import place
 from .schedule import schedule
@@ -35,7 +35,7 @@ def schedule_for_target(plan: Plan, ctx: CompileContext) -> Plan:
 
 
 PASSES = (
-    Pass("fuse", fuse),
+    Pass("fuse", fuse_joined),
     Pass("widen", widen),
     Pass("schedule", schedule_for_target),
     Pass("memory", place),
