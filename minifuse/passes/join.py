@@ -19,11 +19,11 @@ from minifuse.ir.decision import Decision
 from minifuse.ir.index import ONE, Expr
 from minifuse.ir.kernel import Kernel
 from minifuse.ir.plan import Buffer, Extern, Free, Join, Launch, Plan, Step, TensorRef, launch_traffic
-from minifuse.ir.value import Cast, Load
+from minifuse.ir.value import Cast, Const, Load, topological
 from minifuse.passes.context import CompileContext
 
 from .fuse import fuse
-from .memory import ALIGN, has_real_out, held, unknown_at_start
+from .memory import ALIGN, LARGE_BYTES, has_real_out, held, unknown_at_start
 from .regions import Piece, copy_kernel, covers, pieces, strides_of
 from .schedule_triton import target
 
@@ -33,6 +33,7 @@ KERNEL_BYTES = {
     name: int(row.launch * row.dram) for name, row in (("c", devices.CPU), ("triton", devices.DEVICES["A100"]))
 }
 MEMORY_ROUNDS = 3
+FEW = 4
 
 
 @dataclass(frozen=True, eq=False)
@@ -63,10 +64,12 @@ def fuse_joined(plan: Plan, ctx: CompileContext) -> Plan:
     able = []
     for c in found:
         verdicts = rewriting.verdicts(c)
-        if any(not v.why for v in verdicts):
+        if all(v.why for v in verdicts):
+            record(ctx, plan, c, verdicts, False, "no piece can be")
+        elif rewriting.vanishes(c):
+            record(ctx, plan, c, verdicts, False, "its readers choose for themselves, and it is not stored")
+        else:
             able.append(c)
-            continue
-        record(ctx, plan, c, verdicts, False, "nothing of it is")
     if not able:
         return fuse(plan, ctx)
     trial = Trial(plan, able, ctx)
@@ -106,7 +109,7 @@ def record(
     **facts: object,
 ) -> None:
     """One decision a join: how many of its pieces their producers write in place, and why the others are copied."""
-    apart = "".join(dict.fromkeys(f"; {v.piece or 'a piece'} {v.why}" for v in verdicts if v.why))
+    apart = "".join(dict.fromkeys(f"; {v.piece or 'a part'} {v.why}" for v in verdicts if v.why))
     inside = sum(not v.why for v in verdicts)
     step = plan.steps[c.at]
     assert isinstance(step, Launch)
@@ -126,15 +129,14 @@ class Rewriting:
         self.kept = {o.buffer for o in plan.outputs if isinstance(o, TensorRef)} | set(plan.mutated)
         self.held = held(plan)
         self.writer: dict[str, Step] = {}
-        self.externs: dict[str, list[Extern]] = {}
+        self.readers: dict[str, list[Step]] = {}
         for step in plan.steps:
             if isinstance(step, Free):
                 continue
             for name in step.writes:
                 self.writer[name] = step
-            if isinstance(step, Extern):
-                for name in step.reads:
-                    self.externs.setdefault(name, []).append(step)
+            for name in step.reads:
+                self.readers.setdefault(name, []).append(step)
 
     def verdicts(self, c: Candidate) -> list[Verdict]:
         """What would become of each piece."""
@@ -154,7 +156,7 @@ class Rewriting:
         if isinstance(piece.value, Cast):
             return "has another dtype"
         if not isinstance(piece.value, Load):
-            return "is computed here"
+            return "is a fill" if isinstance(piece.value, Const) else "is computed here"
         b = self.buffers[piece.value.param]
         writer = self.writer.get(b.name)
         if b.storage in ("input", "constant") or writer is None:
@@ -181,6 +183,20 @@ class Rewriting:
         whole, begin = parent.inside or (parent.name, ONE - ONE)
         return replace(b, stride=stride, storage="inside", inside=(whole, begin + offset))
 
+    def vanishes(self, c: Candidate) -> bool:
+        """Whether nothing needs the joined buffer in memory: few kernels read it, and what it chooses from goes element
+        by element or is stored anyway. Fused, it is then computed where it is read, and there is nothing to try."""
+        readers = self.readers.get(c.buffer, [])
+        if c.buffer in self.kept or len(readers) > FEW or not all(isinstance(r, Launch) for r in readers):
+            return False
+        names = {v.param for p in c.pieces for v in topological([p.value]) if isinstance(v, Load)}
+        for _ in range(FEW):
+            makers = [m for n in names if isinstance(m := self.writer.get(n), Launch)]
+            if any(any(m.kernel.reductions) or any(m.kernel.scans) for m in makers):
+                return False
+            names = {n for m in makers for n in m.reads}
+        return True
+
     def owner(self, name: str) -> str:
         """The joined buffer that a region is a piece of."""
         joins = (s for made in self.made.values() for s in made if isinstance(s, Join))
@@ -196,11 +212,12 @@ class Rewriting:
             rows = len(stride) > 1 and stride[-1] is ONE and (b.shape[-1] - 2).is_nonneg()
             if not together and not (rows and is_product(writer) and b.device.type == "cpu"):
                 return f"would have its rows apart where {writer.target} writes them"
-        for reader in self.externs.get(b.name, ()):
+        readers = [s for s in self.readers.get(b.name, ()) if isinstance(s, Extern)]
+        for reader in readers:
             if not together:
                 return f"would have its rows apart where {reader.target} reads them"
         aligned = all(factor * dtypes.itemsize(b.dtype) % ALIGN == 0 for _, factor in offset.terms)
-        if (isinstance(writer, Extern) and together or b.name in self.externs) and not aligned:
+        if (isinstance(writer, Extern) and together or readers) and not aligned:
             return "would lie where ATen has it unaligned"
         return ""
 
@@ -280,6 +297,10 @@ class Trial:
     fused: dict[Chosen, Plan] = field(default_factory=dict)
     decisions: dict[Chosen, list[Decision]] = field(default_factory=dict)
 
+    @property
+    def price(self) -> int:
+        return KERNEL_BYTES["triton" if target(self.plan, self.ctx.options) == "triton" else "c"]
+
     def fuse(self, some: Chosen) -> Plan:
         """The plan with some joins in place, fused as far as fusion goes."""
         if some not in self.fused:
@@ -293,41 +314,40 @@ class Trial:
     def choose(self, fuel: int | None) -> Chosen:
         """The joins that move fewer bytes in place, as many as there is fuel for; decisions are recorded."""
         every = frozenset(self.able)
-        price = KERNEL_BYTES["triton" if target(self.plan, self.ctx.options) == "triton" else "c"]
         before, after = self.fuse(frozenset()), self.fuse(every)
         saved, more = compare(self.plan, self.able, before, after)
-        chosen = [c for c in self.able if saved[c] > 0 and saved[c] >= more[c] * price]
+        chosen = [c for c in self.able if saved[c] > 0 and saved[c] >= more[c] * self.price]
         taken = frozenset(chosen if fuel is None else chosen[:fuel])
         longer: dict[Candidate, int] = {}
         limit, _ = peak(before)
         for n in range(MEMORY_ROUNDS):
             most, early = peak(self.fuse(taken))
-            if most <= limit or not taken:
+            if most <= limit + max(LARGE_BYTES, limit // 128) or not taken:
                 break
             blamed = [c for c in taken if c.buffer in early] if n < MEMORY_ROUNDS - 1 else []
             longer |= dict.fromkeys(blamed or taken, most - limit)
             taken -= frozenset(longer)
-        self.fuse(taken)
+        more_held = max(peak(self.fuse(taken))[0] - limit, 0)
         rewriting = Rewriting(self.plan)
         for c in sorted(self.able, key=lambda c: -c.at):
-            self.say(c, rewriting.verdicts(c), c in taken, saved[c], more[c], longer.get(c))
+            self.say(c, rewriting.verdicts(c), c in taken, saved[c], more[c], longer.get(c, more_held))
             if c in taken:
                 rewriting.write(c)
         return taken
 
-    def say(
-        self, c: Candidate, verdicts: Sequence[Verdict], taken: bool, saved: int, more: int, longer: int | None
-    ) -> None:
-        facts: dict[str, object] = {"saved_bytes": saved, "more_kernels": more}
+    def say(self, c: Candidate, verdicts: Sequence[Verdict], taken: bool, saved: int, more: int, longer: int) -> None:
+        facts: dict[str, object] = {"saved_bytes": saved, "more_kernels": more, "longer_bytes": longer}
         if taken:
             reason = "{inside} of {pieces} pieces by their producers, saves {saved_bytes}"
-        elif longer is not None:
-            reason = "it would save {saved_bytes}, and memory's peak would be {longer_bytes} higher"
-            facts["longer_bytes"] = longer
+            reason += "; memory's peak is {longer_bytes} higher with all that are" if longer else ""
         elif saved <= 0:
             reason = "one kernel that chooses by position moves no more: {saved_bytes} would be saved"
-        else:
+        elif saved < more * self.price:
             reason = "{more_kernels} more kernels would save {saved_bytes} alone"
+        elif longer:
+            reason = "it would save {saved_bytes}, and memory's peak would be {longer_bytes} higher"
+        else:
+            reason = "it would save {saved_bytes}: no fuel is left"
         record(self.ctx, self.plan, c, verdicts, taken, reason, **facts)
 
 

@@ -39,7 +39,7 @@ class Piece:
 def pieces(kernel: Kernel) -> list[Piece]:
     """The boxes that a kernel's only store fills, none twice; empty where it does not choose by position alone."""
     (store, *others) = kernel.body
-    if others or not isinstance(store, Store) or store.mask is not None or store.mode:
+    if others or not isinstance(store, Store) or store.mask is not None or store.mode or _choice(store.value) is None:
         return []
     axes = [i.atom if isinstance(i, Expr) else None for i in store.index]
     if any(not isinstance(a, Axis) and i is not ZERO for a, i in zip(axes, store.index, strict=True)):
