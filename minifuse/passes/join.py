@@ -16,7 +16,7 @@ from minifuse import compat
 from minifuse.ir import device as devices
 from minifuse.ir import dtypes
 from minifuse.ir.decision import Decision
-from minifuse.ir.index import ONE, Expr
+from minifuse.ir.index import ONE, ZERO, Expr
 from minifuse.ir.kernel import Kernel
 from minifuse.ir.plan import Buffer, Extern, Free, Join, Launch, Plan, Step, TensorRef, launch_traffic
 from minifuse.ir.value import Cast, Const, Load, topological
@@ -180,7 +180,7 @@ class Rewriting:
         stride, offset = found
         if refused := self.refused(b, writer, stride, offset):
             return refused
-        whole, begin = parent.inside or (parent.name, ONE - ONE)
+        whole, begin = parent.inside or (parent.name, ZERO)
         return replace(b, stride=stride, storage="inside", inside=(whole, begin + offset))
 
     def vanishes(self, c: Candidate) -> bool:
@@ -225,7 +225,7 @@ class Rewriting:
         """Put a join in place."""
         step, parent = self.plan.steps[c.at], self.buffers[c.buffer]
         assert isinstance(step, Launch)
-        whole, begin = parent.inside or (parent.name, ONE - ONE)
+        whole, begin = parent.inside or (parent.name, ZERO)
         steps: list[Step] = []
         regions: list[str] = []
         taken: set[str] = set()
@@ -235,7 +235,7 @@ class Rewriting:
                 name = f"{c.buffer}_part{k}"
                 while name in self.buffers:
                     name += "_"
-                at = begin + piece.offset(parent.stride).substitute(dict.fromkeys(_axes(piece.where), ONE - ONE))
+                at = begin + piece.begin(parent.stride)
                 b = Buffer(name, parent.dtype, piece.shape, parent.stride, parent.device, "inside", None, (whole, at))
                 self.buffers[name] = b
                 steps.append(copy_kernel(b, piece, self.buffers, step.kernel.origins[0]))
@@ -260,10 +260,6 @@ class Rewriting:
         if params == kernel.params:
             return step
         return replace(step, kernel=Kernel(kernel.axes, params, kernel.body, kernel.origins))
-
-
-def _axes(where: Iterable[Expr]) -> frozenset:
-    return frozenset().union(*(e.axes() for e in where))
 
 
 def is_product(step: Extern) -> bool:

@@ -31,6 +31,10 @@ class Piece:
     def shape(self) -> tuple[Expr, ...]:
         return tuple(end - begin for begin, end in self.box)
 
+    def begin(self, stride: Sequence[Expr]) -> Expr:
+        """The place of the first element in a buffer of these strides that holds the box."""
+        return linearize([begin for begin, _ in self.box], stride)
+
     def offset(self, stride: Sequence[Expr]) -> Expr:
         """The place of `where` in a buffer of these strides that holds the box."""
         return linearize([begin + at for (begin, _), at in zip(self.box, self.where, strict=True)], stride)
