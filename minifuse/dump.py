@@ -2,6 +2,7 @@
 
 captured.fx.py joint.fx.py forward.fx.py backward.fx.py inference.fx.py     the graph, as FX prints it
 plan_lower.txt plan_fuse.txt plan_schedule.txt plan_batch.txt plan_memory.txt     the plan after each pass
+plan_join.txt                                                               the plan with its joins in place, unfused
 kernels.c program.py                                                        the code that runs
 decisions.json decisions.txt report.txt report.json report.html             what was chosen and why
 kernel_NAME.py                                                              runs, checks and times one kernel
@@ -48,7 +49,7 @@ def write(record: Record, root: str, options: Options | None = None) -> Path:
 def contents(record: Record, options: Options) -> dict[str, str]:
     """The files of a dump: name to text."""
     files = {f"{stage}.fx.py": text for stage, text in record.source.items()}
-    for stage in ("lower", *(p.name for p in pipeline.PASSES)):
+    for stage in ("lower", "join", *(p.name for p in pipeline.PASSES)):
         plan = record.stages.get(stage)
         if isinstance(plan, Plan):
             files[f"plan_{stage}.txt"] = print_plan(plan)

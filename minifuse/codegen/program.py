@@ -16,8 +16,8 @@ from typing import Any
 import torch
 
 from minifuse import compat
-from minifuse.ir.index import Axis, Expr, Sym
-from minifuse.ir.plan import Again, Buffer, Extern, Free, Launch, Opaque, Plan, TensorRef
+from minifuse.ir.index import ZERO, Axis, Expr, Sym
+from minifuse.ir.plan import Again, Buffer, Extern, Free, Join, Launch, Opaque, Plan, TensorRef
 from minifuse.passes.memory import POOLED_BYTES, out_overload, unknown_at_start
 
 
@@ -60,13 +60,20 @@ class _Writer:
 
     def ref(self, r: TensorRef) -> str:
         buffer = self.plan.buffers[r.buffer]
-        if buffer.storage == "arena":
+        if self.home(r.buffer).storage == "arena":
             at = self.views.setdefault(r, len(self.views))
             return f"V[{at}]"
+        if buffer.inside is not None:
+            whole, begin = buffer.inside
+            return self.view(TensorRef(whole, r.shape, r.stride, begin + r.offset))
         name = self.var(r.buffer)
         if r.shape == buffer.shape and r.stride == buffer.stride and r.offset.is_const and r.offset.value == 0:
             return name
         return self.view(r)
+
+    def home(self, name: str) -> Buffer:
+        """The buffer whose memory holds this one."""
+        return self.plan.buffers[self.plan.memory(name)]
 
     def view(self, r: TensorRef) -> str:
         return f"view({self.var(r.buffer)}, {self.sizes(r.shape)}, {self.sizes(r.stride)}, {self.size(r.offset)})"
@@ -143,7 +150,7 @@ class _Writer:
     def used_symbols(self) -> set[str]:
         exprs: list[Expr] = []
         for b in self.plan.buffers.values():
-            exprs += [*b.shape, *b.stride]
+            exprs += [*b.shape, *b.stride, *(() if b.inside is None else b.inside[1:])]
         for step in self.plan.steps:
             if isinstance(step, Launch):
                 exprs += [s.expr for s in step.symbols]
@@ -174,14 +181,13 @@ class _Writer:
                 if dead:
                     self.flush_del(dead, i)
                 continue
+            if isinstance(step, Join):
+                continue
             if isinstance(step, Extern):
                 self.extern(step, externs, made)
                 externs += 1
                 continue
-            for name in step.writes:
-                if plan.buffers[name].storage == "pooled" and name not in made:
-                    out.append(self.allocate(plan.buffers[name]))
-                    made.add(name)
+            self.make(step, made)
             run = self.run_of.get(i)
             if run is None:
                 self.interpret(step)
@@ -192,14 +198,11 @@ class _Writer:
             # everything that the run writes for the caller is made before it starts
             for _, other in self.members(run):
                 assert isinstance(other, Launch)
-                for name in other.writes:
-                    if plan.buffers[name].storage == "pooled" and name not in made:
-                        out.append(self.allocate(plan.buffers[name]))
-                        made.add(name)
+                self.make(other, made)
             out.append(f"P = frame.pointers[{run}]")
             for k, name in enumerate(self.binding[run]):
-                if plan.buffers[name].storage not in ("arena", "constant"):
-                    out.append(f"P[{k}] = {self.var(name)}.data_ptr()")
+                if self.home(name).storage not in ("arena", "constant"):
+                    out.append(f"P[{k}] = {self.address(name)}")
             launches = ", ".join(plan.steps[j].name for j, _ in self.members(run))  # type: ignore[union-attr]
             for k, symbol in enumerate(self.unit_symbols):
                 if symbol in late & self.known:
@@ -211,7 +214,7 @@ class _Writer:
         """A line for each run of a kernel that there is no code for."""
         kernel, symbols = self.constant(step.kernel), sorted(step.kernel.symbols(), key=lambda s: s.name)
         for run in step.members:
-            refs = (TensorRef(run.buffers[p.name], *run.layout(p), _zero()) for p in step.kernel.params)
+            refs = (TensorRef(run.buffers[p.name], *run.layout(p), ZERO) for p in step.kernel.params)
             sizes = (f"{s.name!r}: {self.size(run.sizes.get(s, s.expr))}" for s in symbols)
             at = ", ".join(map(self.ref, refs))
             self.lines.append(f"interpret({kernel}, [{at}], {{{', '.join(sizes)}}})  # {step.name}")
@@ -225,11 +228,24 @@ class _Writer:
 
     def whole(self, name: str) -> str:
         b = self.plan.buffers[name]
-        return self.ref(TensorRef(name, b.shape, b.stride, _zero()))
+        return self.ref(TensorRef(name, b.shape, b.stride, ZERO))
+
+    def address(self, name: str) -> str:
+        b = self.plan.buffers[name]
+        if b.inside is None or b.inside[1] is ZERO:
+            return f"{self.var(self.plan.memory(name))}.data_ptr()"
+        return f"{self.var(b.inside[0])}.data_ptr() + {self.size(b.inside[1] * b.dtype.itemsize)}"
+
+    def make(self, step: Launch | Extern, made: set[str]) -> None:
+        """Allocate what a step writes first, whole or in part."""
+        for name in map(self.plan.memory, step.writes):
+            if self.plan.buffers[name].storage == "pooled" and name not in made:
+                self.lines.append(self.allocate(self.plan.buffers[name]))
+                made.add(name)
 
     def allocate(self, b: Buffer) -> str:
         if b.reuses is not None:
-            return f"{self.var(b.name)} = {self.ref(TensorRef(b.reuses, b.shape, b.stride, _zero()))}"
+            return f"{self.var(b.name)} = {self.ref(TensorRef(b.reuses, b.shape, b.stride, ZERO))}"
         cpu = b.device.type == "cpu"
         small = cpu and b.extent.is_const and b.extent.value * b.dtype.itemsize < POOLED_BYTES
         where = "" if cpu else f", {self.constant(b.device)}"
@@ -244,9 +260,7 @@ class _Writer:
         if step.out:
             (name,) = step.writes
             target = out_overload(target)
-            if plan.buffers[name].storage == "pooled" and name not in made:
-                out.append(self.allocate(plan.buffers[name]))
-                made.add(name)
+            self.make(step, made)
             out.append(f"{self.constant(target, 'ext')}({', '.join([*args, f'out={self.whole(name)}'])}){comment}")
             return
         call = f"{self.constant(target, 'ext')}({', '.join(args)})"
@@ -315,10 +329,6 @@ class _Writer:
                 text = self.view(o)
             found.append(f"(out{k} := {text})" if k in named else text)
         return found
-
-
-def _zero() -> Expr:
-    return Expr.of({})
 
 
 def _exprs(tree: Any) -> list[Expr]:

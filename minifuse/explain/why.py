@@ -46,7 +46,7 @@ def why_not(record: Record, first: str, second: str) -> WhyNot:
 
     Raises ValueError: a node that is in no kernel and no extern of the graph (a view, say), with near names.
     """
-    plan = record.stages["lower"]
+    plan = record.stages.get("join", record.stages["lower"])
     search = Search(plan, CompileContext(record.name, record.stage, record.options, device=record.device))
     search.replay(read(entries(record.decisions, record.name)))
     groups = search.graph.groups

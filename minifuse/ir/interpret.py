@@ -14,9 +14,9 @@ from typing import Any
 import torch
 
 from . import ops
-from .index import Axis, Expr, FloorDiv, Mod, Sym
+from .index import ZERO, Axis, Expr, FloorDiv, Mod, Sym
 from .kernel import Check, Kernel, Param, Store
-from .plan import Again, Buffer, Extern, Free, Launch, Opaque, Plan, TensorRef
+from .plan import Again, Buffer, Extern, Free, Join, Launch, Opaque, Plan, TensorRef
 from .value import Cast, Const, Index, IndexOf, Load, Op, Pick, Random, RandomKind, Reduce, Scan, Value, topological
 
 Number = int | torch.Tensor
@@ -333,12 +333,17 @@ class _Call:
     def _written(self, name: str) -> torch.Tensor:
         if name not in self.live:
             buffer = self.plan.buffers[name]
-            if buffer.reuses is None:
+            if buffer.inside is not None:
+                over, begin = self._written(buffer.inside[0]), buffer.inside[1]
+            elif buffer.reuses is not None:
+                over, begin = self.live[buffer.reuses], ZERO
+            if buffer.inside is None and buffer.reuses is None:
                 self.live[name] = self._empty(buffer)
             else:
-                over = self.live[buffer.reuses]
                 self.live[name] = over.as_strided(
-                    self._ints(buffer.shape), self._ints(buffer.stride), over.storage_offset()
+                    self._ints(buffer.shape),
+                    self._ints(buffer.stride),
+                    over.storage_offset() + begin.evaluate(self.sizes),
                 )
         return self.live[name]
 
@@ -395,7 +400,7 @@ class _Call:
             raise ValueError(f"buffer {name}: expected a tensor of {shape}, found {list(result.shape)}")
         result = result.to(buffer.dtype)
         laid_out = all(a == b for a, b, s in zip(result.stride(), stride, shape, strict=True) if s > 1)
-        if name not in self.live and (laid_out or 0 in shape):
+        if name not in self.live and buffer.inside is None and (laid_out or 0 in shape):
             self.live[name] = result
         else:
             self._written(name).copy_(result)
@@ -406,6 +411,8 @@ class _Call:
                 self.launch(step)
             elif isinstance(step, Extern):
                 self.extern(step)
+            elif isinstance(step, Join):
+                self._written(step.buffer)
             elif isinstance(step, Free):
                 for name in step.buffers:
                     del self.live[name]

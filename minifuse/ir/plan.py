@@ -17,7 +17,7 @@ from .kernel import Kernel, Param, Schedule
 from .shape import contiguous_strides, linearize, product
 from .value import index_axes
 
-Storage = Literal["input", "constant", "pooled", "arena", "extern"]
+Storage = Literal["input", "constant", "pooled", "arena", "extern", "inside"]
 
 
 @dataclass(frozen=True)
@@ -25,9 +25,10 @@ class Buffer:
     """Memory that steps read and write. Shape in elements, strides in elements.
 
     `storage`: "input" is the caller's, "constant" the graph's own, "pooled" is a block of its own (what the caller
-    gets, and what is large), "arena" shares the call's arena, "extern" is what an ATen operator allocated. `reuses`
-    names a buffer of as many elements whose memory this one takes over in the step that writes it, the last to read
-    that.
+    gets, and what is large), "arena" shares the call's arena, "extern" is what an ATen operator allocated, "inside" is
+    a region of another buffer. `reuses` names a buffer of as many elements whose memory this one takes over in the step
+    that writes it, the last to read that. `inside` names the buffer whose memory holds this one, itself inside of none,
+    and the element of it where this one begins; a `Join` says when that buffer is whole.
     """
 
     name: str
@@ -37,6 +38,7 @@ class Buffer:
     device: torch.device
     storage: Storage = "arena"
     reuses: str | None = None
+    inside: tuple[str, Expr] | None = None
 
     @property
     def numel(self) -> Expr:
@@ -223,6 +225,26 @@ def _refs(tree: Any) -> Iterator[TensorRef]:
 
 
 @dataclass(frozen=True)
+class Join:
+    """A buffer is whole: its regions, which steps before have written, are all of it. Moves no byte.
+
+    `origin` is the FX node whose result the buffer is.
+    """
+
+    buffer: str
+    regions: tuple[str, ...]
+    origin: str = ""
+
+    @property
+    def reads(self) -> tuple[str, ...]:
+        return self.regions
+
+    @property
+    def writes(self) -> tuple[str, ...]:
+        return (self.buffer,)
+
+
+@dataclass(frozen=True)
 class Free:
     """The last reader of these buffers has run."""
 
@@ -239,7 +261,7 @@ class Again:
         return f"output {self.output}"
 
 
-Step = Launch | Extern | Free
+Step = Launch | Extern | Join | Free
 Output = TensorRef | Expr | Opaque | Again | int | float | bool | str | None
 
 
@@ -287,6 +309,20 @@ class Plan:
     @property
     def externs(self) -> tuple[Extern, ...]:
         return tuple(s for s in self.steps if isinstance(s, Extern))
+
+    def memory(self, name: str) -> str:
+        """The buffer whose memory a buffer lives in: itself, or the one that it is inside of."""
+        inside = self.buffers[name].inside
+        return name if inside is None else inside[0]
+
+    @cached_property
+    def regions(self) -> Mapping[str, tuple[str, ...]]:
+        """The buffers that live inside of each one that has any."""
+        found: dict[str, tuple[str, ...]] = {}
+        for b in self.buffers.values():
+            if b.inside is not None:
+                found[b.inside[0]] = (*found.get(b.inside[0], ()), b.name)
+        return found
 
     def keeps_view(self, step: Extern) -> bool:
         """Whether a view and what it views are returned: the caller sees one memory, and nothing writes it again."""

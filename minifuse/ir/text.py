@@ -29,7 +29,20 @@ from .kernel import Kernel, Param, Schedule, Store
 from .parse import Parsed as Parsed
 from .parse import parse as parse
 from .parse import parse_kernel as parse_kernel
-from .plan import Binding, Buffer, Extern, Free, Launch, Opaque, Plan, Step, TensorRef, content_hash, launch_traffic
+from .plan import (
+    Binding,
+    Buffer,
+    Extern,
+    Free,
+    Join,
+    Launch,
+    Opaque,
+    Plan,
+    Step,
+    TensorRef,
+    content_hash,
+    launch_traffic,
+)
 from .shape import contiguous_strides
 from .value import Cast, Const, IndexOf, Load, Op, Pick, Random, Reduce, Scan, Value
 
@@ -219,6 +232,8 @@ def kernel_hash(kernel: Kernel, schedule: Schedule | None = None) -> str:
 # -- plans --------------------------------------------------------------------------------------------
 def _buffer(b: Buffer) -> str:
     where = b.storage if b.reuses is None else f"{b.storage} in {b.reuses}"
+    if b.inside is not None:
+        where += f" {b.inside[0]} at {b.inside[1]}"
     return f"buffer {b.name} : {_dtype(b)}{_layout(b.shape, b.stride)} {where} on {b.device}"
 
 
@@ -252,6 +267,8 @@ def print_step(step: Step, plan: Plan) -> str:
     hints)."""
     if isinstance(step, Free):
         return f"free {_list(step.buffers)}"
+    if isinstance(step, Join):
+        return f"join {step.buffer} = {_list(step.regions)}"
     moved = launch_traffic(plan, step)
     note = f"  # reads {moved.read} B, writes {moved.written} B"
     if isinstance(step, Launch):

@@ -10,9 +10,11 @@ from collections import Counter
 from collections.abc import Iterable
 from dataclasses import dataclass, field
 
-from .index import ONE, Axis, Expr, Sym
+import numpy as np
+
+from .index import ONE, ZERO, Axis, Expr, Sym
 from .kernel import Kernel, Param, Schedule, Store
-from .plan import Again, Binding, Extern, Free, Launch, Plan, TensorRef
+from .plan import Again, Binding, Buffer, Extern, Free, Join, Launch, Plan, TensorRef
 from .shape import product
 from .text import check_names
 from .value import Index, Load
@@ -166,6 +168,7 @@ class _Memory:
     writer: dict[str, str]
     symbols: set[str]
     taken: dict[str, str] = field(default_factory=dict)
+    whole: set[str] = field(default_factory=set)
 
     def fail(self, problem: str) -> VerificationError:
         return VerificationError(f"plan {self.plan.name}, {self.where}: {problem}")
@@ -173,12 +176,13 @@ class _Memory:
     def read(self, name: str) -> None:
         if name not in self.plan.buffers:
             raise self.fail(f"no buffer {name}")
-        if name in self.freed:
+        whole = self.plan.memory(name)
+        if name in self.freed or whole in self.freed:
             raise self.fail(f"buffer {name} is used after it was freed")
         if name not in self.live:
             raise self.fail(f"buffer {name} is used before anything wrote it")
-        if name in self.taken:
-            raise self.fail(f"buffer {name} is used after {self.taken[name]} took its memory")
+        if whole in self.taken:
+            raise self.fail(f"buffer {name} is used after {self.taken[whole]} took its memory")
 
     def take(self, name: str) -> None:
         """Let a buffer that is about to be written take over the memory of the one that it reuses."""
@@ -207,6 +211,8 @@ class _Memory:
             raise self.fail(f"buffer {name} is to take the memory of {over}, which only a launch that writes it does")
         if not given and name in self.writer and name not in joins:
             raise self.fail(f"buffer {name} was written by {self.writer[name]} already")
+        if (whole := self.plan.memory(name)) != name and whole in self.whole:
+            raise self.fail(f"buffer {name} is written inside of {whole}, which was whole already")
         self.writer[name] = self.where
         self.live.add(name)
 
@@ -264,10 +270,13 @@ def verify_plan(plan: Plan) -> None:
         elif isinstance(step, Extern):
             memory.where = f"step {n} {step.target}"
             _verify_extern(memory, step)
+        elif isinstance(step, Join):
+            memory.where = f"step {n} join"
+            _verify_join(memory, step)
         elif isinstance(step, Free):
             memory.where = f"step {n} free"
             for name in step.buffers:
-                if name not in memory.taken:
+                if plan.memory(name) not in memory.taken:
                     memory.read(name)
                 memory.live.discard(name)
                 memory.freed.add(name)
@@ -356,3 +365,44 @@ def _verify_extern(memory: _Memory, step: Extern) -> None:
     for name in step.writes:
         memory.write(name)
     memory.learn((*(symbol for _, symbol in step.sizes), *(symbol for _, _, symbol in step.dims)))
+
+
+def _verify_join(memory: _Memory, step: Join) -> None:
+    """The regions are written, lie inside of the buffer (or where it lies), and are each of its elements once."""
+    for name in step.regions:
+        memory.read(name)
+    buffers, whole = memory.plan.buffers, memory.plan.memory(step.buffer)
+    outside = [n for n in step.regions if memory.plan.memory(n) != whole or n == whole]
+    if outside:
+        raise memory.fail(f"buffer {outside[0]} is no region of {step.buffer}")
+    memory.write(step.buffer)
+    memory.whole.add(step.buffer)
+    parent, parts = buffers[step.buffer], [buffers[n] for n in step.regions]
+    exprs = [e for b in (parent, *parts) for e in (*b.shape, *b.stride, _begin(b))]
+    if not all(e.is_const for e in exprs) or not 0 < parent.extent.value <= _MOST_MARKED:
+        return
+    marks = np.zeros(parent.extent.value, np.uint8)
+    for b in parts:
+        at = (_begin(b) - _begin(parent)).value
+        if at < 0 or at + b.extent.value > marks.size and b.numel is not ZERO:
+            raise memory.fail(f"region {b.name} at {at} reaches past the {marks.size} elements of {parent.name}")
+        _elements(marks[at:], b)[...] += 1
+    wrong = _elements(marks, parent) != 1
+    if wrong.any() or marks.sum() != parent.numel.value:
+        where, times = np.argwhere(wrong)[:1].tolist(), marks.max()
+        raise memory.fail(f"the regions of {parent.name} are not each of its elements once: {where}, {times} times")
+
+
+_MOST_MARKED = 1 << 22
+"""The most elements of a buffer whose regions are marked one by one; those of a larger one are taken on trust."""
+
+
+def _begin(b: Buffer) -> Expr:
+    """The element of the memory that holds a buffer where it begins."""
+    return ZERO if b.inside is None else b.inside[1]
+
+
+def _elements(memory: np.ndarray, b: Buffer) -> np.ndarray:
+    """The bytes that stand for a buffer's elements, in its shape."""
+    shape, stride = (tuple(e.value for e in sizes) for sizes in (b.shape, b.stride))
+    return np.lib.stride_tricks.as_strided(memory, shape, stride)

@@ -47,7 +47,7 @@ def place(plan: Plan, ctx: CompileContext) -> Plan:
     steps: list[Step] = []
     real = {s.results[0] for s in plan.externs if has_real_out(s, plan)}
     for name, b in plan.buffers.items():
-        if b.storage in ("input", "constant") or b.storage == "extern" and name not in real:
+        if b.storage in ("input", "constant", "inside") or b.storage == "extern" and name not in real:
             buffers[name] = b
         elif name in outputs or name in kept or large(plan, b) or any(s.name in late for s in b.extent.symbols()):
             buffers[name] = replace(b, storage="pooled")
@@ -56,20 +56,21 @@ def place(plan: Plan, ctx: CompileContext) -> Plan:
     last: dict[str, int] = {}
     for i, step in enumerate(plan.steps):
         for name in {*step.reads, *step.writes} if not isinstance(step, Free) else ():
-            last[name] = i
+            last[plan.memory(name)] = i
     ours = own_memory(plan, buffers)
     for i, step in enumerate(plan.steps):
         if isinstance(step, Free):
             continue
-        dead = [n for n in dict.fromkeys((*step.reads, *step.writes)) if last[n] == i and n not in outputs]
-        dead = [n for n in dead if buffers[n].storage != "constant"]
+        touched = dict.fromkeys(map(plan.memory, (*step.reads, *step.writes)))
+        dead = [n for n in touched if last[n] == i and n not in outputs and buffers[n].storage != "constant"]
         if isinstance(step, Extern) and step.results and step.results[0] in real:
             step = replace(step, out=True)
         elif isinstance(step, Launch):
-            step = take_over(step, [n for n in dead if n in ours and n not in step.writes], buffers)
+            apart = [n for n in dead if n in ours and n not in step.writes and not used_in_part(n, step, plan)]
+            step = take_over(step, apart, buffers)
         steps.append(step)
         if dead:
-            steps.append(Free(tuple(dead)))
+            steps.append(Free(tuple(name for n in dead for name in (*plan.regions.get(n, ()), n))))
     return replace(plan, buffers=buffers, steps=tuple(steps))
 
 
@@ -77,6 +78,11 @@ def own_memory(plan: Plan, buffers: Mapping[str, Buffer]) -> set[str]:
     """Blocks of their own that nothing else can hold on to."""
     kept = held(plan)
     return {n for n, b in buffers.items() if b.storage in ("pooled", "extern") and n not in kept}
+
+
+def used_in_part(name: str, step: Launch, plan: Plan) -> bool:
+    """Whether a kernel reads or writes a region of a buffer by a name of its own."""
+    return not set(plan.regions.get(name, ())).isdisjoint(step.binding)
 
 
 def held(plan: Plan) -> set[str]:
@@ -165,7 +171,8 @@ def has_real_out(step: Extern, plan: Plan) -> bool:
     ):
         return False
     buffer = plan.buffers[step.writes[0]]
-    if target.namespace != "aten" or not buffer.is_contiguous or not dtypes.supported(buffer.dtype):
+    dense = buffer.is_contiguous or buffer.inside is not None
+    if target.namespace != "aten" or not dense or not dtypes.supported(buffer.dtype):
         return False
     return out_overload(target) is not None
 
@@ -185,12 +192,12 @@ def out_overload(target: compat.OpOverload) -> compat.OpOverload | None:
 
 
 def arena_intervals(plan: Plan) -> tuple[Interval, ...]:
-    """When each arena buffer is alive, by step."""
+    """When each arena buffer is alive, by step: from the first use of a region of it to the last."""
     span: dict[str, tuple[int, int]] = {}
     for i, step in enumerate(plan.steps):
         if isinstance(step, Free):
             continue
-        for name in (*step.reads, *step.writes):
+        for name in map(plan.memory, (*step.reads, *step.writes)):
             if plan.buffers[name].storage == "arena":
                 first, _ = span.get(name, (i, i))
                 span[name] = (first, i)

@@ -13,7 +13,7 @@ from minifuse.ir.verify import verify_plan
 
 from .batch import batch
 from .context import CompileContext
-from .fuse import fuse
+from .join import fuse_joined
 from .lower import lower
 from .memory import place
 from .schedule import schedule
@@ -36,7 +36,7 @@ def schedule_for_target(plan: Plan, ctx: CompileContext) -> Plan:
 
 
 PASSES = (
-    Pass("fuse", fuse),
+    Pass("fuse", fuse_joined),
     Pass("widen", widen),
     Pass("schedule", schedule_for_target),
     Pass("batch", batch),

@@ -16,7 +16,7 @@ from minifuse.codegen.printer import CodegenError
 from minifuse.codegen.program import write_program
 from minifuse.codegen.unit import KernelText, Unit, write_kernel, write_unit
 from minifuse.errors import CompileError
-from minifuse.ir.plan import Extern, Free, Launch, Plan, content_hash, launch_traffic
+from minifuse.ir.plan import Extern, Free, Join, Launch, Plan, content_hash, launch_traffic
 from minifuse.passes.context import CompileContext
 from minifuse.passes.schedule_triton import target
 
@@ -127,7 +127,7 @@ def group_runs(plan: Plan, texts: dict[int, KernelText]) -> list[Run]:
     runs: list[Run] = []
     fresh = True
     for i, step in enumerate(plan.steps):
-        if isinstance(step, Free):
+        if isinstance(step, (Free, Join)):
             continue
         if isinstance(step, Extern) or i not in texts:
             fresh = True

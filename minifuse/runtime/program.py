@@ -148,6 +148,9 @@ class Program:
                 for v in self.intervals
             }
             offsets, total = pack(self.intervals, nbytes)
+            for b in self.plan.buffers.values():
+                if b.inside is not None and b.inside[0] in offsets:
+                    offsets[b.name] = offsets[b.inside[0]] + b.inside[1].evaluate(env) * dtypes.itemsize(b.dtype)
             found = self.layouts[key] = Layout(total, offsets, env)
         return found
 

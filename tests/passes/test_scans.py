@@ -105,4 +105,4 @@ def test_an_associative_scan_is_kernels() -> None:
         return associative_scan(join, [a, x], dim=1, combine_mode="generic")[1].tanh()
 
     check(fn, torch.rand(4, 12), torch.randn(4, 12), tolerance=1e-5)
-    assert not externs() and kernels() <= 4
+    assert not externs() and kernels() <= 5

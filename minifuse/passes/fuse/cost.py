@@ -11,6 +11,9 @@ from dataclasses import dataclass
 from .graph import Graph
 from .group import Group
 
+# Digits: what sums of floats differ by in another order must not decide.
+PICOSECONDS = 12
+
 
 @dataclass(frozen=True)
 class Saving:
@@ -55,4 +58,5 @@ def saving(graph: Graph, a: Group, b: Group) -> Saving:
         return Saving(0, 0.0)
     before = moving(graph, a), moving(graph, b)
     apart = taken(graph, before[0], a.instructions) + taken(graph, before[1], b.instructions)
-    return Saving(nbytes, apart - taken(graph, sum(before) - memory, a.instructions + b.instructions))
+    together = taken(graph, sum(before) - memory, a.instructions + b.instructions)
+    return Saving(nbytes, round(apart - together, PICOSECONDS))

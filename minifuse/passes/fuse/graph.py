@@ -7,7 +7,7 @@ from math import prod
 
 from minifuse.ir.device import DeviceModel
 from minifuse.ir.index import Axis
-from minifuse.ir.plan import Extern, Free, Launch, Plan, Step, TensorRef
+from minifuse.ir.plan import Extern, Free, Join, Launch, Plan, Step, TensorRef
 from minifuse.passes.memory import unknown_at_start
 
 from .group import Group, Tree
@@ -49,7 +49,7 @@ class Graph:
         self.rank = {i: k for k, i in enumerate(self.groups)}
         self.link()
 
-    def add(self, i: int, step: Launch | Extern) -> None:
+    def add(self, i: int, step: Launch | Extern | Join) -> None:
         if isinstance(step, Launch):
             group = Group(i, step.name, step.kernel.origins, i, i, self.extent, Tree(step.kernel.body))
         else:
@@ -69,7 +69,7 @@ class Graph:
         numbers: dict[str, int] = {}
         seen: dict[str, list[int]] = {}
         for i, step in self.steps.items():
-            assert isinstance(step, (Launch, Extern))
+            assert not isinstance(step, Free)
             if isinstance(step, Extern) and step.effect:
                 if effect is not None:
                     self.edge(effect, i)

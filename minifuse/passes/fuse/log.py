@@ -11,16 +11,19 @@ from typing import Any
 
 from minifuse.errors import OptionError
 from minifuse.ir.decision import Decision
+from minifuse.passes.context import CompileContext
 
-TAKEN = ("fuse", "inline")
+JOINED = "written in place"
+TAKEN = ("fuse", "inline", JOINED)
 
 
 @dataclass(frozen=True)
 class Entry:
     """One fusion: `first` and `second` name kernels of the unfused plan, each standing for the group it is in by then.
 
-    `rule` is "fuse" (they become one) or "inline" (the second computes what it reads of the first); `graph` the name
-    of the graph, without its number.
+    `rule` is "fuse" (they become one), "inline" (the second computes what it reads of the first) or "written in place"
+    (the pieces of a join are stored where it has them; both names are the join's); `graph` is the name of the graph,
+    without its number.
     """
 
     rule: str
@@ -62,7 +65,16 @@ def read(log: Any) -> tuple[Entry, ...]:
     for k, entry in enumerate(log):
         fields = {name: entry.get(name) for name in Entry.__dataclass_fields__} if isinstance(entry, Mapping) else {}
         if not fields or not all(isinstance(v, str) for v in fields.values()) or fields["rule"] not in TAKEN:
-            wanted = "rule (fuse or inline), graph, first and second"
+            wanted = f"rule ({', '.join(TAKEN)}), graph, first and second"
             raise OptionError(f"minifuse option 'fusion_log': entry {k} is {entry!r}, expected {wanted} as text")
         found.append(Entry(**{name: str(v) for name, v in fields.items()}))
     return tuple(found)
+
+
+def given(ctx: CompileContext) -> list[Entry] | None:
+    """What the log of the options says about a graph; None where it says nothing of it.
+
+    Raises OptionError, as `read`.
+    """
+    entries = read(ctx.options.fusion_log or ())
+    return [e for e in entries if e.graph == unnumbered(ctx.name)] or None

@@ -28,6 +28,7 @@ CHEAP = 24.0
 NEAR_STEPS = 24
 LONG_BYTES = 65_536
 MAX_COLUMNS = 32_768
+LITTLE = 256
 
 Facts = Mapping[str, Any]
 
@@ -225,6 +226,15 @@ def _gathered(c: Candidate) -> Facts | None:
     return {"buffer": c.hard} if isinstance(c.hard, str) else None
 
 
+def _little_shared(c: Candidate) -> Facts | None:
+    """Kernels that have nothing but numbers in common are better one kernel run for many tensors (`passes.batch`)."""
+    if c.hard:
+        return None
+    moves = min(sum(c.graph.bytes[n] for n in (*g.external, *g.writes)) for g in (c.a, c.b))
+    shared = c.saving.nbytes
+    return {"shared_bytes": shared, "moved_bytes": moves} if shared * LITTLE < moves else None
+
+
 # -- how the loops unify ----------------------------------------------------------------------------
 def _unifies(rule: str) -> Callable[[Candidate], Facts | None]:
     def broken(c: Candidate) -> Facts | None:
@@ -410,6 +420,8 @@ RULES: tuple[Rule, ...] = (
          "{steps} steps between them may depend on one and feed the other", _too_far),
     Rule("scattered", "What stores at computed places, one behind the other, takes in only what it alone reads.",
          "{name} stores at places that are computed, one behind the other", _scattered),
+    Rule("little shared", "Siblings share at least 1/256 of what the smaller one moves.",
+         "they share {shared_bytes} of {moved_bytes}", _little_shared, False),
     Rule("gathered", "What is read at a computed place is in memory before the kernel starts.",
          "{buffer} is read at an index that is computed", _gathered),
     Rule("different rows", "Both walk what they share by the same loops.",

@@ -15,7 +15,7 @@ from dataclasses import replace
 from typing import Any
 
 from minifuse.ir.decision import Decision
-from minifuse.ir.plan import Buffer, Extern, Launch, Plan, Step
+from minifuse.ir.plan import Buffer, Extern, Join, Launch, Plan, Step
 from minifuse.passes import schedule, schedule_triton
 from minifuse.passes.context import CompileContext
 
@@ -102,10 +102,9 @@ class Search:
 
     # -- the walk --------------------------------------------------------------------------------
     def run(self) -> Plan:
-        entries = log.read(self.ctx.options.fusion_log or ())
-        mine = [e for e in entries if e.graph == log.unnumbered(self.ctx.name)]
-        if mine:
-            self.replay(mine)
+        entries = log.given(self.ctx)
+        if entries is not None:
+            self.replay(entries)
         else:
             self.search()
         return self.finish()
@@ -134,6 +133,8 @@ class Search:
         """Do what a log says, where it is legal."""
         steps = {step.name: i for i, step in self.graph.steps.items() if isinstance(step, Launch)}
         for e in entries:
+            if e.rule == log.JOINED:
+                continue  # done before
             a, b = (self.graph.at(steps.get(name, -1)) for name in (e.first, e.second))
             if self.empty:
                 return
@@ -286,7 +287,7 @@ class Search:
             group = graph.groups[i]
             if group.fixed:
                 step = graph.steps[i]
-                assert isinstance(step, Extern)
+                assert isinstance(step, (Extern, Join))
             elif group.version == 0:
                 launch = graph.steps[i]
                 assert isinstance(launch, Launch)
