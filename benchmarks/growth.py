@@ -1,0 +1,90 @@
+"""How planning time grows with the graph: 1,000 to 20,000 nodes of six kinds.
+
+    python -m benchmarks.growth [--quick] [--kinds chain,skips] [--json FILE] [--check]
+
+Planning is the pass that fuses; lowering and scheduling stand beside it. Each graph is planned once a round, in rounds
+over all sizes, garbage collected before. A doubling is the largest ratio of the medians of two sizes, per doubling of
+the nodes.
+"""
+
+from __future__ import annotations
+
+import gc
+import itertools
+import math
+import statistics
+import sys
+import time
+
+from minifuse.options import Options
+from minifuse.passes.context import CompileContext
+from minifuse.passes.fuse import fuse
+from minifuse.passes.lower import lower
+from minifuse.passes.pipeline import schedule_for_target
+
+from . import harness
+from .graphs import GRAPHS
+from .harness import Board, Column, Target
+
+SIZES = (1_000, 2_500, 5_000, 10_000, 20_000)
+QUICK = (1_000, 4_000)
+
+
+def board() -> Board:
+    return Board(
+        "Planning time by the number of nodes",
+        [
+            Column("nodes"),
+            Column("kernels unfused"),
+            Column("kernels"),
+            Column("lower", harness.seconds),
+            Column("fuse", harness.seconds, Target("<=", 2.5)),
+            Column("schedule", harness.seconds),
+            Column("a doubling", harness.ratio, Target("<=", 2.3)),
+        ],
+    )
+
+
+def main() -> int:
+    parser = harness.arguments(__doc__)
+    parser.add_argument("--kinds", default="", help=f"comma-separated: {', '.join(GRAPHS)}")
+    parser.add_argument("--rounds", type=int, default=3)
+    options = parser.parse_args()
+    kinds = options.kinds.split(",") if options.kinds else list(GRAPHS)
+    if unknown := set(kinds) - set(GRAPHS):
+        parser.error(f"no kind {sorted(unknown)}; kinds: {', '.join(GRAPHS)}")
+    sizes = QUICK if options.quick else SIZES
+    table = board()
+    for kind in kinds:
+        plans, seconds, figures = {}, {n: list[float]() for n in sizes}, {}
+        for n in sizes:
+            graph = GRAPHS[kind](n)
+            start = time.perf_counter()
+            plans[n] = lower(graph, CompileContext(kind, "inference", Options()), {})
+            figures[n] = {"nodes": len(graph.nodes), "lower": time.perf_counter() - start}
+        for _ in range(options.rounds):
+            for n in sizes:
+                ctx = CompileContext(kind, "inference", Options())
+                gc.collect()
+                start = time.perf_counter()
+                fused = fuse(plans[n], ctx)
+                seconds[n].append(time.perf_counter() - start)
+                if "schedule" not in figures[n]:
+                    start = time.perf_counter()
+                    schedule_for_target(fused, ctx)
+                    figures[n] |= {"schedule": time.perf_counter() - start, "kernels": len(fused.launches)}
+        medians = {n: statistics.median(seconds[n]) for n in sizes}
+        for n in sizes:
+            table.add(f"{kind} {n}", kernels_unfused=len(plans[n].launches), fuse=medians[n], **figures[n])
+            table.hold(f"{kind} {n}", {"fuse": Target("<=", 2.5)})
+        doublings = [
+            math.exp(math.log(medians[b] / medians[a]) / math.log2(figures[b]["nodes"] / figures[a]["nodes"]))
+            for a, b in itertools.pairwise(sizes)
+        ]
+        table.add(f"{kind} {sizes[-1]}", a_doubling=max(doublings))
+        table.hold(f"{kind} {sizes[-1]}", {"fuse": Target("<=", 2.5), "a doubling": Target("<=", 2.3)})
+    return harness.finish(table, options)
+
+
+if __name__ == "__main__":
+    sys.exit(main())
