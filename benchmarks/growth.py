@@ -14,13 +14,10 @@ import itertools
 import math
 import statistics
 import sys
-import time
 
 from minifuse.options import Options
 from minifuse.passes.context import CompileContext
-from minifuse.passes.fuse import fuse
-from minifuse.passes.lower import lower
-from minifuse.passes.pipeline import schedule_for_target
+from minifuse.passes.pipeline import make_plan
 
 from . import harness
 from .graphs import GRAPHS
@@ -56,26 +53,21 @@ def main() -> int:
     sizes = QUICK if options.quick else SIZES
     table = board()
     for kind in kinds:
-        plans, seconds, figures = {}, {n: list[float]() for n in sizes}, {}
-        for n in sizes:
-            graph = GRAPHS[kind](n)
-            start = time.perf_counter()
-            plans[n] = lower(graph, CompileContext(kind, "inference", Options()), {})
-            figures[n] = {"nodes": len(graph.nodes), "lower": time.perf_counter() - start}
+        seconds: dict[int, list[float]] = {n: [] for n in sizes}
+        figures: dict[int, dict[str, float]] = {}
+        graphs = {n: GRAPHS[kind](n) for n in sizes}
         for _ in range(options.rounds):
-            for n in sizes:
+            for n, graph in graphs.items():
                 ctx = CompileContext(kind, "inference", Options())
                 gc.collect()
-                start = time.perf_counter()
-                fused = fuse(plans[n], ctx)
-                seconds[n].append(time.perf_counter() - start)
-                if "schedule" not in figures[n]:
-                    start = time.perf_counter()
-                    schedule_for_target(fused, ctx)
-                    figures[n] |= {"schedule": time.perf_counter() - start, "kernels": len(fused.launches)}
+                plan = make_plan(graph, ctx)
+                seconds[n].append(ctx.seconds["fuse"])
+                unfused = len(ctx.stages["lower"].launches)
+                figures[n] = {"nodes": len(graph.nodes), "kernels_unfused": unfused, "kernels": len(plan.launches)}
+                figures[n] |= {name: ctx.seconds[name] for name in ("lower", "schedule")}
         medians = {n: statistics.median(seconds[n]) for n in sizes}
         for n in sizes:
-            table.add(f"{kind} {n}", kernels_unfused=len(plans[n].launches), fuse=medians[n], **figures[n])
+            table.add(f"{kind} {n}", fuse=medians[n], **figures[n])
             table.hold(f"{kind} {n}", {"fuse": Target("<=", 2.5)})
         doublings = [
             math.exp(math.log(medians[b] / medians[a]) / math.log2(figures[b]["nodes"] / figures[a]["nodes"]))

@@ -12,7 +12,7 @@ from minifuse.ir.plan import Plan
 from minifuse.ir.verify import verify_plan
 
 from .batch import batch
-from .context import CompileContext
+from .context import CompileContext, without_collection
 from .join import fuse_joined
 from .lower import lower
 from .memory import place
@@ -51,16 +51,17 @@ def make_plan(
 
     Every stage is kept in `ctx.stages` under its pass' name, the unfused plan as "lower".
     """
-    with ctx.phase("lower"):
-        plan = lower(graph, ctx, dict(output_strides or {}))
-    ctx.stages["lower"] = plan
-    if ctx.options.verify:
-        verify_plan(plan)
-    for p in PASSES:
-        with ctx.phase(p.name):
-            plan = p.run(plan, ctx)
-        ctx.stages[p.name] = plan
+    with without_collection():
+        with ctx.phase("lower"):
+            plan = lower(graph, ctx, dict(output_strides or {}))
+        ctx.stages["lower"] = plan
         if ctx.options.verify:
-            with ctx.phase("verify"):
-                verify_plan(plan)
+            verify_plan(plan)
+        for p in PASSES:
+            with ctx.phase(p.name):
+                plan = p.run(plan, ctx)
+            ctx.stages[p.name] = plan
+            if ctx.options.verify:
+                with ctx.phase("verify"):
+                    verify_plan(plan)
     return plan
