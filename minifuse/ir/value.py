@@ -25,9 +25,11 @@ def _field(i: int) -> Any:
 
 
 class Value:
-    """A typed value that varies over `axes`; immutable and interned, so `is` compares meaning."""
+    """A typed value that varies over `axes`; immutable and interned, so `is` compares meaning. `args` are the values
+    that it is computed from, in order."""
 
-    __slots__ = ("__weakref__", "axes", "dtype", "fields")
+    __slots__ = ("__weakref__", "args", "axes", "dtype", "fields")
+    args: tuple[Value, ...]
     dtype: torch.dtype
     axes: frozenset[Axis]
     fields: tuple[Any, ...]
@@ -40,13 +42,15 @@ class Value:
         if found is None:
             found = object.__new__(cls)
             found.fields, found.dtype, found.axes = fields, dtype, axes
+            found.args = found._arguments()
             _values[key] = found
         return found
 
-    @property
-    def args(self) -> tuple[Value, ...]:
-        """The values that this one is computed from, in order."""
+    def _arguments(self) -> tuple[Value, ...]:
         return ()
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return type(self)._make, (self.fields, self.dtype, self.axes)
 
     def rebuild(self, args: tuple[Value, ...], index: Callable[[Expr], Expr]) -> Value:
         """The same value over other arguments, with every index expression mapped."""
@@ -99,8 +103,7 @@ class Load(Value):
     mask: Value | None = _field(2)
     other: Value | None = _field(3)
 
-    @property
-    def args(self) -> tuple[Value, ...]:
+    def _arguments(self) -> tuple[Value, ...]:
         found = tuple(i for i in self.index if isinstance(i, Value))
         if self.mask is not None and self.other is not None:
             found += (self.mask, self.other)
@@ -191,7 +194,10 @@ class Op(Value):
         return Op._make((name, args), dtype, axes)
 
     name: str = _field(0)
-    args: tuple[Value, ...] = _field(1)
+
+    def _arguments(self) -> tuple[Value, ...]:
+        found: tuple[Value, ...] = self.fields[1]
+        return found
 
     def rebuild(self, args: tuple[Value, ...], index: Callable[[Expr], Expr]) -> Value:
         return Op.of(self.name, *args)
@@ -215,8 +221,7 @@ class Cast(Value):
 
     arg: Value = _field(0)
 
-    @property
-    def args(self) -> tuple[Value, ...]:
+    def _arguments(self) -> tuple[Value, ...]:
         return self.fields
 
     def rebuild(self, args: tuple[Value, ...], index: Callable[[Expr], Expr]) -> Value:
@@ -261,8 +266,7 @@ class Random(Value):
     offset: int = _field(2)
     index: Expr = _field(3)
 
-    @property
-    def args(self) -> tuple[Value, ...]:
+    def _arguments(self) -> tuple[Value, ...]:
         return (self.seed,)
 
     def rebuild(self, args: tuple[Value, ...], index: Callable[[Expr], Expr]) -> Value:
@@ -304,9 +308,13 @@ class Reduce(Value):
         return Reduce._make((kind, args, over, lanes), args[0].dtype, axes - {over})
 
     kind: str = _field(0)
-    args: tuple[Value, ...] = _field(1)
+
     over: Axis = _field(2)
     lanes: int = _field(3)
+
+    def _arguments(self) -> tuple[Value, ...]:
+        found: tuple[Value, ...] = self.fields[1]
+        return found
 
     @property
     def chunk(self) -> int:
@@ -347,8 +355,7 @@ class Scan(Value):
     over: Axis = _field(2)
     lanes: int = _field(3)
 
-    @property
-    def args(self) -> tuple[Value, ...]:
+    def _arguments(self) -> tuple[Value, ...]:
         return (self.arg,)
 
     def rebuild(self, args: tuple[Value, ...], index: Callable[[Expr], Expr]) -> Value:
@@ -373,8 +380,7 @@ class Pick(Value):
     value: Reduce = _field(0)
     i: int = _field(1)
 
-    @property
-    def args(self) -> tuple[Value, ...]:
+    def _arguments(self) -> tuple[Value, ...]:
         return (self.value,)
 
     def rebuild(self, args: tuple[Value, ...], index: Callable[[Expr], Expr]) -> Value:
@@ -386,16 +392,14 @@ def topological(roots: Iterable[Value]) -> list[Value]:
     """Values reachable from the roots, arguments first. Iterative, so that depth is no limit."""
     done: dict[Value, None] = {}
     for root in roots:
-        stack: list[tuple[Value, bool]] = [(root, False)]
+        stack = [root]
         while stack:
-            v, ready = stack.pop()
-            if v in done:
-                continue
-            if ready:
-                done[v] = None
-                continue
-            stack.append((v, True))
-            stack.extend((a, False) for a in reversed(v.args) if a not in done)
+            v = stack[-1]
+            waiting = [a for a in reversed(v.args) if a not in done] if v not in done else ()
+            if waiting:
+                stack.extend(waiting)
+            else:
+                done[stack.pop()] = None
     return list(done)
 
 

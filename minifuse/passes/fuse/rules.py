@@ -18,7 +18,7 @@ from minifuse.ir.plan import Plan
 from .cost import Saving, saving
 from .graph import Graph, TooFarError
 from .group import Group, grid_axes, innermost
-from .unify import Equation, Refusal, Unified, image, unify
+from .unify import Equation, Refusal, Unified, along, image, unify
 
 MAX_BUFFERS = 28
 MAX_VALUES = 600
@@ -93,6 +93,8 @@ class Candidate:
             # Siblings must agree on how they walk what they share, or sharing saves nothing.
             hard = [(x, y) for x, y in self.soft if x.axes() or y.axes()]
         found = unify(hard, self.soft, self.a.axes, self.b.axes, self.a.reduced)
+        if isinstance(found, Refusal) and self.a.reduced and not self.b.reduced:
+            found = along(hard, self.soft, self.a.axes, self.b.axes) or found
         return found if isinstance(found, Refusal) else replace(found, chunked=by_chunks(self, found))
 
     @property

@@ -47,9 +47,12 @@ class Unified:
 def mixed_radix(images: Sequence[tuple[Axis, Expr]]) -> bool:
     """Whether the images run over the product of their axes' extents exactly once.
 
-    The images, linearised by the extents, must be digits of distinct axes: each axis' factor is
-    the product of the extents below it. An axis that is walked backwards counts as one walked forwards.
+    Each image must stay inside its axis, and the images, linearised by the extents, must be digits of distinct axes:
+    each axis' factor is the product of the extents below it. An axis that is walked backwards counts as one walked
+    forwards.
     """
+    if not all(inside(image, axis) for axis, image in images):
+        return False
     total, step = ZERO, ONE
     for axis, image in reversed(images):
         total = total + image * step
@@ -75,6 +78,18 @@ def mixed_radix(images: Sequence[tuple[Axis, Expr]]) -> bool:
             return False
         reach = reach * axis_at.size
     return reach is step
+
+
+def inside(image: Expr, axis: Axis) -> bool:
+    """Whether an image of an axis is provably one of its points, everywhere."""
+    atom = image.atom
+    if isinstance(atom, Axis) and atom.size is axis.size:
+        return True
+    if not image.is_nonneg():
+        return False
+    if isinstance(atom, FloorDiv):
+        return (axis.size * atom.den - 1 - atom.num).is_nonneg()
+    return (axis.size - 1 - image).is_nonneg()
 
 
 def _assignable(image: Expr, axis: Axis) -> bool:
@@ -170,6 +185,24 @@ def unify(
         {a: e for a, e in to_first.items() if e.atom is not a},
         {a: e for a, e in to_second.items() if e.atom is not a},
     )
+
+
+def along(
+    hard: Sequence[Equation], soft: Sequence[Equation], first: Sequence[Axis], second: Sequence[Axis]
+) -> Unified | None:
+    """The second kernel by the loops of the first, where what they share says where each of its axes is: a norm over
+    groups of channels gives the channels as `8*group + element // 1024`. None where it does not."""
+    images: Substitution = {}
+    for p, c in (*hard, *soft):
+        if isinstance(c.atom, Axis) and c.atom not in images:
+            images[c.atom] = p
+    if images.keys() != set(second) or not mixed_radix([(a, images[a]) for a in second]):
+        return None
+    if any(p is not c.substitute(images) for p, c in hard):  # type: ignore[arg-type]
+        return None
+    if {a for e in images.values() for a in e.axes()} != set(first):
+        return None
+    return Unified({}, {a: e for a, e in images.items() if e.atom is not a})
 
 
 def _digit_by_digit(p: Expr, c: Expr, first: Substitution, second: Substitution) -> Substitution | None:
