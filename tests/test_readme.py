@@ -124,6 +124,10 @@ def test_the_page_of_options_is_current() -> None:
     assert (ROOT / "docs" / "options.md").read_text() == maker("make_options").page(), "run python docs/make_options.py"
 
 
+def test_the_page_of_fusion_lists_the_rules_that_there_are() -> None:
+    assert (ROOT / "docs" / "fusion.md").read_text() == maker("make_fusion").page(), "run python docs/make_fusion.py"
+
+
 def test_the_page_of_externs_is_current_and_every_operator_has_a_reason() -> None:
     module = maker("make_externs")
     page = (ROOT / "docs" / "externs.md").read_text()

@@ -7,7 +7,7 @@ import itertools
 from collections import deque
 from dataclasses import dataclass
 
-from minifuse.ir.plan import Extern
+from minifuse.ir.plan import Extern, Join
 from minifuse.passes.context import CompileContext
 from minifuse.passes.fuse.log import entries, read
 from minifuse.passes.fuse.rules import Candidate
@@ -17,9 +17,12 @@ from minifuse.records import Record
 
 @dataclass(frozen=True)
 class WhyNot:
-    """The first thing that keeps two nodes apart. `rule` is a fusion rule's name, "extern" where an operator of ATen
-    lies between, "nothing shared" where no way through memory joins them, "not reached" where no rule forbids it;
-    empty where they are together. `between` names the nodes of the two neighbours on the way that it is about."""
+    """The first thing that keeps two nodes apart.
+
+    `rule` is a fusion rule's name, "extern" where an operator of ATen lies between, "join" where a buffer that is put
+    together does, "nothing shared" where no way through memory joins them, "not reached" where no rule forbids it;
+    empty where they are together. `between` names the nodes of the two neighbours on the way that it is about.
+    """
 
     first: str
     second: str
@@ -49,28 +52,16 @@ def why_not(record: Record, first: str, second: str) -> WhyNot:
     plan = record.stages.get("join", record.stages["lower"])
     search = Search(plan, CompileContext(record.name, record.stage, record.options, device=record.device))
     search.replay(read(entries(record.decisions, record.name)))
-    groups = search.graph.groups
     starts, ends = holding(search, first), holding(search, second)
     if starts & ends:
         return WhyNot(first, second, "", "", (first, second))
     way = shortest(search, starts, ends)
-    direct = len(way) == 2
-    for a, b in itertools.pairwise(way):
-        pair = (named(search, a, first, second), named(search, b, second, first))
-        for i in (a, b):
-            if groups[i].fixed:
-                step = search.graph.steps[i]
-                assert isinstance(step, Extern)
-                words = f"{step.target} runs by ATen, {step.reason}"
-                return WhyNot(first, second, "extern", words, pair)
-        earlier, later = sorted((groups[a], groups[b]), key=lambda g: g.first)
-        c = Candidate(search.graph, earlier, later)
-        broken = search.verdict(c, search.rules)
-        if broken is not None:
-            rule, facts = broken
-            return WhyNot(first, second, rule.name, rule.reason.format_map(facts), pair)
-        if direct and c.saving.nbytes <= 0:
-            return WhyNot(first, second, "nothing shared", "one kernel would move no byte less than two", pair)
+    found = along(search, way, first, second)
+    if found is not None and found.rule == "cycle":  # what lies between
+        around = shortest(search, starts, ends, direct=False)
+        found = along(search, around, first, second) or found
+    if found is not None:
+        return found
     if not way:
         return WhyNot(first, second, "nothing shared", "no buffer leads from one to the other", (first, second))
     fuel = record.options.fusion_fuel
@@ -78,6 +69,30 @@ def why_not(record: Record, first: str, second: str) -> WhyNot:
         f"fuel ended after {fuel} fusions" if fuel is not None else "no rule forbids it; the search took others first"
     )
     return WhyNot(first, second, "not reached", words, (first, second))
+
+
+def along(search: Search, way: list[int], first: str, second: str) -> WhyNot | None:
+    """What keeps the first two neighbours on a way apart that cannot be one kernel."""
+    groups = search.graph.groups
+    for a, b in itertools.pairwise(way):
+        pair = (named(search, a, first, second), named(search, b, second, first))
+        for i in (a, b):
+            if groups[i].fixed:
+                step = search.graph.steps[i]
+                assert isinstance(step, (Extern, Join))
+                words = "the pieces of a join are written in place, and what reads the whole comes after"
+                if isinstance(step, Extern):
+                    words = f"{step.target} runs by ATen, {step.reason}"
+                return WhyNot(first, second, "extern" if isinstance(step, Extern) else "join", words, pair)
+        earlier, later = sorted((groups[a], groups[b]), key=lambda g: g.first)
+        c = Candidate(search.graph, earlier, later)
+        broken = search.verdict(c, search.rules)
+        if broken is not None:
+            rule, facts = broken
+            return WhyNot(first, second, rule.name, rule.reason.format_map(facts), pair)
+        if len(way) == 2 and c.saving.nbytes <= 0:
+            return WhyNot(first, second, "nothing shared", "one kernel would move no byte less than two", pair)
+    return None
 
 
 def holding(search: Search, node: str) -> set[int]:
@@ -91,9 +106,9 @@ def holding(search: Search, node: str) -> set[int]:
     return found
 
 
-def shortest(search: Search, starts: set[int], ends: set[int]) -> list[int]:
+def shortest(search: Search, starts: set[int], ends: set[int], direct: bool = True) -> list[int]:
     """The shortest way between groups over shared buffers: along dependencies where there is one, else over any
-    neighbour. Empty where there is none."""
+    neighbour; not from one to the other at once, unless `direct`. Empty where there is none."""
     graph = search.graph
     sharing = [names for names in (graph.readers[n] for n in graph.readers) if len(names) > 1]
     beside: dict[int, set[int]] = {i: {*g.succs, *g.preds} for i, g in graph.groups.items()}
@@ -102,7 +117,11 @@ def shortest(search: Search, starts: set[int], ends: set[int]) -> list[int]:
             beside[i] |= readers
     ahead = {i: g.succs for i, g in graph.groups.items()}
     behind = {i: g.preds for i, g in graph.groups.items()}
-    for steps in (beside,) if any(beside[i] & ends for i in starts) else (ahead, behind, beside):
+    neighbours = any(beside[i] & ends for i in starts)
+    kinds = [beside] if neighbours else [ahead, behind, beside]
+    if not direct:
+        kinds = [{i: s - ends if i in starts else s for i, s in near.items()} for near in (ahead, behind)]
+    for steps in kinds:
         came: dict[int, int | None] = dict.fromkeys(sorted(starts))
         queue = deque(came)
         while queue:
