@@ -44,6 +44,10 @@ class Options:
     """Directory into which every graph is written: captured, joint, planned, kernels' source, decisions, report.
     None: `$MINIFUSE_DEBUG`, else nothing is written."""
 
+    fusion: str = "greedy"
+    """How kernels are grouped: `greedy`, or `exact`: the plan of least predicted time by integer programming, slowly,
+    for graphs of at most 60 kernels; what is larger is fused greedily and the decisions say so."""
+
     fusion_fuel: int | None = None
     """Stop after this many fusions of a graph (0 or more), to bisect a wrong one; beyond as many as the graph has
     operators it counts launches that batches save. None: no limit."""
@@ -125,6 +129,7 @@ def _did_you_mean(given: object, valid: Iterable[str]) -> str:
 
 _CHOICES: dict[str, tuple[str, ...]] = {
     "target": ("auto", "c", "triton", "interpret"),
+    "fusion": ("greedy", "exact"),
     "rng": ("fast", "eager"),
     "fallback": ("allow", "warn", "error"),
     "mode": tuple(MODES),
@@ -156,6 +161,7 @@ _ACCEPTS: dict[str, _Check] = {
     ),
     "debug_dir": _PATH,
     "fusion_fuel": ("an integer of 0 or more, or None", lambda value: value is None or (_is_int(value) and value >= 0)),
+    "fusion": _one_of("fusion"),
     "fusion_rules": (
         "a list of Rule, forbid(...) and force(...)",
         lambda value: (

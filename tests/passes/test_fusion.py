@@ -222,3 +222,22 @@ def test_a_row_walked_backwards_is_the_same_row() -> None:
 
     check(fn, X, tolerance=1e-5)
     assert kernels() == 1
+
+
+def test_the_exact_planner_takes_no_longer_plan_than_the_greedy_one() -> None:
+    w = torch.randn(96, 96)
+    want = compiled(block)(X, w)
+    greedy = kernels()
+    same(compiled(block, {"fusion": "exact"})(X, w), want, exact=True)
+    assert kernels() <= greedy
+    assert any("least predicted time" in d.words for d in report().decisions)
+
+
+def test_what_is_too_large_for_the_exact_planner_is_fused_greedily_and_says_so() -> None:
+    def long(x: Tensor) -> Tensor:
+        for _ in range(70):
+            x = x.sin() + 0.5
+        return x
+
+    same(compiled(long, {"fusion": "exact"})(X), long(X), tolerance=1e-4)
+    assert "at most 60" in next(d.words for d in report().decisions if d.rule == "exact")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import heapq
+from copy import copy
 from math import prod
 
 from minifuse.ir.device import DeviceModel
@@ -229,6 +230,14 @@ class Graph:
         self.rank.pop(a.id)
         self.place[a.id] = -1
         del self.groups[a.id]
+
+    def copy(self) -> Graph:
+        """A graph whose merges leave this one as it is."""
+        made = copy(self)
+        made.groups = {i: g.copy() for i, g in self.groups.items()}
+        made.writer, made.place, made.rank = dict(self.writer), dict(self.place), dict(self.rank)
+        made.readers = {n: set(r) for n, r in self.readers.items()}
+        return made
 
     def extent(self, axes: frozenset[Axis]) -> int:
         """Points of a space of loops, dynamic sizes at their hints."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Container, Iterable, Iterator, Mapping
+from copy import copy
 from dataclasses import dataclass, field, replace
 
 from minifuse.ir import ops
@@ -225,6 +226,14 @@ class Group:
         if other.last > self.last:
             self.name = other.name
         self.first, self.last = min(self.first, other.first), max(self.last, other.last)
+
+    def copy(self) -> Group:
+        """A group whose merges leave this one as it is."""
+        made = copy(self)
+        made.preds, made.succs, made.inlined = set(self.preds), set(self.succs), set(self.inlined)
+        made.stored, made.folds, made.ordered = dict(self.stored), dict(self.folds), dict(self.ordered)
+        made.reads = {n: dict(index) for n, index in self.reads.items()}
+        return made
 
     def move(self, env: Substitution) -> None:
         """Rename the axes of what is known."""

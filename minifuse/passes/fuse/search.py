@@ -19,7 +19,7 @@ from minifuse.ir.plan import Buffer, Extern, Join, Launch, Plan, Step
 from minifuse.passes import schedule, schedule_triton
 from minifuse.passes.context import CompileContext
 
-from . import inline, log
+from . import exact, inline, log
 from .graph import Graph
 from .group import Group
 from .order import order
@@ -114,6 +114,11 @@ class Search:
         self.force()
         inline.constants(self)
         inline.gathered(self)
+        if self.ctx.options.fusion == "exact":
+            try:
+                exact.plan(self)
+            except exact.TooLargeError as why:
+                self.ctx.record("exact", self.plan.name, taken=False, reason="fused greedily: {why}", why=str(why))
         self.find_candidates()
         again = True
         while again and not self.empty:
