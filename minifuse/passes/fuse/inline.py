@@ -6,8 +6,11 @@ from typing import TYPE_CHECKING
 
 from minifuse.ir.index import Axis, Expr
 from minifuse.ir.kernel import Store
+from minifuse.ir.value import index_axes
 
 from .body import NotInvertible, forward
+from .cost import moving, taken
+from .graph import Graph
 from .group import Group
 from .rules import CHEAP, MAX_VALUES
 from .unify import Refusal
@@ -30,9 +33,17 @@ def constants(search: Search) -> None:
         for reader in [graph.groups[r] for r in readers]:
             if search.empty:
                 return
-            if refusal(search, g, reader) is None:
+            if not stands_alone(search, g, reader) and refusal(search, g, reader) is None:
                 into(search, g, reader, "it reads nothing: computed where it is read")
         graph.bury(g)
+
+
+def stands_alone(search: Search, g: Group, reader: Group) -> bool:
+    """Whether a reader of what reads nothing would read nothing either, and is stored: it is better one kernel with its
+    like, which it would share no buffer with."""
+    graph = search.graph
+    stored = any(n in graph.kept or any(graph.groups[r].fixed for r in graph.readers.get(n, ())) for n in reader.writes)
+    return stored and reader.reads.keys() <= g.writes.keys()
 
 
 def picks(reader: Group, name: str) -> bool:
@@ -124,7 +135,7 @@ def duplicate(search: Search, a: Group, b: Group) -> bool:
         return False
     before = graph.bytes[name] * (1 + len(readers)) + sum(graph.bytes[n] for n in a.reads)
     after = sum(graph.bytes[n] for r in readers for n in a.reads if n not in r.reads)
-    if after >= before or any(refusal(search, a, r) is not None for r in readers):
+    if after >= before or any(refusal(search, a, r) is not None for r in readers) or slower(graph, a, readers, name):
         return False
     for reader in readers:
         if search.empty:
@@ -133,6 +144,19 @@ def duplicate(search: Search, a: Group, b: Group) -> bool:
         search.rewritten(reader)
     graph.bury(a)
     return True
+
+
+def slower(graph: Graph, a: Group, readers: list[Group], name: str) -> bool:
+    """Whether kernels that compute a's values themselves, once at each point that reads them, take longer than now."""
+    now = taken(graph, moving(graph, a), a.instructions)
+    then = 0.0
+    for r in readers:
+        now += taken(graph, moving(graph, r), r.instructions)
+        more = sum(graph.seconds[n] for n in a.reads if n not in r.reads)
+        points = sum(graph.extent(index_axes(index)) for index in r.reads[name])
+        memory = moving(graph, r) + more - graph.seconds[name]
+        then += taken(graph, memory, r.instructions + a.cost * points)
+    return then > now
 
 
 def into(search: Search, a: Group, reader: Group, reason: str, saved: int | None = None) -> None:

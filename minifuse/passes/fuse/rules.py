@@ -28,7 +28,7 @@ CHEAP = 24.0
 NEAR_STEPS = 24
 LONG_BYTES = 65_536
 MAX_COLUMNS = 32_768
-LITTLE = 256
+NUMBERS = 64
 
 Facts = Mapping[str, Any]
 
@@ -230,11 +230,10 @@ def _gathered(c: Candidate) -> Facts | None:
 
 def _little_shared(c: Candidate) -> Facts | None:
     """Kernels that have nothing but numbers in common are better one kernel run for many tensors (`passes.batch`)."""
-    if c.hard:
+    if c.hard or c.saving.nbytes >= NUMBERS:
         return None
     moves = min(sum(c.graph.bytes[n] for n in (*g.external, *g.writes)) for g in (c.a, c.b))
-    shared = c.saving.nbytes
-    return {"shared_bytes": shared, "moved_bytes": moves} if shared * LITTLE < moves else None
+    return {"shared_bytes": c.saving.nbytes, "moved_bytes": moves} if moves >= 4 * NUMBERS else None
 
 
 # -- how the loops unify ----------------------------------------------------------------------------
@@ -422,7 +421,7 @@ RULES: tuple[Rule, ...] = (
          "{steps} steps between them may depend on one and feed the other", _too_far),
     Rule("scattered", "What stores at computed places, one behind the other, takes in only what it alone reads.",
          "{name} stores at places that are computed, one behind the other", _scattered),
-    Rule("little shared", "Siblings share at least 1/256 of what the smaller one moves.",
+    Rule("little shared", "Siblings share 64 bytes or more, or are as small as that themselves.",
          "they share {shared_bytes} of {moved_bytes}", _little_shared, False),
     Rule("gathered", "What is read at a computed place is in memory before the kernel starts.",
          "{buffer} is read at an index that is computed", _gathered),
