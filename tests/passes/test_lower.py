@@ -148,6 +148,25 @@ def test_a_slice_with_a_step_is_written_and_has_a_gradient(dynamic: bool) -> Non
     assert not externs()
 
 
+def test_a_step_of_a_slice_may_be_a_symbol() -> None:
+    def fn(x: Tensor, y: Tensor, k: int) -> tuple[Tensor, ...]:
+        written = x * 1
+        written[1:, 1::k] = 3
+        return x[:, ::k] * 2, x[:, 1:7:k].sin(), torch.slice_scatter(x, y, 1, 1, 7, k), written
+
+    x = torch.randn(5, 9, requires_grad=True)
+    check(fn, x, torch.randn(5, 2, requires_grad=True), 3, dynamic=True)
+    compiled(fn, dynamic=True)(x.detach(), torch.randn(5, 2), 3)
+    assert not externs()
+
+
+def test_a_row_that_stands_for_padding_may_be_a_symbol() -> None:
+    def fn(table: Tensor, k: int) -> Tensor:
+        return F.embedding(torch.arange(4), table, padding_idx=k).sin()
+
+    check(fn, torch.randn(5, 8, requires_grad=True), 3, dynamic=True)
+
+
 def test_memory_that_is_only_asked_for_is_no_call_of_aten() -> None:
     def fn(x: Tensor) -> Tensor:
         return x.new_empty_strided((3, 4), (1, 3)).copy_(x) + torch.empty_like(x).fill_(2)

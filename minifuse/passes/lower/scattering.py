@@ -12,7 +12,7 @@ from minifuse import compat
 from minifuse.ir.index import ONE, ZERO, Axis, Expr
 from minifuse.ir.kernel import Check, Store
 from minifuse.ir.shape import delinearize, product
-from minifuse.ir.value import Cast, Const, Load, Op, Value, topological
+from minifuse.ir.value import Cast, Const, IndexOf, Load, Op, Value, topological
 
 from .indexing import wrapped
 from .pointwise import Unsupported
@@ -100,7 +100,7 @@ def _embedding_backward(
     over, where = _one_axis(tokens.shape)
     row, check = wrapped(tokens.read(where), lo.size(rows), "index out of range in self", negative=False)
     (column,) = lo.axes(g.shape[-1:], "c")
-    mask = Op.of("ne", Cast.of(torch.int64, tokens.read(where)), Const.of(padding, torch.int64))
+    mask = Op.of("ne", Cast.of(torch.int64, tokens.read(where)), IndexOf.of(lo.size(padding)))
     return _scatter(lo, val, None, [row, column], g.read((*where, column)), "add", over, [check], mask)
 
 

@@ -55,7 +55,7 @@ def _expand(lo: Lowering, node: fx.Node, x: fx.Node, shape: Any, implicit: bool 
 
 @lowers(aten.slice.Tensor)
 def _slice(
-    lo: Lowering, node: fx.Node, x: fx.Node, dim: int = 0, start: Any = None, end: Any = None, step: int = 1
+    lo: Lowering, node: fx.Node, x: fx.Node, dim: int = 0, start: Any = None, end: Any = None, step: Any = 1
 ) -> View:
     view = lo.view(x)
     dim %= len(view.at)
@@ -71,7 +71,7 @@ def _slice(
         begin = as_expr(min(begin.value, size.value))
     elif not begin.is_const and not (size - begin).is_nonneg():
         raise Unsupported("a slice whose start may lie behind the end")
-    return view.slice(dim, begin, lo.shape(node)[dim], step)
+    return view.slice(dim, begin, lo.shape(node)[dim], lo.size(step))
 
 
 @lowers(aten.select.int)
