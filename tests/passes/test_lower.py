@@ -65,6 +65,20 @@ def test_gather_by_an_index_without_dimensions() -> None:
     check(lambda x, i: x.gather(0, i) + 1, torch.randn(5), torch.tensor(3))
 
 
+@pytest.mark.parametrize("dynamic", [False, True])
+def test_an_empty_index_may_have_any_number_of_dimensions(dynamic: bool) -> None:
+    def fn(x: Tensor, y: Tensor, at: Tensor) -> tuple[Tensor, ...]:
+        source = torch.ones(at.shape)
+        return (
+            x.gather(0, at) + 1, y.gather(1, at) * 2, x.scatter(0, at, 3.0) + 1, y.scatter_add(1, at, source) * 2,
+            x.scatter_reduce(0, at, source, "amax") + 1, y.scatter(0, at, source),
+        )  # fmt: skip
+
+    x, y = torch.randn(5, requires_grad=True), torch.randn(5, 3, requires_grad=True)
+    for shape in ((0,), (2, 0), (3, 0, 2)):
+        check(fn, x, y, torch.zeros(shape, dtype=torch.int64), dynamic=dynamic)
+
+
 def test_complex_numbers_and_sizes_of_results_with_dynamic_shapes() -> None:
     x = torch.randn(3, 5, 4, requires_grad=True)
     check(lambda x: (torch.fft.irfft(x), torch.fft.fft(x).abs()), x, dynamic=True, tolerance=1e-5)

@@ -159,6 +159,8 @@ def _put_by_mask(
 def _along(lo: Lowering, node: fx.Node, x: fx.Node, dim: int, index: fx.Node, src: Any, mode: str) -> View:
     """scatter, scatter_add, scatter_reduce: along one dimension, at `index`, whose shape is the part of `src` taken."""
     table, at, val = lo.view(x), lo.view(index), node.meta["val"]
+    if ZERO in at.shape:  # of as many dimensions as it likes
+        return lo.emit(lambda where: Cast.of(val.dtype, table.read(where)), val)
     if not table.at or not at.at:
         raise Unsupported("a scatter without dimensions")
     dim %= len(table.at)
