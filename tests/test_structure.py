@@ -21,7 +21,7 @@ WHOLE = 14_000
 # scans, scatters and the lowering of all of core ATen take it past that.
 CORE = 13_300
 # Lines of code a folder may have; the policies of rematerialisation, `explain` and the command line are no core.
-BUDGETS = {"ir": 2_500, "passes": 5_700, "codegen": 2_900, "runtime": 1_400, "explain": 1_500}
+BUDGETS = {"ir": 2_510, "passes": 5_730, "codegen": 2_900, "runtime": 1_400, "explain": 1_500}
 POLICIES = {"baselines", "policies", "mincut", "checkpoint", "optimal", "budget", "offload"}
 # What each layer may import, itself aside. Leaves are data that every layer reads.
 LEAVES = {"compat", "errors", "options", "records"}

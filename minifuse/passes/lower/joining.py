@@ -13,6 +13,7 @@ from minifuse.ir.index import ONE, ZERO, Expr
 from minifuse.ir.kernel import Store
 from minifuse.ir.value import Cast, Const, IndexOf, Op, Value
 
+from .memory import refuse_overlap
 from .pointwise import Unsupported, check_fits, to_compute
 from .registry import lowers
 from .view import View
@@ -103,6 +104,7 @@ def _slice_scatter(
 ) -> View:  # fmt: skip
     val = node.meta["val"]
     base, part = lo.view(x), lo.view(src)
+    refuse_overlap(lo, x)
     dim %= len(base.at)
     begin = ZERO if start is None else lo.size(start)
     if begin.is_const and begin.value < 0:
@@ -130,6 +132,7 @@ def _slice_scatter(
 def _select_scatter(lo: Lowering, node: fx.Node, x: fx.Node, src: fx.Node, dim: int, index: Any) -> View:
     val = node.meta["val"]
     base, part = lo.view(x), lo.view(src)
+    refuse_overlap(lo, x)
     dim %= len(base.at)
     at = lo.size(index)
     at = at + base.shape[dim] if at.is_const and at.value < 0 else at
