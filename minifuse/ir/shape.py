@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import ast
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 
 from .index import ONE, ZERO, Atom, Expr, IntLike, as_expr, divmod_expr
 
@@ -45,6 +45,22 @@ def delinearize(offset: Expr, shape: Iterable[IntLike]) -> tuple[Expr, ...]:
     if sizes:
         out.append(offset)
     return tuple(reversed(out))
+
+
+def is_injective(shape: Iterable[int], stride: Iterable[int]) -> bool:
+    """Whether every element has its own memory, gaps allowed: a stride steps over all that the smaller ones reach."""
+    reach = 1
+    for step, size in sorted(zip(stride, shape, strict=True)):
+        if size > 1 and step < reach:
+            return False
+        reach += max(size - 1, 0) * step
+    return True
+
+
+def is_overlapping(shape: Sequence[int], stride: Sequence[int]) -> bool:
+    """Whether elements share memory other than by being expanded."""
+    expanded = any(step == 0 and size > 1 for size, step in zip(shape, stride, strict=True))
+    return not expanded and not is_injective(shape, stride)
 
 
 def cdiv(a: IntLike, b: IntLike) -> Expr:

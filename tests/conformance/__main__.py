@@ -12,14 +12,14 @@ import sys
 import threading
 import time
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from .known import KNOWN
+from .known import is_known
 from .run import DTYPES, Failure, Job, check, operators
 
 # Seconds for one operator: torch traces some convolutions with dynamic shapes for minutes.
@@ -97,6 +97,11 @@ def run(jobs: list[Job], processes: int) -> Iterator[tuple[Job, list[Failure]]]:
         yield finished.get()
 
 
+def _list(cases: Iterable[tuple[str, str]]) -> str:
+    """Operators and their dtypes, in order."""
+    return ", ".join(f"{op} ({dtype})" for op, dtype in sorted(cases)) or "none"
+
+
 def main() -> int:
     parser = argparse.ArgumentParser(prog="python -m tests.conformance", description=__doc__)
     parser.add_argument("names", nargs="*", help="operators (all by default), or the beginnings of their names")
@@ -125,11 +130,12 @@ def main() -> int:
             print(f, flush=True)
         if k % 50 == 0:
             print(f"-- {k} of {len(jobs)}, {time.perf_counter() - begin:.0f} s, last {job.op}", flush=True)
-    failing = {f.op for f in failures if f.kind != "torch"}
-    bad = failing - KNOWN.keys()
-    print(f"{len(failing)} of {len(names)} operators fail in {time.perf_counter() - begin:.0f} s")
-    print(f"not known to fail: {', '.join(sorted(bad)) or 'none'}")
-    print(f"known to fail that did not: {', '.join(n for n in names if n in KNOWN and n not in failing) or 'none'}")
+    failing = {(f.op, f.dtype) for f in failures if f.kind != "torch"}
+    bad = [case for case in failing if not is_known(*case)]
+    better = {(job.op, job.dtype) for job in jobs if is_known(job.op, job.dtype)} - failing
+    print(f"{len({op for op, _ in failing})} of {len(names)} operators fail in {time.perf_counter() - begin:.0f} s")
+    print(f"not known to fail: {_list(bad)}")
+    print(f"known to fail that did not: {_list(better)}")
     if args.json:
         args.json.write_text(json.dumps([asdict(f) for f in failures], indent=1))
     return bool(bad)

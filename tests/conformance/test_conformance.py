@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.conformance.known import KNOWN
+from tests.conformance.known import KNOWN, is_known
 from tests.conformance.run import DTYPES, Job, check, operators
 
 TENTH = [name for name in operators() if name not in KNOWN][4::10]
@@ -22,6 +22,14 @@ def test_an_operator_does_what_eager_does(name: str) -> None:
     dtype = "float32" if operators()[name].supports_dtype(DTYPES["float32"], "cpu") else "int64"
     found = [f for dynamic in (False, True) for f in check(Job(name, dtype, dynamic, limit=3)) if f.kind != "torch"]
     assert not found, "\n".join(map(str, found))
+
+
+def test_an_operator_that_differs_in_some_dtypes_is_judged_in_the_others() -> None:
+    for name, known in KNOWN.items():
+        supported = {d for d, t in DTYPES.items() if operators()[name].supports_dtype(t, "cpu")}
+        assert known.dtypes and known.dtypes <= supported
+    assert is_known("nn.functional.soft_margin_loss", "float16")
+    assert not is_known("nn.functional.soft_margin_loss", "float32") and not is_known("add", "float32")
 
 
 @pytest.mark.slow

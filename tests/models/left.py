@@ -9,6 +9,7 @@ LEFT: dict[str, str] = {
     "aten.sort.default": "a sort",
     "aten.histc.default": "a histogram: a scatter with collisions",
     "aten.max_pool2d_with_indices_backward.default": "a scatter on a CPU: ATen's walks the outputs alone",
+    "aten.upsample_bilinear2d_backward.default": "a large sum channels last on a CPU: ATen's reads each once",
     "aten.linalg_solve_triangular.default": "a solver",
     "aten._fft_c2c.default": "a Fourier transform",
     "aten.polar.default": "a result of complex numbers",

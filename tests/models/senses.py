@@ -64,16 +64,18 @@ VISION: dict[str, Family] = {
     "poolformer": seeing("PoolFormer", size=32, **_STAGES, num_encoder_blocks=4),
     "convnext": seeing("ConvNext", **_STAGES, patch_size=2),
     "convnextv2": seeing("ConvNextV2", **_STAGES, patch_size=2),
-    "resnet": seeing("ResNet", **_STAGES, embedding_size=8),
-    "regnet": seeing("RegNet", **_STAGES, embedding_size=8, groups_width=4),
+    "resnet": seeing("ResNet", size=64, **_STAGES, embedding_size=8),
+    "regnet": seeing("RegNet", size=64, **_STAGES, embedding_size=8, groups_width=4),
     "bit": seeing("Bit", size=32, **_STAGES, embedding_size=8, num_groups=2),
     "mobilenet_v1": seeing("MobileNetV1", size=64, depth_multiplier=0.25),
-    "efficientnet": seeing("EfficientNet", size=32, width_coefficient=0.25, depth_coefficient=0.3, hidden_dim=320),
+    "efficientnet": seeing(
+        "EfficientNet", size=64, initializer_range=0.3, width_coefficient=0.25, depth_coefficient=0.3, hidden_dim=320
+    ),
     "mobilenet_v2": seeing("MobileNetV2", size=64, depth_multiplier=0.25),
     "mobilevitv2": seeing("MobileViTV2", size=64, width_multiplier=0.125, n_attn_blocks=[1, 1, 1]),
     "focalnet": seeing("FocalNet", patch_size=2, embed_dim=8, depths=[1, 1], focal_levels=[2, 2], focal_windows=[3, 3]),
     "swiftformer": seeing("SwiftFormer", size=64, depths=[1, 1, 1, 1], embed_dims=[8, 16, 24, 32]),
-    "textnet": seeing("TextNet", size=32, stem_out_channels=8, hidden_sizes=[8, 8, 12, 16, 16]),
+    "textnet": seeing("TextNet", size=64, stem_out_channels=8, hidden_sizes=[8, 8, 12, 16, 16]),
 }
 
 _WAVES = {
@@ -175,8 +177,8 @@ MULTIMODAL: dict[str, Family] = {
     "siglip": pairing("Siglip", _TEXT, _SIGHT),
     "altclip": pairing("AltCLIP", _TEXT, _SIGHT, projection_dim=HIDDEN),
     "align": pairing(
-        "Align", _TEXT, {"image_size": 32, "width_coefficient": 0.25, "depth_coefficient": 0.3, "hidden_dim": 320},
-        size=32, projection_dim=80,
+        "Align", _TEXT, {"image_size": 64, "width_coefficient": 0.25, "depth_coefficient": 0.3, "hidden_dim": 320},
+        size=64, projection_dim=80,
     ),
     "blip": _blip,
     "git": _git,

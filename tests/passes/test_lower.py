@@ -65,6 +65,20 @@ def test_gather_by_an_index_without_dimensions() -> None:
     check(lambda x, i: x.gather(0, i) + 1, torch.randn(5), torch.tensor(3))
 
 
+@pytest.mark.parametrize("dynamic", [False, True])
+def test_an_empty_index_may_have_any_number_of_dimensions(dynamic: bool) -> None:
+    def fn(x: Tensor, y: Tensor, at: Tensor) -> tuple[Tensor, ...]:
+        source = torch.ones(at.shape)
+        return (
+            x.gather(0, at) + 1, y.gather(1, at) * 2, x.scatter(0, at, 3.0) + 1, y.scatter_add(1, at, source) * 2,
+            x.scatter_reduce(0, at, source, "amax") + 1, y.scatter(0, at, source),
+        )  # fmt: skip
+
+    x, y = torch.randn(5, requires_grad=True), torch.randn(5, 3, requires_grad=True)
+    for shape in ((0,), (2, 0), (3, 0, 2)):
+        check(fn, x, y, torch.zeros(shape, dtype=torch.int64), dynamic=dynamic)
+
+
 def test_complex_numbers_and_sizes_of_results_with_dynamic_shapes() -> None:
     x = torch.randn(3, 5, 4, requires_grad=True)
     check(lambda x: (torch.fft.irfft(x), torch.fft.fft(x).abs()), x, dynamic=True, tolerance=1e-5)
@@ -146,6 +160,25 @@ def test_a_slice_with_a_step_is_written_and_has_a_gradient(dynamic: bool) -> Non
     check(fn, x, y, dynamic=dynamic)
     compiled(fn, dynamic=dynamic)(x.detach(), y.detach())
     assert not externs()
+
+
+def test_a_step_of_a_slice_may_be_a_symbol() -> None:
+    def fn(x: Tensor, y: Tensor, k: int) -> tuple[Tensor, ...]:
+        written = x * 1
+        written[1:, 1::k] = 3
+        return x[:, ::k] * 2, x[:, 1:7:k].sin(), torch.slice_scatter(x, y, 1, 1, 7, k), written
+
+    x = torch.randn(5, 9, requires_grad=True)
+    check(fn, x, torch.randn(5, 2, requires_grad=True), 3, dynamic=True)
+    compiled(fn, dynamic=True)(x.detach(), torch.randn(5, 2), 3)
+    assert not externs()
+
+
+def test_a_row_that_stands_for_padding_may_be_a_symbol() -> None:
+    def fn(table: Tensor, k: int) -> Tensor:
+        return F.embedding(torch.arange(4), table, padding_idx=k).sin()
+
+    check(fn, torch.randn(5, 8, requires_grad=True), 3, dynamic=True)
 
 
 def test_memory_that_is_only_asked_for_is_no_call_of_aten() -> None:

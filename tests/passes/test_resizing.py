@@ -40,6 +40,29 @@ def test_lines_and_volumes() -> None:
     assert not externs()
 
 
+@pytest.mark.parametrize("dynamic", [False, True])
+def test_a_gradient_from_many_elements_is_a_loop_over_planes(dynamic: bool) -> None:
+    def f(x: Tensor, line: Tensor, volume: Tensor) -> list[Tensor]:
+        wide = F.interpolate(x, scale_factor=(16, 4), mode="bilinear")
+        square = F.interpolate(x.sin(), scale_factor=8, mode="bilinear")
+        lines = F.interpolate(line, scale_factor=64, mode="linear")
+        return [square, wide, lines, F.interpolate(volume, scale_factor=4, mode="trilinear")]
+
+    if dynamic:
+        check(
+            lambda x: F.interpolate(x, scale_factor=8, mode="bilinear"), image(2, 3, 5, 6), dynamic=True, tolerance=1e-4
+        )
+        return
+    for height, width in ((5, 6), (1, 1)):
+        x, line, volume = image(2, 3, height, width), image(2, 3, 5), image(1, 2, 2, 3, height)
+        got = check(f, x, line, volume, tolerance=1e-4)
+        assert not externs()
+        same(compiled(f, {"fusion_fuel": 0})(x, line, volume), got, exact=True)
+    apart = image(2, 3, 5, 6, layout=torch.channels_last)
+    check(lambda x: F.interpolate(x, scale_factor=8, mode="bilinear"), apart, tolerance=1e-4)
+    assert [name for name in externs() if "backward" in name]
+
+
 def test_what_is_no_enlargement_by_a_power_of_two_is_atens_and_says_why() -> None:
     def f(x: Tensor) -> list[Tensor]:
         return [

@@ -84,6 +84,7 @@ def test_a_scan_stays_apart_from_what_reduces_another_axis() -> None:
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16])
 def test_sums_of_exponentials_neither_overflow_nor_vanish(dtype: torch.dtype) -> None:
+    torch.manual_seed(0)
     x = torch.randn(7, 37).mul(90).to(dtype).requires_grad_()
     check(
         lambda x: (x.logcumsumexp(1) * 2, x.logcumsumexp(0), (x[:, 1:] + 1).logcumsumexp(-1)),
@@ -93,6 +94,27 @@ def test_sums_of_exponentials_neither_overflow_nor_vanish(dtype: torch.dtype) ->
     assert not externs()
     y = torch.tensor([[-torch.inf, -torch.inf, 1, torch.inf, 2], [0, torch.nan, 1, torch.inf, 2]]).to(dtype)
     check(lambda y: (y.logcumsumexp(1), y.logcumsumexp(0)), y)
+
+
+@pytest.mark.parametrize("dim", [0, 1])
+def test_the_gradient_of_a_sum_of_exponentials_is_as_near_as_eagers(dim: int) -> None:
+    """It is made of exponentials of sums and differences of logarithms, whose errors it has for factors."""
+
+    def gradient(fn: Callable[..., Tensor], x: Tensor) -> Tensor:
+        x = x.clone().requires_grad_()
+        fn(x, dim).sin().sum().backward()
+        assert x.grad is not None
+        return x.grad.double()
+
+    run = compiled(torch.logcumsumexp)
+    theirs, ours = 0.0, 0.0
+    for seed in range(8):
+        torch.manual_seed(seed)
+        for x in (torch.randn(12, 400), torch.randn(12, 400) * 90):
+            exact = gradient(torch.logcumsumexp, x.double())
+            theirs += (gradient(torch.logcumsumexp, x) - exact).abs().mean().item()
+            ours += (gradient(run, x) - exact).abs().mean().item()
+    assert ours <= 1.1 * theirs
 
 
 def test_an_associative_scan_is_kernels() -> None:

@@ -9,6 +9,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from minifuse import compat
+from minifuse.ir.shape import is_overlapping
+
 aten = torch.ops.aten
 
 
@@ -59,7 +62,9 @@ def masked_scatter_backward(grad: Tensor, mask: Tensor, sizes: Any) -> Tensor:
 
 
 def diagonal_scatter(x: Tensor, source: Tensor, offset: int = 0, dim1: int = 0, dim2: int = 1) -> Tensor:
-    """A diagonal written into a copy."""
+    """A diagonal written into a copy; where elements share memory what is written shows at each, and ATen has it."""
+    if is_overlapping(*([compat.size_hint(s) for s in many] for many in (x.shape, x.stride()))):
+        return NotImplemented
     length = source.shape[-1]
     if length == 0:
         return x.clone()

@@ -9,7 +9,7 @@ from torch import fx
 
 from minifuse.ir import dtypes
 from minifuse.ir.index import Expr, as_expr
-from minifuse.ir.shape import contiguous_strides, linearize
+from minifuse.ir.shape import contiguous_strides, is_injective, linearize
 from minifuse.ir.value import Cast, Const, IndexOf, Op, Random, Value
 
 from .pointwise import Unsupported, check_fits
@@ -64,6 +64,9 @@ def _ones(lo: Lowering, node: fx.Node, *args: Any, **kw: Any) -> View:
     aten.new_empty_strided.default, aten.empty_permuted.default,
 )  # fmt: skip
 def _empty(lo: Lowering, node: fx.Node, *args: Any, **kw: Any) -> View:
+    shape, stride = lo.shape(node), lo.strides(node.meta["val"].stride())
+    if not is_injective(*lo.hints(shape, stride)):
+        raise Unsupported("an empty tensor whose elements share memory")
     return _fill(lo, node, 0)
 
 

@@ -21,13 +21,14 @@ from minifuse.ir import dtypes
 from minifuse.ir.index import ONE, ZERO, Axis, Expr, Sym, as_expr
 from minifuse.ir.kernel import Check, Kernel, Param, Store
 from minifuse.ir.plan import Again, Buffer, Extern, Launch, Opaque, Output, Plan, Step, Symbol, TensorRef
-from minifuse.ir.shape import contiguous_strides
-from minifuse.ir.value import Cast, Const, IndexOf, Load, Op, Value, topological
+from minifuse.ir.shape import contiguous_strides, is_injective
+from minifuse.ir.value import Cast, Const, IndexOf, Load, Value, topological
 from minifuse.passes.context import CompileContext
 
 from .externs import expected, fallback
-from .nodes import is_alias, is_dense, is_effect, is_injective, memory_of, mutated_arguments, names_symbol, source_line
-from .pointwise import DIVISIONS, ROWS, Unsupported, check_fits, to_compute, truth
+from .memory import arguments
+from .nodes import is_alias, is_dense, is_effect, memory_of, mutated_arguments, names_symbol, source_line
+from .pointwise import ROWS, Unsupported, check_fits, division_checks, to_compute, truth
 from .structural import STRUCTURAL
 from .view import View
 
@@ -79,6 +80,10 @@ class Lowering:
         """A size with every symbol at its hint."""
         return e.value if e.is_const else e.evaluate({name: s.hint for name, s in self.symbols.items()})
 
+    def hints(self, *many: Sequence[Expr]) -> list[list[int]]:
+        """Shapes and strides with every symbol at its hint, as torch has computed them."""
+        return [[self.hint(e) for e in each] for each in many]
+
     def strides(self, many: Sequence[Any]) -> tuple[Expr, ...]:
         return tuple(compat.expr_of_stride(s, self.symbols) for s in many)
 
@@ -129,7 +134,7 @@ class Lowering:
         where = self.axes(buffer.shape)
         body = Store(name, where, Cast.of(val.dtype, value(where)))
         empty = any(s is ZERO for s in buffer.shape)  # nothing is divided or looked up
-        self.add_kernel((*(() if empty else (*checks, *self.division_checks(body.value))), body), name)
+        self.add_kernel((*(() if empty else (*checks, *division_checks(body.value))), body), name)
         return View.whole(buffer)
 
     def add_kernel(self, body: Sequence[Store | Check], name: str) -> None:
@@ -150,15 +155,6 @@ class Lowering:
         kernel = Kernel(tuple(axes), tuple(params.values()), tuple(body), (self.node.name,))
         self.origin[self.node.name] = origin
         self.steps.append(Launch(kernel, tuple(params), None, name))
-
-    def division_checks(self, value: Value) -> list[Check]:
-        """Integer division by zero is an error, as in eager."""
-        found = []
-        for v in topological([value]):
-            if isinstance(v, Op) and v.name in DIVISIONS and not (isinstance(v.args[1], Const) and v.args[1].value):
-                nonzero = Op.of("ne", v.args[1], Const.of(0, v.args[1].dtype))
-                found.append(Check(nonzero, "ZeroDivisionError"))
-        return found
 
     def where(self) -> str:
         """The user's line that a node comes from, as `file.py:41 code`."""
@@ -288,7 +284,7 @@ class Lowering:
     # -- externs ---------------------------------------------------------------------------------
     def extern(self, node: fx.Node, reason: str) -> Any:
         """A call of ATen (or of whatever the target is); its results become buffers."""
-        args = self.tree(node.args)
+        args = arguments(self, node)
         kwargs = tuple((k, self.tree(v)) for k, v in node.kwargs.items())
         before = set(self.symbols)
         val = node.meta.get("val")
@@ -486,7 +482,7 @@ class Lowering:
         name = self.fresh_name(f"{self.node.name}_out")
         # what eager expands has one element along the expanded dimension
         shape = tuple(ONE if d is ZERO else s for s, d in zip(view.shape, stride, strict=True))
-        if not dtypes.supported(view.buffer.dtype) or not is_injective(shape, stride, self.hint):
+        if not dtypes.supported(view.buffer.dtype) or not is_injective(*self.hints(shape, stride)):
             return found or self.ref(view)
         self.buffers[name] = Buffer(name, view.buffer.dtype, shape, stride, view.buffer.device)
         where = self.axes(shape)

@@ -56,7 +56,9 @@ def gather_read(view: View, where: Sequence[Expr | Value]) -> Load:
 
 @lowers(aten.gather.default)
 def _gather(lo: Lowering, node: fx.Node, x: fx.Node, dim: int, index: fx.Node, sparse_grad: bool = False) -> View:
-    table, at = lo.view(x), lo.view(index)
+    table, at, val = lo.view(x), lo.view(index), node.meta["val"]
+    if ZERO in at.shape:  # of as many dimensions as it likes
+        return lo.emit(lambda _: Const.of(0, val.dtype), val)
     if not table.at:
         raise Unsupported("gather from a tensor without dimensions")
     dim %= len(table.at)
@@ -65,7 +67,7 @@ def _gather(lo: Lowering, node: fx.Node, x: fx.Node, dim: int, index: fx.Node, s
     position, check = wrapped(at.read(where), table.shape[dim], message, negative=False)
     # Beside a table of one dimension an index may have none.
     coordinates = [position if d == dim else ZERO if n is ONE else where[d] for d, n in enumerate(table.shape)]
-    return lo.emit(lambda _: gather_read(table, coordinates), node.meta["val"], checks=[check])
+    return lo.emit(lambda _: gather_read(table, coordinates), val, checks=[check])
 
 
 @lowers(aten.index_select.default)

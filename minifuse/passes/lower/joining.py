@@ -13,6 +13,7 @@ from minifuse.ir.index import ONE, ZERO, Expr
 from minifuse.ir.kernel import Store
 from minifuse.ir.value import Cast, Const, IndexOf, Op, Value
 
+from .memory import refuse_overlap
 from .pointwise import Unsupported, check_fits, to_compute
 from .registry import lowers
 from .view import View
@@ -99,27 +100,28 @@ def _pad(lo: Lowering, node: fx.Node, x: fx.Node, pad: Sequence[Any], value: Any
 @lowers(aten.slice_scatter.default)
 def _slice_scatter(
     lo: Lowering, node: fx.Node, x: fx.Node, src: fx.Node, dim: int = 0, start: Any = None, end: Any = None,
-    step: int = 1,
+    step: Any = 1,
 ) -> View:  # fmt: skip
     val = node.meta["val"]
     base, part = lo.view(x), lo.view(src)
+    refuse_overlap(lo, x)
     dim %= len(base.at)
     begin = ZERO if start is None else lo.size(start)
     if begin.is_const and begin.value < 0:
         begin = begin + base.shape[dim]
     if not begin.is_nonneg():
         raise Unsupported("a slice_scatter whose start may be negative")
-    size = part.shape[dim]
+    size, by = part.shape[dim], lo.size(step)
 
     def value(where: tuple[Expr, ...]) -> Value:
-        position, end = IndexOf.of(where[dim]), begin + size * step
+        position, end = IndexOf.of(where[dim]), begin + size * by
         mask = Op.of("and", Op.of("ge", position, IndexOf.of(begin)), Op.of("lt", position, IndexOf.of(end)))
         # As far from the start as `where`, counted modulo the step, but never negative.
-        ahead = where[dim] + begin * (step - 1)
-        if step != 1:
-            mask = Op.of("and", mask, Op.of("eq", IndexOf.of(ahead % step), Const.of(0, torch.int64)))
+        ahead = where[dim] + begin * (by - 1)
+        if by is not ONE:
+            mask = Op.of("and", mask, Op.of("eq", IndexOf.of(ahead % by), Const.of(0, torch.int64)))
         at = list(where)
-        at[dim] = ahead // step - begin if size is not ONE else ZERO
+        at[dim] = ahead // by - begin if size is not ONE else ZERO
         inner = Cast.of(val.dtype, part.read(at, mask, Const.of(0, part.buffer.dtype)))
         return Op.of("where", mask, inner, Cast.of(val.dtype, base.broadcast_read(where)))
 
@@ -130,6 +132,7 @@ def _slice_scatter(
 def _select_scatter(lo: Lowering, node: fx.Node, x: fx.Node, src: fx.Node, dim: int, index: Any) -> View:
     val = node.meta["val"]
     base, part = lo.view(x), lo.view(src)
+    refuse_overlap(lo, x)
     dim %= len(base.at)
     at = lo.size(index)
     at = at + base.shape[dim] if at.is_const and at.value < 0 else at

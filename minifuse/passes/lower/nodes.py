@@ -33,17 +33,6 @@ def is_dense(shape: Sequence[Expr], stride: Sequence[Expr], hint: Callable[[Expr
     return True
 
 
-def is_injective(shape: Sequence[Expr], stride: Sequence[Expr], hint: Callable[[Expr], int]) -> bool:
-    """Whether every element has its own memory, gaps allowed: each stride steps over all that the smaller ones reach.
-    Symbols count at their hint, as in `is_dense`."""
-    reach = 1
-    for step, size in sorted((hint(d), hint(s)) for s, d in zip(shape, stride, strict=True) if s is not ONE):
-        if step < reach:
-            return False
-        reach += (size - 1) * step
-    return True
-
-
 def is_effect(node: fx.Node) -> bool:
     """Whether a node must run, once, in its place: it draws numbers, writes or talks to others."""
     if node.op != "call_function":

@@ -15,7 +15,8 @@ import torch
 
 from minifuse import compat
 from minifuse.ir import dtypes
-from minifuse.ir.value import Cast, Const, Op, Value
+from minifuse.ir.kernel import Check
+from minifuse.ir.value import Cast, Const, Op, Value, topological
 
 aten = torch.ops.aten
 prims = torch.ops.prims
@@ -414,3 +415,13 @@ for _name in "bitwise_and bitwise_or bitwise_xor bitwise_left_shift bitwise_righ
 def to_compute(x: Value, dtype: torch.dtype) -> Value:
     """Convert to a dtype, then to what its arithmetic is done in."""
     return Cast.of(dtypes.row(dtype).compute, Cast.of(dtype, x))
+
+
+def division_checks(value: Value) -> list[Check]:
+    """Integer division by zero is an error, as in eager."""
+    found = []
+    for v in topological([value]):
+        if isinstance(v, Op) and v.name in DIVISIONS and not (isinstance(v.args[1], Const) and v.args[1].value):
+            nonzero = Op.of("ne", v.args[1], Const.of(0, v.args[1].dtype))
+            found.append(Check(nonzero, "ZeroDivisionError"))
+    return found

@@ -56,7 +56,17 @@ def _cumulative(kind: str) -> Any:
 
 lowers(aten.cumsum.default)(_cumulative("sum"))
 lowers(aten.cumprod.default)(_cumulative("prod"))
-lowers(aten.logcumsumexp.default)(_cumulative("logsumexp"))
+
+
+@lowers(aten.logcumsumexp.default)
+def _logcumsumexp(lo: Lowering, node: fx.Node, x: fx.Node, dim: int) -> View:
+    """On a CPU in order, a float in double, as ATen does: an error in a logarithm is a factor of what its exponential
+    makes, the gradient first. Lanes joined in a tree took 3.5 times as long, for each join is an exponential."""
+    val = node.meta["val"]
+    on_cpu = val.device.type == "cpu"
+    run = _Running(lo, node, x, dim, torch.float64 if on_cpu and val.dtype is torch.float32 else val.dtype)
+    run.lanes = 1 if on_cpu else run.lanes
+    return lo.emit(lambda where: run.scan("logsumexp", run.value(where), where), val)
 
 
 def _extremum(kind: str) -> Any:

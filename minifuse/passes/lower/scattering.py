@@ -12,7 +12,7 @@ from minifuse import compat
 from minifuse.ir.index import ONE, ZERO, Axis, Expr
 from minifuse.ir.kernel import Check, Store
 from minifuse.ir.shape import delinearize, product
-from minifuse.ir.value import Cast, Const, Load, Op, Value, topological
+from minifuse.ir.value import Cast, Const, IndexOf, Load, Op, Value, topological
 
 from .indexing import wrapped
 from .pointwise import Unsupported
@@ -100,7 +100,7 @@ def _embedding_backward(
     over, where = _one_axis(tokens.shape)
     row, check = wrapped(tokens.read(where), lo.size(rows), "index out of range in self", negative=False)
     (column,) = lo.axes(g.shape[-1:], "c")
-    mask = Op.of("ne", Cast.of(torch.int64, tokens.read(where)), Const.of(padding, torch.int64))
+    mask = Op.of("ne", Cast.of(torch.int64, tokens.read(where)), IndexOf.of(lo.size(padding)))
     return _scatter(lo, val, None, [row, column], g.read((*where, column)), "add", over, [check], mask)
 
 
@@ -159,6 +159,8 @@ def _put_by_mask(
 def _along(lo: Lowering, node: fx.Node, x: fx.Node, dim: int, index: fx.Node, src: Any, mode: str) -> View:
     """scatter, scatter_add, scatter_reduce: along one dimension, at `index`, whose shape is the part of `src` taken."""
     table, at, val = lo.view(x), lo.view(index), node.meta["val"]
+    if ZERO in at.shape:  # of as many dimensions as it likes
+        return lo.emit(lambda where: Cast.of(val.dtype, table.read(where)), val)
     if not table.at or not at.at:
         raise Unsupported("a scatter without dimensions")
     dim %= len(table.at)

@@ -95,7 +95,7 @@ class View:
         back = [ZERO if a.size is ONE else at[d + skip].expr for d, a in enumerate(self.at)]
         return self.reindex(sizes, back, at)
 
-    def slice(self, dim: int, start: IntLike, size: IntLike, step: int = 1) -> View:
+    def slice(self, dim: int, start: IntLike, size: IntLike, step: IntLike = 1) -> View:
         at = placeholders([as_expr(size) if d == dim else a.size for d, a in enumerate(self.at)])
         back = [a.expr * step + as_expr(start) if d == dim else a.expr for d, a in enumerate(at)]
         return self.reindex((), back, at)

@@ -9,10 +9,11 @@ import torch
 from torch import fx
 
 from minifuse.ir.index import ONE, ZERO, Axis, Expr, as_expr
-from minifuse.ir.shape import linearize, product
+from minifuse.ir.shape import is_injective, linearize, product
 from minifuse.ir.value import Cast, Const, IndexOf, Op, Value
 
-from .nodes import is_dense, is_injective
+from .memory import refuse_overlap
+from .nodes import is_dense
 from .pointwise import Unsupported
 from .registry import dims_of, lowers
 from .view import View, placeholders
@@ -55,7 +56,7 @@ def _expand(lo: Lowering, node: fx.Node, x: fx.Node, shape: Any, implicit: bool 
 
 @lowers(aten.slice.Tensor)
 def _slice(
-    lo: Lowering, node: fx.Node, x: fx.Node, dim: int = 0, start: Any = None, end: Any = None, step: int = 1
+    lo: Lowering, node: fx.Node, x: fx.Node, dim: int = 0, start: Any = None, end: Any = None, step: Any = 1
 ) -> View:
     view = lo.view(x)
     dim %= len(view.at)
@@ -71,7 +72,7 @@ def _slice(
         begin = as_expr(min(begin.value, size.value))
     elif not begin.is_const and not (size - begin).is_nonneg():
         raise Unsupported("a slice whose start may lie behind the end")
-    return view.slice(dim, begin, lo.shape(node)[dim], step)
+    return view.slice(dim, begin, lo.shape(node)[dim], lo.size(step))
 
 
 @lowers(aten.select.int)
@@ -215,8 +216,9 @@ def _as_strided_scatter(
 ) -> View:
     """A tensor with the elements at some places of eager's memory replaced."""
     view, part, val = lo.view(x), lo.view(src), x.meta["val"]
+    refuse_overlap(lo, x)
     steps, here, begin = lo.sizes(stride), lo.strides(val.stride()), lo.size(val.storage_offset())
-    if not is_injective(part.shape, steps, lo.hint):
+    if not is_injective(*lo.hints(part.shape, steps)):
         raise Unsupported("as_strided_scatter to places that overlap")
     offset = ZERO if storage_offset is None else lo.size(storage_offset) - begin
 
