@@ -20,7 +20,9 @@ from torch import fx
 
 from . import compat, dump
 from .errors import FallbackError
+from .ir import device as devices
 from .ir import prims  # noqa: F401 - registers the random operators before anything is captured
+from .ir.device import DeviceModel
 from .ir.plan import Launch, Plan
 from .options import Options
 from .passes.context import CompileContext
@@ -135,6 +137,7 @@ class Graph:
                 group_of=fused_groups(joint, self.options),
                 is_kernel=is_kernel,
                 record=ctx.decisions.append,
+                device=model_of(joint),
                 **kw,
             )
         ctx.stages["remat"] = plan
@@ -176,6 +179,7 @@ class Graph:
         with _compiling:
             ctx = self.context(stage)
             self.keep(stage, gm)
+            ctx.device = model_of(gm)
             gm.graph.eliminate_dead_code()
             if target_of(gm, self.options) == "c" and toolchain.find(self.options.precise) is None:
                 warn_no_compiler()
@@ -230,7 +234,7 @@ def is_kernel(node: fx.Node) -> bool:
 
 def fused_groups(joint: fx.GraphModule, options: Options) -> dict[str, int]:
     """Which fused kernel each node of the joint graph lands in: the joint graph lowered and fused once."""
-    ctx = CompileContext("joint", "joint", options)
+    ctx = CompileContext("joint", "joint", options, device=model_of(joint))
     groups: dict[str, int] = {}
     for k, step in enumerate(fuse(lower(joint.graph, ctx, {}), ctx).steps):
         if isinstance(step, Launch):
@@ -239,15 +243,25 @@ def fused_groups(joint: fx.GraphModule, options: Options) -> dict[str, int]:
     return groups
 
 
+def gpu_of(gm: fx.GraphModule) -> torch.device | None:
+    """The first GPU that a graph's tensors are on."""
+    values = (node.meta.get("val") for node in gm.graph.nodes)
+    return next((v.device for v in values if isinstance(v, torch.Tensor) and v.device.type == "cuda"), None)
+
+
 def target_of(gm: fx.GraphModule, options: Options) -> str:
     """What a graph's kernels are written in."""
     if options.target != "auto":
         return options.target
-    for node in gm.graph.nodes:
-        val = node.meta.get("val")
-        if isinstance(val, torch.Tensor) and val.device.type == "cuda":
-            return "triton"
-    return "c"
+    return "c" if gpu_of(gm) is None else "triton"
+
+
+def model_of(gm: fx.GraphModule) -> DeviceModel:
+    """The rates of the device that a graph runs on; an H100's for a GPU that is not known."""
+    gpu = gpu_of(gm)
+    if gpu is None:
+        return devices.CPU
+    return devices.named(torch.cuda.get_device_name(gpu)) or devices.DEVICES["H100"]
 
 
 def report_fallbacks(plan: Plan, ctx: CompileContext) -> None:

@@ -79,3 +79,8 @@ _ROWS = (
 )  # fmt: skip
 DEVICES: dict[str, DeviceModel] = {row.name: row for row in _ROWS}
 CPU = DEVICES["cpu"]
+
+
+def named(name: str) -> DeviceModel | None:
+    """The model of a GPU by what its driver calls it ("NVIDIA H100 80GB HBM3"); None where it is not known."""
+    return next((row for key, row in DEVICES.items() if row is not CPU and key in name), None)

@@ -138,6 +138,8 @@ def plan(search: Search) -> None:
     """
     for column in choose(search, columns(search)):
         for t in column.steps[1:]:
+            if search.empty:
+                return
             a, b = search.graph.at(column.steps[0]), search.graph.at(t)
             a, b = sorted((a, b), key=lambda i: search.graph.groups[i].first)
             c = Candidate(search.graph, search.graph.groups[a], search.graph.groups[b])
