@@ -38,8 +38,6 @@ WIDTH = 120
 KERNELS_SHOWN = 8
 EXTERNS_SHOWN = 4
 REFUSALS_SHOWN = 4
-# Instructions of a Philox4x32-10 draw: ten rounds of two wide products and four xors, vectorised.
-RANDOM_COST = 40.0
 
 
 @dataclass(frozen=True)
@@ -347,7 +345,7 @@ def instructions(plan: Plan, values: Iterable[Value], sizes: Mapping[Any, Expr] 
         if isinstance(v, Op):
             cost = ops.TABLE[v.name].cost
         elif isinstance(v, Random):
-            cost = RANDOM_COST
+            cost = ops.RANDOM_COST
         elif isinstance(v, (Cast, Reduce, Scan)):
             cost = 1.0
         else:

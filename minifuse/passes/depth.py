@@ -5,8 +5,8 @@ from __future__ import annotations
 import heapq
 from collections.abc import Mapping, Sequence
 
-from minifuse.ir.plan import Extern, Free, Launch, Plan, Step
-from minifuse.passes.memory import unknown_at_start
+from minifuse.ir.plan import Extern, Free, Plan
+from minifuse.passes.memory import mentioned, unknown_at_start
 
 
 class Depths:
@@ -34,7 +34,7 @@ class Depths:
         for i, step in enumerate(self.plan.steps):
             if isinstance(step, Free):
                 raise ValueError("a plan whose memory is placed keeps its order")
-            waits = {numbers[name] for name in self.numbers(step, late) if name in numbers}
+            waits = {numbers[name] for name in mentioned(self.plan, step, late) if name in numbers}
             writes = list(step.writes)
             if isinstance(step, Extern):
                 numbers |= dict.fromkeys(step.defines, i)
@@ -52,19 +52,6 @@ class Depths:
             self.before[i] = sorted(waits - {i})
             for j in self.before[i]:
                 self.after[j].append(i)
-
-    def numbers(self, step: Step, late: set[str]) -> set[str]:
-        """The sizes that depend on data and the opaque results that a step mentions."""
-        if isinstance(step, Extern):
-            found = set(step.mentions)
-        elif isinstance(step, Launch) and late:
-            found = {s.name for s in step.symbols}
-        else:
-            return set()
-        symbols = self.plan.symbols
-        while more := {n for name in found & late for n in symbols[name].mentions(late)} - found:
-            found |= more
-        return found
 
     def clusters(self, group: Sequence[int]) -> list[list[int]]:
         """Steps that can have one depth together, each list in order; they have it from then on.

@@ -13,7 +13,6 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field, replace
 
 from minifuse import compat
-from minifuse.ir import device as devices
 from minifuse.ir import dtypes
 from minifuse.ir.decision import Decision
 from minifuse.ir.index import ONE, ZERO, Expr
@@ -26,12 +25,7 @@ from .fuse import fuse
 from .fuse.log import JOINED, given
 from .memory import ALIGN, LARGE_BYTES, has_real_out, held, unknown_at_start
 from .regions import Piece, copy_kernel, covers, pieces, strides_of
-from .schedule_triton import target
 
-# What starting a kernel costs, in bytes of traffic: a join that makes one more must save that.
-KERNEL_BYTES = {
-    name: int(row.launch * row.dram) for name, row in (("c", devices.CPU), ("triton", devices.DEVICES["A100"]))
-}
 MEMORY_ROUNDS = 3
 FEW = 4
 
@@ -316,13 +310,14 @@ class Trial:
 
     @property
     def price(self) -> int:
-        return KERNEL_BYTES["triton" if target(self.plan, self.ctx.options) == "triton" else "c"]
+        """What starting a kernel costs, in bytes of traffic: a join that makes one more must save that."""
+        return int(self.ctx.device.launch * self.ctx.device.dram)
 
     def fuse(self, some: Chosen) -> Plan:
         """The plan with some joins in place, fused as far as fusion goes."""
         if some not in self.fused:
             options = replace(self.ctx.options, fusion_fuel=None)
-            ctx = CompileContext(self.ctx.name, self.ctx.stage, options)
+            ctx = CompileContext(self.ctx.name, self.ctx.stage, options, device=self.ctx.device)
             self.plans[some] = joined(self.plan, some) if some else self.plan
             self.fused[some] = fuse(self.plans[some], ctx)
             self.decisions[some] = ctx.decisions

@@ -156,6 +156,19 @@ def unknown_at_start(plan: Plan) -> set[str]:
     return late
 
 
+def mentioned(plan: Plan, step: Step, late: set[str]) -> set[str]:
+    """The sizes that depend on data and the opaque results that a step mentions; `late` is `unknown_at_start`."""
+    if isinstance(step, Extern):
+        found = set(step.mentions)
+    elif isinstance(step, Launch) and late:
+        found = {s.name for s in step.symbols}
+    else:
+        return set()
+    while more := {n for name in found & late for n in plan.symbols[name].mentions(late)} - found:
+        found |= more
+    return found
+
+
 def has_real_out(step: Extern, plan: Plan) -> bool:
     """Whether the operator writes where it is told: an `out=` overload that is not generated.
 

@@ -9,7 +9,7 @@ from math import prod
 from minifuse.ir.device import DeviceModel
 from minifuse.ir.index import Axis
 from minifuse.ir.plan import Extern, Free, Join, Launch, Plan, Step, TensorRef
-from minifuse.passes.memory import unknown_at_start
+from minifuse.passes.memory import mentioned, unknown_at_start
 
 from .group import Group, Tree
 from .unify import Unified
@@ -75,7 +75,7 @@ class Graph:
                 if effect is not None:
                     self.edge(effect, i)
                 effect = i
-            for name in self.numbers(step, late):
+            for name in mentioned(self.plan, step, late):
                 if name in numbers:
                     self.edge(numbers[name], i)
             if isinstance(step, Extern):
@@ -88,19 +88,6 @@ class Graph:
                 for r in [*seen.get(b, []), *([self.writer[b]] if b in self.writer else [])]:
                     self.edge(r, i)
                 self.writer[b] = i
-
-    def numbers(self, step: Step, late: set[str]) -> set[str]:
-        """The sizes that depend on data and the opaque results that a step mentions."""
-        if isinstance(step, Extern):
-            found = set(step.mentions)
-        elif isinstance(step, Launch) and late:
-            found = {s.name for s in step.kernel.symbols()}
-        else:
-            return set()
-        symbols = self.plan.symbols
-        while more := {n for name in found & late for n in symbols[name].mentions(late)} - found:
-            found |= more
-        return found
 
     def mutates(self, step: Step) -> list[str]:
         """Inputs that an extern writes into: everything mutated that it mentions."""

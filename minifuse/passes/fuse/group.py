@@ -15,8 +15,6 @@ from minifuse.ir.value import Index, Load, Op, Random, Reduce, Scan, Value, topo
 from .body import compose, forward, read_through, shifted
 from .unify import Substitution, Unified, image
 
-RANDOM_COST = 40.0
-
 
 @dataclass(frozen=True)
 class Stored:
@@ -126,8 +124,8 @@ class Group:
                 self.cost += ops.TABLE[v.name].cost
                 self.instructions += ops.TABLE[v.name].cost * self.extent(v.axes)
             elif isinstance(v, Random):
-                self.cost += RANDOM_COST
-                self.instructions += RANDOM_COST * self.extent(v.axes)
+                self.cost += ops.RANDOM_COST
+                self.instructions += ops.RANDOM_COST * self.extent(v.axes)
         begun = {r.param for r in body if isinstance(r, Store) and not r.mode}
         columns = any(f.lanes == 1 for f in self.folds)
         for r in body:
