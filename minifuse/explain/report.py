@@ -24,7 +24,7 @@ from minifuse.ir import ops
 from minifuse.ir.decision import Decision, bytes_text
 from minifuse.ir.device import DeviceModel
 from minifuse.ir.index import Expr
-from minifuse.ir.plan import Extern, Launch, Plan, launch_traffic
+from minifuse.ir.plan import Extern, Launch, Plan, launch_traffic, least_traffic
 from minifuse.ir.value import Cast, Op, Random, Reduce, Scan, Value
 from minifuse.passes.fuse.log import entries
 from minifuse.passes.remat.plan import RECOMPUTE, SAVE, Choice, RematPlan
@@ -120,6 +120,11 @@ class Report:
         return sum(launch_traffic(self.unfused, s).total for s in self.unfused.launches)
 
     @cached_property
+    def least_bytes(self) -> int:
+        """Bytes that no choice of kernels saves: inputs, outputs and what ATen's operators give and take, each once."""
+        return least_traffic(self.unfused).total
+
+    @cached_property
     def extern_bytes(self) -> int:
         """Bytes of what ATen's operators read and write, each operand once."""
         return sum(e.nbytes for e in self.externs)
@@ -208,7 +213,8 @@ class Report:
     # -- as text ---------------------------------------------------------------------------------
     def to_json(self) -> dict[str, Any]:
         """Everything as plain data; `schema` changes when a key changes its meaning."""
-        figures = ("name", "stage", "kernels", "kernels_unfused", "kernel_bytes", "bytes_unfused", "extern_bytes")
+        figures = ("name", "stage", "kernels", "kernels_unfused", "kernel_bytes", "bytes_unfused", "least_bytes",
+                   "extern_bytes")  # fmt: skip
         return {
             "schema": SCHEMA,
             **{name: getattr(self, name) for name in figures},

@@ -15,7 +15,7 @@ from . import dtypes
 from .index import ZERO, Expr, Sym
 from .kernel import Kernel, Param, Schedule
 from .shape import contiguous_strides, linearize, product
-from .value import index_axes
+from .value import Index, index_axes
 
 Storage = Literal["input", "constant", "pooled", "arena", "extern", "inside"]
 
@@ -368,25 +368,55 @@ def launch_traffic(plan: Plan, step: Launch | Extern) -> Traffic:
     """
     if isinstance(step, Extern):
         return traffic((plan.buffers[b] for b in step.reads), (plan.buffers[b] for b in step.writes), plan.hint)
-    found = [_run_traffic(plan, step.kernel, m) for m in step.members]
-    return Traffic(sum(t.read for t in found), sum(t.written for t in found))
+    read, written = touched(plan, step)
+    return Traffic(sum(read.values()), sum(written.values()))
 
 
-def _run_traffic(plan: Plan, kernel: Kernel, run: Binding) -> Traffic:
-    whole = {p.name: plan.hint(plan.buffers[run.buffers[p.name]].nbytes) for p in kernel.params}
+def touched(plan: Plan, step: Launch) -> tuple[dict[str, int], dict[str, int]]:
+    """Bytes of each buffer that a launch reads, and of each that it writes; the tensors of a batch add up."""
     read: dict[str, int] = {}
     written: dict[str, int] = {}
-    for load in dict.fromkeys((v.param, v.index, v.dtype, v.axes) for v in kernel.loads):
-        name, index, dtype, _ = load
+    for run in step.members:
+        for total, found in zip((read, written), _touched_by_run(plan, step.kernel, run), strict=True):
+            for name, nbytes in found.items():
+                total[name] = total.get(name, 0) + nbytes
+    return read, written
+
+
+def _touched_by_run(plan: Plan, kernel: Kernel, run: Binding) -> tuple[dict[str, int], dict[str, int]]:
+    read: dict[str, int] = {}
+    written: dict[str, int] = {}
+
+    def add(found: dict[str, int], param: str, index: tuple[Index, ...], dtype: torch.dtype) -> None:
+        name = run.buffers[param]
         elements = plan.hint(product(a.size for a in index_axes(index)), run.sizes)
-        read[name] = min(whole[name], read.get(name, 0) + elements * dtypes.itemsize(dtype))
+        nbytes = found.get(name, 0) + elements * dtypes.itemsize(dtype)
+        found[name] = min(plan.hint(plan.buffers[name].nbytes), nbytes)
+
+    for param, index, dtype, _ in dict.fromkeys((v.param, v.index, v.dtype, v.axes) for v in kernel.loads):
+        add(read, param, index, dtype)
     for store in kernel.stores:
-        elements = plan.hint(product(a.size for a in index_axes(store.index)), run.sizes)
-        nbytes = elements * dtypes.itemsize(store.value.dtype)
-        written[store.param] = min(whole[store.param], written.get(store.param, 0) + nbytes)
+        add(written, store.param, store.index, store.value.dtype)
         if store.mode and store.mode != "last":
-            read[store.param] = min(whole[store.param], read.get(store.param, 0) + nbytes)
-    return Traffic(sum(read.values()), sum(written.values()))
+            add(read, store.param, store.index, store.value.dtype)
+    return read, written
+
+
+def least_traffic(plan: Plan) -> Traffic:
+    """Bytes that no choice of kernels saves: what kernels read of inputs and of externs' results, once, and what they
+    write for externs and for the caller, once. The plan is one before fusion; its externs are given."""
+    read: dict[str, int] = {}
+    written: dict[str, int] = {}
+    for step in plan.launches:
+        reads, writes = touched(plan, step)
+        for name, nbytes in reads.items():
+            read[name] = max(read.get(name, 0), nbytes)
+        for name, nbytes in writes.items():
+            written[name] = min(plan.hint(plan.buffers[name].nbytes), written.get(name, 0) + nbytes)
+    leaving = {o.buffer for o in plan.outputs if isinstance(o, TensorRef)} | plan.mutated
+    leaving |= {name for e in plan.externs for name in e.reads}
+    given = read.keys() - written.keys() | plan.mutated
+    return Traffic(sum(read[n] for n in given if n in read), sum(written[n] for n in leaving if n in written))
 
 
 def content_hash(text: str) -> str:
