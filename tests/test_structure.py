@@ -21,7 +21,7 @@ WHOLE = 15_600
 # scans, scatters, joins, batches and the lowering of all of core ATen take it past that.
 CORE = 14_850
 # Lines of code a folder may have; the policies of rematerialisation, `explain` and the command line are no core.
-BUDGETS = {"ir": 2_720, "passes": 7_400, "codegen": 2_900, "runtime": 1_400, "explain": 1_500}
+BUDGETS = {"ir": 2_750, "passes": 7_400, "codegen": 2_900, "runtime": 1_400, "explain": 1_500}
 POLICIES = {"baselines", "policies", "mincut", "checkpoint", "optimal", "budget", "offload"}
 # What each layer may import, itself aside. Leaves are data that every layer reads.
 LEAVES = {"compat", "errors", "options", "records"}

@@ -9,6 +9,7 @@ has to look for it.
 
 from __future__ import annotations
 
+import functools
 import itertools
 import weakref
 from collections.abc import Callable, Mapping
@@ -27,13 +28,18 @@ _serial = itertools.count()
 class _Atom:
     """What the four kinds of atoms share: a sort key, and arithmetic through `Expr`."""
 
-    __slots__ = ("__weakref__", "key", "serial")
+    __slots__ = ("__weakref__", "_expr", "key", "serial")
     key: str
     serial: int
+    _expr: Expr
 
     @property
     def expr(self) -> Expr:
-        return Expr.of({(self,): 1})  # type: ignore[dict-item]
+        try:
+            return self._expr
+        except AttributeError:
+            self._expr = Expr.of({(self,): 1})  # type: ignore[dict-item]
+            return self._expr
 
     def __repr__(self) -> str:
         return self.key
@@ -123,9 +129,10 @@ def _order(atom: Atom) -> tuple[int, str]:
 class Expr:
     """A sum of `coefficient * product of atoms`; `terms` is in canonical order and never changes."""
 
-    __slots__ = ("__weakref__", "_atoms", "terms")
+    __slots__ = ("__weakref__", "_atoms", "_axes", "terms")
     terms: tuple[tuple[Monomial, int], ...]
     _atoms: frozenset[Atom] | None
+    _axes: frozenset[Axis] | None
 
     @staticmethod
     def of(terms: Mapping[Monomial, int]) -> Expr:
@@ -137,7 +144,7 @@ class Expr:
         found = _exprs.get(key)
         if found is None:
             found = object.__new__(Expr)
-            found.terms, found._atoms = key, None
+            found.terms, found._atoms, found._axes = key, None, None
             _exprs[key] = found
         return found
 
@@ -177,13 +184,17 @@ class Expr:
         return self._atoms
 
     def axes(self) -> frozenset[Axis]:
-        return frozenset(a for a in self.atoms() if isinstance(a, Axis))
+        if self._axes is None:
+            self._axes = frozenset([a for a in self.atoms() if isinstance(a, Axis)])
+        return self._axes
 
     def symbols(self) -> frozenset[Sym]:
         return frozenset(a for a in self.atoms() if isinstance(a, Sym))
 
     def coefficient(self, axis: Axis) -> Expr | None:
         """c in `c*axis + rest` with rest free of the axis, or None when it is not of that form."""
+        if self.atom is axis:
+            return ONE
         out: dict[Monomial, int] = {}
         for mono, coef in self.terms:
             if axis in mono:
@@ -203,6 +214,8 @@ class Expr:
         other = as_expr(other)
         if not other.terms:
             return self
+        if not self.terms:
+            return other
         terms = dict(self.terms)
         for mono, coef in other.terms:
             terms[mono] = terms.get(mono, 0) + coef
@@ -221,6 +234,10 @@ class Expr:
 
     def __mul__(self, other: IntLike) -> Expr:
         other = as_expr(other)
+        if other is ONE or not self.terms:
+            return self
+        if self is ONE or not other.terms:
+            return other
         terms: dict[Monomial, int] = {}
         for m1, c1 in self.terms:
             for m2, c2 in other.terms:
@@ -322,8 +339,11 @@ class Expr:
 
 
 def as_expr(x: IntLike) -> Expr:
-    if isinstance(x, Expr):
-        return x
+    return x if isinstance(x, Expr) else _constant(x)
+
+
+@functools.lru_cache(maxsize=4096)
+def _constant(x: int) -> Expr:
     return Expr.of({(): x} if x else {})
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import ast
 from collections.abc import Iterable, Mapping, Sequence
 
-from .index import ONE, ZERO, Atom, Expr, IntLike, as_expr, divmod_expr
+from .index import ONE, ZERO, Atom, Expr, IntLike, Monomial, as_expr, divmod_expr
 
 
 def product(sizes: Iterable[IntLike]) -> Expr:
@@ -26,10 +26,11 @@ def contiguous_strides(shape: Iterable[IntLike]) -> tuple[Expr, ...]:
 
 
 def linearize(index: Iterable[IntLike], strides: Iterable[IntLike]) -> Expr:
-    total = ZERO
+    terms: dict[Monomial, int] = {}
     for i, s in zip(index, strides, strict=True):
-        total = total + as_expr(i) * s
-    return total
+        for mono, coef in (as_expr(i) * s).terms:
+            terms[mono] = terms.get(mono, 0) + coef
+    return Expr.of(terms)
 
 
 def delinearize(offset: Expr, shape: Iterable[IntLike]) -> tuple[Expr, ...]:

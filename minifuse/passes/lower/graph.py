@@ -393,7 +393,7 @@ class Lowering:
         if number is not None:
             return number
         try:
-            mark = len(self.steps), dict(self.buffers)
+            mark = len(self.steps), len(self.buffers)
             if target in STRUCTURAL:
                 return self.apart(node, STRUCTURAL[target](self, node, *node.args, **node.kwargs))
             if target in ROWS:
@@ -401,9 +401,9 @@ class Lowering:
             reason = expected(target) or fallback(target)
         except Unsupported as why:
             del self.steps[mark[0] :]
-            self.buffers.clear()
-            self.buffers.update(mark[1])
-            self.numbers = {k: v for k, v in self.numbers.items() if v.buffer.name in mark[1]}
+            while len(self.buffers) > mark[1]:  # a name is given once, so what is new is last
+                self.buffers.popitem()
+            self.numbers = {k: v for k, v in self.numbers.items() if v.buffer.name in self.buffers}
             reason = str(why)
         return self.extern(node, reason)
 
