@@ -36,6 +36,8 @@ models: env
 
 fuzz: env
 	$(PY) -m tests.fuzz
+	$(PY) -m tests.fuzz --fusible --count 10000
+	$(PY) -m tests.fuzz --calls --count 1000
 
 bench: env
 	$(PY) -m benchmarks.cpu

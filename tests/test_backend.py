@@ -355,7 +355,8 @@ STRIDED: dict[str, Callable[[Tensor, Tensor], Any]] = {
     "flip": lambda x, y: x.transpose(0, 1).flip(0),
     "chunks": lambda x, y: (x + 1).chunk(2, -1),
     "unfold": lambda x, y: (x + 1).unfold(2, 3, 2),
-    "as strided": lambda x, y: (x + 1).as_strided((4, 2), (3, 10), 1),
+    "windows that overlap, of what is flipped": lambda x, y: (x.flip(2).unfold(2, 3, 2), y.flip(0).unfold(1, 2, 1)),
+    "as strided": lambda x, y: ((x + 1).as_strided((4, 2), (3, 10), 1), x.flip(0).as_strided((5, 3), (2, 1))),
     "diagonal": lambda x, y: (x * y).diagonal(0, 1, 2),
 }
 

@@ -13,7 +13,7 @@ import re
 import traceback
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field, replace
-from typing import Any
+from typing import Any, Literal
 
 import torch
 import torch.nn.functional as F
@@ -29,7 +29,7 @@ from minifuse.passes.pipeline import make_plan
 from minifuse.runtime.build import build_all
 from minifuse.runtime.program import Program
 
-from .generate import Recipe, Statement, generate
+from .generate import Recipe, Statement
 from .inputs import Input
 
 BATCH = 50
@@ -87,12 +87,12 @@ def trace(recipe: Recipe) -> fx.GraphModule:
     return gm
 
 
-def prepare(recipe: Recipe, fuels: Sequence[int | None]) -> Case:
+def prepare(recipe: Recipe, fuels: Sequence[int | None], target: Literal["c", "triton"] = "c") -> Case:
     """Trace and plan a program once a fuel."""
     case = Case(recipe)
     case.gm = guarded(case, "trace", lambda: trace(recipe))
     for k, fuel in enumerate(fuels if case.gm is not None else ()):
-        options = Options(target="c", fusion_fuel=fuel, verify=True)
+        options = Options(target=target, fusion_fuel=fuel, verify=True)
         ctx = CompileContext(f"fuzz{recipe.seed}_{k}", "inference", options)
         plan = guarded(
             case, f"plan at fuel {'all' if fuel is None else 'some'}", lambda c=ctx: make_plan(case.gm.graph, c)
@@ -109,9 +109,11 @@ def fuels_of(recipe: Recipe) -> list[int | None]:
     return [None, 0, 1 + recipe.seed % 7] if recipe.seed % 3 == 0 else [None, 0]
 
 
-def check(recipes: Iterable[Recipe], fuels: Sequence[int | None] | None = None) -> list[Failure]:
+def check(
+    recipes: Iterable[Recipe], fuels: Sequence[int | None] | None = None, target: Literal["c", "triton"] = "c"
+) -> list[Failure]:
     """The failures of some programs, built in one C unit; at these amounts of fusion, or at `fuels_of` each."""
-    cases = [prepare(r, fuels_of(r) if fuels is None else fuels) for r in recipes]
+    cases = [prepare(r, fuels_of(r) if fuels is None else fuels, target) for r in recipes]
     good = [c for c in cases if c.failure is None]
     jobs = [(plan, ctx) for c in good for plan, ctx in zip(c.plans, c.contexts, strict=True)]
     try:
@@ -239,7 +241,7 @@ def judge(case: Case) -> None:
     for ctx in case.contexts:
         for d in ctx.decisions:
             if d.rule == "interpreted":
-                case.fail("no C", str(d))
+                case.fail("not generated", str(d))
     guarded(case, "run", lambda: at_sizes(case, None))
     if recipe.dynamic and case.failure is None:
         sizes = other_sizes(case)
@@ -302,11 +304,12 @@ def at_sizes(case: Case, sizes: dict[int, int] | None) -> None:
     for ctx, program in zip(case.contexts, case.programs, strict=True):
         torch.set_num_threads(1)
         found, inputs = call(program, recipe, sizes)
-        results.append((f"C at fuel {ctx.options.fusion_fuel}", [*found, *(inputs[k] for k in written)]))
+        who = f"{ctx.options.target} at fuel {ctx.options.fusion_fuel}"
+        results.append((who, [*found, *(inputs[k] for k in written)]))
     torch.set_num_threads(2)
     found, inputs = call(case.programs[0], recipe, sizes)
     torch.set_num_threads(1)
-    results.append(("C with two threads", [*found, *(inputs[k] for k in written)]))
+    results.append(("two threads", [*found, *(inputs[k] for k in written)]))
     for who, found in results:
         for k, got in enumerate(found):
             why = differs(got, expected.eager[k], expected.precise[k], expected.exact[k], expected.scale[k])
@@ -403,7 +406,7 @@ def _values(recipe: Recipe) -> dict[str, Tensor]:
     return values
 
 
-def shrink(failure: Failure, tries: int = 150) -> Failure:
+def shrink(failure: Failure, target: Literal["c", "triton"] = "c", tries: int = 150) -> Failure:
     """A smaller program that fails in the same way."""
     best = failure
     progress = True
@@ -416,7 +419,7 @@ def shrink(failure: Failure, tries: int = 150) -> Failure:
             if _cost(candidate) >= _cost(best.recipe):
                 continue
             try:
-                found = check([candidate])
+                found = check([candidate], target=target)
             except Exception:  # a candidate that eager refuses
                 continue
             if found and found[0].kind == failure.kind:
@@ -428,14 +431,3 @@ def shrink(failure: Failure, tries: int = 150) -> Failure:
 def _cost(recipe: Recipe) -> tuple[int, int, int, int]:
     layouts = sum(i.layout != "contiguous" for i in recipe.inputs)
     return len(recipe.statements), len(recipe.outputs), len(recipe.writes), layouts
-
-
-def run(seeds: Sequence[int], tell: Callable[[str], None] = print) -> list[Failure]:
-    """Check the programs of these seeds in batches; tells of each failure, unshrunk."""
-    failures: list[Failure] = []
-    for k in range(0, len(seeds), BATCH):
-        batch = [generate(s) for s in seeds[k : k + BATCH]]
-        for failure in check(batch):
-            failures.append(failure)
-            tell(f"seed {failure.recipe.seed}: {failure.kind}")
-    return failures

@@ -12,7 +12,7 @@ import random
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from string import Template
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 import torch.nn.functional as F
@@ -111,6 +111,11 @@ class RejectedError(Exception):
 class Maker:
     """A program in the making, with every value that eager gives it."""
 
+    float_unary: ClassVar[Sequence[tuple[str, str]]] = FLOAT_UNARY
+    float_binary: ClassVar[Sequence[tuple[str, str]]] = FLOAT_BINARY
+    reduce_floats: ClassVar[Sequence[tuple[str, str, int]]] = REDUCE_FLOATS
+    lengths: ClassVar[Sequence[int]] = (2, 4, 6, 9, 12, 16)
+
     def __init__(self, seed: int, dynamic: bool) -> None:
         self.rng = random.Random(seed)
         self.seed, self.dynamic = seed, dynamic
@@ -204,7 +209,7 @@ class Maker:
         x = self.pick()
         v = self.values[x]
         if v.is_floating_point():
-            text, how = self.rng.choice(FLOAT_UNARY)
+            text, how = self.rng.choice(self.float_unary)
             self.add(text, [x], how)
         else:
             self.add(self.rng.choice(BOOL_UNARY if v.dtype is torch.bool else INT_UNARY), [x])
@@ -231,7 +236,7 @@ class Maker:
         x = self.pick()
         v = self.values[x]
         if v.is_floating_point():
-            text, how = self.rng.choice(FLOAT_BINARY)
+            text, how = self.rng.choice(self.float_binary)
             y = self.partner(x, lambda t: t.is_floating_point() or self.rng.random() < 0.1)
             args = [x, y] if self.rng.random() < 0.5 or not self.values[y].is_floating_point() else [y, x]
             self.add(text, args, how)
@@ -309,7 +314,9 @@ class Maker:
                 f"{{0}}.reshape({sized}, -1)",
                 f"{{0}}.narrow({d}, {sized} // 2, 1)",
             ]
-        self.add(Template(rng.choice(texts)).substitute(fields), [x])
+        text = Template(rng.choice(texts)).substitute(fields)
+        sums = self.values[x].is_floating_point() and (".sum" in text or "torch.trace" in text)
+        self.add(text, [x], "loose" if sums else "same")
 
     def factors(self, n: int) -> list[int]:
         """A shape of n elements."""
@@ -356,7 +363,7 @@ class Maker:
         dims = sorted(rng.sample(range(rank), rng.choice((1, 1, min(2, rank)))))
         keep = rng.random() < 0.4
         fields = {"dims": dims, "dim": dims[-1], "keep": keep}
-        text, how, results = rng.choice(REDUCE_FLOATS if v.is_floating_point() else REDUCE_INTEGERS)
+        text, how, results = rng.choice(self.reduce_floats if v.is_floating_point() else REDUCE_INTEGERS)
         if self.special and ("var" in text or "std" in text):
             raise RejectedError("eager's own answer to infinities")
         self.add(Template(text).substitute(fields), [x], how, results)
@@ -425,15 +432,18 @@ class Maker:
         self.add(text, [x])
 
     # -- the whole -----------------------------------------------------------------------------------------------------
-    def recipe(self) -> Recipe:
-        rng = self.rng
-        kinds = [
+    def kinds(self) -> list[tuple[Callable[[], None], int]]:
+        """What makes a statement, and how often."""
+        return [
             (self.unary, 20), (self.binary, 26), (self.choose, 6), (self.cast, 8), (self.view, 22), (self.join, 8),
             (self.reduce, 16), (self.block, 8), (self.pool, 2), (self.index, 6), (self.scatter, 4), (self.create, 3),
         ]  # fmt: skip
-        makers, weights = [k for k, _ in kinds], [w for _, w in kinds]
+
+    def recipe(self) -> Recipe:
+        rng = self.rng
+        makers, weights = zip(*self.kinds(), strict=True)
         self.new_input()
-        wanted = rng.choice((2, 4, 6, 9, 12, 16))
+        wanted = rng.choice(self.lengths)
         for _ in range(4 * wanted):
             try:
                 rng.choices(makers, weights)[0]()

@@ -1,6 +1,11 @@
-"""Some hundreds of random programs; `make fuzz` runs thousands."""
+"""Some hundreds of random programs, and a thousand of what fuses; `make fuzz` runs thousands."""
 
 from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -8,6 +13,7 @@ import torch
 from minifuse.passes.lower.pointwise import ROWS
 
 from .check import BATCH, check, expect, shrink
+from .fusible import fusible
 from .generate import Recipe, Statement, generate
 from .inputs import Input
 
@@ -23,6 +29,35 @@ def test_random_programs_agree_with_eager_and_with_themselves_however_they_are_f
     assert not failures, "\n".join(
         str(shrink(f)) if k == 0 else f"seed {f.recipe.seed}" for k, f in enumerate(failures)
     )
+
+
+@pytest.mark.parametrize("batch", range(10))
+def test_a_thousand_graphs_of_what_fuses_are_the_same_bits_fused_and_unfused(batch):
+    """One unit for a hundred: unfused, they are the same kernels over and over."""
+    begin = 400_000 + 100 * batch
+    failures = check((fusible(seed) for seed in range(begin, begin + 100)), fuels=[None, 0])
+    assert not failures, "\n".join(
+        str(shrink(f)) if k == 0 else f"seed {f.recipe.seed}" for k, f in enumerate(failures)
+    )
+
+
+def test_a_sample_of_them_runs_in_tritons_interpreter(tmp_path):
+    pytest.importorskip("triton")
+    command = [
+        sys.executable,
+        "-m",
+        "tests.fuzz",
+        "--fusible",
+        "--target",
+        "triton",
+        "--count",
+        "20",
+        "--seed",
+        "420000",
+    ]
+    env = {**os.environ, "TRITON_INTERPRET": "1", "MINIFUSE_CACHE_DIR": str(tmp_path)}
+    done = subprocess.run(command, cwd=Path(__file__).parents[2], env=env, capture_output=True, text=True, timeout=900)
+    assert done.returncode == 0, done.stdout + done.stderr[-3000:]
 
 
 @pytest.mark.parametrize("seed", END_TO_END)

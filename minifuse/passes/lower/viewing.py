@@ -160,9 +160,18 @@ def _diagonal(lo: Lowering, node: fx.Node, x: fx.Node, offset: int = 0, dim1: in
     return view.reindex(shape, back, at)
 
 
+def _lies(lo: Lowering, x: fx.Node, node: fx.Node) -> View:
+    """A tensor that `node` is a view of: written where it is not in memory and elements of the view share some, which
+    its strides tell a caller."""
+    view, val = lo.view(x), node.meta["val"]
+    if view.strided() is None and not is_injective(*lo.hints(lo.shape(node), lo.strides(val.stride()))):
+        return lo.emit(view.read, x.meta["val"])
+    return view
+
+
 @lowers(aten.unfold.default)
 def _unfold(lo: Lowering, node: fx.Node, x: fx.Node, dim: int, size: int, step: int) -> View:
-    view = lo.view(x)
+    view = _lies(lo, x, node)
     if not view.at:
         return view.reshape(lo.shape(node))
     dim %= len(view.at)
@@ -191,7 +200,7 @@ def _as_strided(
     lo: Lowering, node: fx.Node, x: fx.Node, size: Any, stride: Sequence[Any], storage_offset: Any = None
 ) -> View:
     """Elements by their place in memory: within a tensor that is dense in eager, or within a buffer laid out alike."""
-    view, val = lo.view(x), x.meta["val"]
+    view, val = _lies(lo, x, node), x.meta["val"]
     found, buffer = view.strided(), view.buffer
     here, begin = lo.strides(val.stride()), lo.size(val.storage_offset())
     at = placeholders(lo.shape(node))
