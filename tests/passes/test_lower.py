@@ -61,6 +61,14 @@ def test_an_operator_may_be_called_as_axes_are() -> None:
     check(lambda x: (torch.special.i0(x) * x.sum(0), torch.special.i1(x)), x)
 
 
+@pytest.mark.parametrize("target", ["c", "interpret"])
+@pytest.mark.parametrize("columns", [150, 1024, 4800])
+def test_a_norm_of_equal_numbers_is_zero(columns: int, target: str) -> None:
+    """Though their sum is rounded one way at each step."""
+    x = torch.arange(1.0, 17).mul(0.61803).unsqueeze(1).expand(16, columns).contiguous()
+    check(lambda x: (F.layer_norm(x, (columns,)), x.var(1)), x, options={"target": target}, tolerance=1e-9)
+
+
 def test_gather_by_an_index_without_dimensions() -> None:
     check(lambda x, i: x.gather(0, i) + 1, torch.randn(5), torch.tensor(3))
 

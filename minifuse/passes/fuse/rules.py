@@ -93,7 +93,8 @@ class Candidate:
             # Siblings must agree on how they walk what they share, or sharing saves nothing.
             hard = [(x, y) for x, y in self.soft if x.axes() or y.axes()]
         found = unify(hard, self.soft, self.a.axes, self.b.axes, self.a.reduced)
-        if isinstance(found, Refusal) and self.a.reduced and not self.b.reduced:
+        unlike = isinstance(found, Refusal) or found.apart(self.a.axes, self.b.axes)
+        if unlike and self.a.reduced and not self.b.reduced:
             found = along(hard, self.soft, self.a.axes, self.b.axes) or found
         return found if isinstance(found, Refusal) else replace(found, chunked=by_chunks(self, found))
 

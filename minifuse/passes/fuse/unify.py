@@ -43,6 +43,11 @@ class Unified:
     second: Substitution
     chunked: bool = False
 
+    def apart(self, first: Sequence[Axis], second: Sequence[Axis]) -> bool:
+        """Whether each of the two has loops that the other has not."""
+        mine, theirs = image(first, self.first), image(second, self.second)
+        return not mine <= theirs and not theirs <= mine
+
 
 def mixed_radix(images: Sequence[tuple[Axis, Expr]]) -> bool:
     """Whether the images run over the product of their axes' extents exactly once.

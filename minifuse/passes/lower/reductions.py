@@ -169,13 +169,17 @@ def count_value(count: Expr, dtype: torch.dtype) -> Value:
 
 
 def variance(value: Value, axes: list[tuple[Axis, int]], count: Expr, correction: float) -> tuple[Value, Value]:
-    """Variance and mean in two passes: the mean, then the squares about it."""
-    n = count_value(count, value.dtype)
-    mean = Op.of("div", reduce_values("sum", (value,), axes)[0], n)
-    away = Op.of("sub", value, mean)
+    """Variance and mean in two passes: the mean, then the squares about it, both corrected by how far off that mean is,
+    which the second pass sees (the corrected two-pass algorithm of Chan, Golub and LeVeque, 1983). Without it a norm of
+    equal numbers, whose sums are rounded one way at each step, is not zero."""
+    n, zero = count_value(count, value.dtype), Const.of(0, value.dtype)
+    first = Op.of("div", reduce_values("sum", (value,), axes)[0], n)
+    away = Op.of("sub", value, first)
+    off = Op.of("div", reduce_values("sum", (away,), axes)[0], n)
     squares = reduce_values("sum", (Op.of("mul", away, away),), axes)[0]
-    left = Op.of("maximum", Op.of("sub", n, Const.of(correction, value.dtype)), Const.of(0, value.dtype))
-    return Op.of("div", squares, left), mean
+    squares = Op.of("maximum", Op.of("sub", squares, Op.of("mul", Op.of("mul", off, off), n)), zero)
+    left = Op.of("maximum", Op.of("sub", n, Const.of(correction, value.dtype)), zero)
+    return Op.of("div", squares, left), Op.of("add", first, off)
 
 
 @lowers(aten.var.correction, aten.std.correction, prims.var.default)
