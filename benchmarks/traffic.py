@@ -21,6 +21,8 @@ from torch._inductor import metrics
 from torch._inductor.utils import run_and_get_code
 from torch._logging._internal import set_logs
 
+from minifuse.ir.plan import Extern, Launch, Plan, TensorRef
+
 from . import counted, harness, models
 from .harness import Board, Column, ProbeError, Target
 
@@ -79,7 +81,16 @@ def probe_minifuse(path: str, training: bool) -> dict[str, int]:
     """minifuse's traffic, with `Traffic`'s fields and `least_bytes`, from its reports. Run it through `fresh`."""
     models.stepper(path, "minifuse", training)()
     reports = importlib.import_module("minifuse").reports()
-    return {name: sum(getattr(r, name) for r in reports) for name in (*counted.FIGURES, "least_bytes")}
+    found = {name: sum(getattr(r, name) for r in reports) for name in (*counted.FIGURES, "least_bytes")}
+    found["extern_bytes"] -= sum(unread(r.plan) for r in reports)
+    return found
+
+
+def unread(plan: Plan) -> int:
+    """Bytes of library calls' results that nothing reads, which Inductor does not count."""
+    used = {name for s in plan.steps if isinstance(s, (Launch, Extern)) for name in s.reads}
+    used |= {o.buffer for o in plan.outputs if isinstance(o, TensorRef)}
+    return sum(plan.hint(plan.buffers[n].nbytes) for e in plan.externs for n in e.writes if n not in used)
 
 
 OVER_THE_SET = "geometric mean"

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import re
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any, Literal
@@ -15,7 +15,7 @@ from . import dtypes
 from .index import ZERO, Expr, Sym
 from .kernel import Kernel, Param, Schedule
 from .shape import contiguous_strides, linearize, product
-from .value import Index, index_axes
+from .value import index_axes
 
 Storage = Literal["input", "constant", "pooled", "arena", "extern", "inside"]
 
@@ -341,7 +341,7 @@ class Plan:
 
 @dataclass(frozen=True)
 class Traffic:
-    """Bytes that a step moves: `read` and `written` once a buffer, `bound` the least possible."""
+    """Bytes that a step reads and writes."""
 
     read: int
     written: int
@@ -351,54 +351,39 @@ class Traffic:
         return self.read + self.written
 
 
-def traffic(reads: Iterable[Buffer], writes: Iterable[Buffer], hint: Callable[[Expr], int]) -> Traffic:
-    """Bytes of a launch: each distinct buffer read once and written once.
+def launch_traffic(plan: Plan, step: Launch | Extern) -> Traffic:
+    """Bytes that one step of a plan moves: of each buffer the elements that its accesses run over, at most all of them.
+    Sizes that are symbols count at their hint.
 
     This is the one accounting that fusion, rematerialisation, the report and the benchmarks use.
-    Sizes that are symbols count at their hint.
     """
-    return Traffic(sum(hint(b.nbytes) for b in reads), sum(hint(b.nbytes) for b in writes))
-
-
-def launch_traffic(plan: Plan, step: Launch | Extern) -> Traffic:
-    """Bytes that one step of a plan moves.
-
-    A kernel that reads or writes a part of a buffer, by a slice or a gather, is counted with the
-    elements that its accesses run over, at most the buffer's own.
-    """
-    if isinstance(step, Extern):
-        return traffic((plan.buffers[b] for b in step.reads), (plan.buffers[b] for b in step.writes), plan.hint)
     read, written = touched(plan, step)
     return Traffic(sum(read.values()), sum(written.values()))
 
 
-def touched(plan: Plan, step: Launch) -> tuple[dict[str, int], dict[str, int]]:
-    """Bytes of each buffer that a launch reads, and of each that it writes; the tensors of a batch add up."""
+def touched(plan: Plan, step: Launch | Extern) -> tuple[dict[str, int], dict[str, int]]:
+    """Bytes of each buffer that a step reads, and of each that it writes."""
     read: dict[str, int] = {}
     written: dict[str, int] = {}
+
+    def add(found: dict[str, int], name: str, elements: int) -> None:
+        buffer = plan.buffers[name]
+        nbytes = found.get(name, 0) + elements * dtypes.itemsize(buffer.dtype)
+        found[name] = min(plan.hint(buffer.nbytes), nbytes)
+
+    if isinstance(step, Extern):
+        for ref in step.refs:
+            add(read, ref.buffer, plan.hint(product(ref.shape)))
+        return read, {name: plan.hint(plan.buffers[name].nbytes) for name in step.writes}
+    loads = dict.fromkeys((v.param, v.index, v.axes) for v in step.kernel.loads)
     for run in step.members:
-        for total, found in zip((read, written), _touched_by_run(plan, step.kernel, run), strict=True):
-            for name, nbytes in found.items():
-                total[name] = total.get(name, 0) + nbytes
-    return read, written
-
-
-def _touched_by_run(plan: Plan, kernel: Kernel, run: Binding) -> tuple[dict[str, int], dict[str, int]]:
-    read: dict[str, int] = {}
-    written: dict[str, int] = {}
-
-    def add(found: dict[str, int], param: str, index: tuple[Index, ...], dtype: torch.dtype) -> None:
-        name = run.buffers[param]
-        elements = plan.hint(product(a.size for a in index_axes(index)), run.sizes)
-        nbytes = found.get(name, 0) + elements * dtypes.itemsize(dtype)
-        found[name] = min(plan.hint(plan.buffers[name].nbytes), nbytes)
-
-    for param, index, dtype, _ in dict.fromkeys((v.param, v.index, v.dtype, v.axes) for v in kernel.loads):
-        add(read, param, index, dtype)
-    for store in kernel.stores:
-        add(written, store.param, store.index, store.value.dtype)
-        if store.mode and store.mode != "last":
-            add(read, store.param, store.index, store.value.dtype)
+        for param, index, _ in loads:
+            add(read, run.buffers[param], plan.hint(product(a.size for a in index_axes(index)), run.sizes))
+        for store in step.kernel.stores:
+            elements = plan.hint(product(a.size for a in index_axes(store.index)), run.sizes)
+            add(written, run.buffers[store.param], elements)
+            if store.mode and store.mode != "last":
+                add(read, run.buffers[store.param], elements)
     return read, written
 
 

@@ -7,7 +7,7 @@ from copy import copy
 from dataclasses import dataclass, field, replace
 
 from minifuse.ir import ops
-from minifuse.ir.index import ONE, Axis, Expr
+from minifuse.ir.index import ONE, Axis, Expr, Mod
 from minifuse.ir.kernel import Check, Kernel, Param, Root, Store, rewrite
 from minifuse.ir.plan import Buffer, Launch
 from minifuse.ir.value import Index, Load, Op, Random, Reduce, Scan, Value, topological
@@ -317,13 +317,19 @@ def grid_axes(spaces: Iterable[frozenset[Axis]], reduced: frozenset[Axis]) -> fr
     return (common or frozenset()) - reduced
 
 
-def innermost(group: Group, buffers: Mapping[str, Buffer]) -> Axis | None:
-    """The axis with unit stride in the group's largest access."""
-    for name, index in [*group.writes.items(), *((b, next(iter(i))) for b, i in group.reads.items())]:
-        buffer = buffers[name]
-        for i, stride in zip(index, buffer.stride, strict=True):
-            if isinstance(i, Expr) and stride is ONE:
-                found = next((a for a in i.axes() if i.coefficient(a) is ONE), None)
-                if found is not None:
-                    return found
+def innermost(group: Group, buffers: Mapping[str, Buffer], nbytes: Mapping[str, int]) -> Axis | None:
+    """The axis with unit stride in the group's largest access that has one."""
+    accesses = [*group.writes.items(), *((b, next(iter(i))) for b, i in group.reads.items())]
+    for name, index in sorted(accesses, key=lambda access: -nbytes[access[0]]):
+        for i, stride in zip(index, buffers[name].stride, strict=True):
+            if isinstance(i, Expr) and stride is ONE and (found := _fastest(i)) is not None:
+                return found
     return None
+
+
+def _fastest(index: Expr) -> Axis | None:
+    """The axis whose every step is one of the index."""
+    atom = index.atom
+    if isinstance(atom, Mod):
+        return _fastest(atom.num)
+    return next((a for a in index.axes() if index.coefficient(a) is ONE), None)

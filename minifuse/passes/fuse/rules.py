@@ -22,7 +22,7 @@ from .unify import Equation, Refusal, Unified, along, image, unify
 
 MAX_BUFFERS = 28
 MAX_VALUES = 600
-MIN_GRID = 32
+MIN_GRID, ROWS_A_UNIT, COLUMNS_A_ROW = 32, 4, 64
 SMALL_WORK = 16_384
 CHEAP = 24.0
 NEAR_STEPS = 24
@@ -317,10 +317,23 @@ def _parallelism(c: Candidate) -> Facts | None:
     w = c.walk
     if w is None or w.work <= SMALL_WORK:
         return None
-    heavy = [c.extent(old) for (old, _, _), s in zip(w.before, (s for s in w.spaces if s), strict=True)
+    along = along_memory(c)
+
+    def rows(grid: frozenset[Axis]) -> int:
+        return c.extent(grid - along) * -(-c.extent(grid & along) // COLUMNS_A_ROW)
+
+    heavy = [rows(old) for (old, _, _), s in zip(w.before, (s for s in w.spaces if s), strict=True)
              if max(c.extent(axes) for axes in s) > SMALL_WORK]  # fmt: skip
-    left = c.extent(w.grid) if heavy else 0
-    return {"left": left, "before": max(heavy)} if heavy and left < min(MIN_GRID, max(heavy)) else None
+    if not heavy:
+        return None
+    left, least = rows(w.grid), min(MIN_GRID, ROWS_A_UNIT * c.graph.device.units, max(heavy))
+    return {"left": left, "before": max(heavy)} if left < least else None
+
+
+def along_memory(c: Candidate) -> frozenset[Axis]:
+    """The axes of unit stride in the largest accesses of the two: vectors run along them."""
+    found = ((innermost(g, c.graph.buffers, c.graph.bytes), env) for g, env in c.both)
+    return frozenset().union(*(image([axis], env) for axis, env in found if axis is not None))
 
 
 def _unshared_loop(c: Candidate) -> Facts | None:
@@ -330,7 +343,7 @@ def _unshared_loop(c: Candidate) -> Facts | None:
     for old, g, env in w.before:
         lost = old - w.grid - w.reduced
         if lost:
-            inner = innermost(g, c.graph.buffers)
+            inner = innermost(g, c.graph.buffers, c.graph.bytes)
             lost -= frozenset() if inner is None else image([inner], env)
         if lost:
             return {"name": g.name, "lost": ", ".join(sorted(map(str, lost)))}
@@ -343,7 +356,7 @@ def _recomputes(c: Candidate) -> Facts | None:
         return None
     ran = image(c.a.axes, c.unified.first)
     times = w.work / max(c.extent(ran), 1)
-    if times > 1 and innermost(c.b, c.graph.buffers) in ran:
+    if times > 1 and innermost(c.b, c.graph.buffers, c.graph.bytes) in ran:
         return {"name": c.a.name, "times": round(times)}
     return None
 
@@ -439,7 +452,7 @@ RULES: tuple[Rule, ...] = (
          "one reduces a row and the other a column along one axis", _different_trees),
     Rule("chunks", "Column sums that ride along with rows, chunk by chunk, take in what fits their chunks.",
          "{name} sums columns by chunks of rows, and could not with the other", _chunked),
-    Rule("loses parallelism", "A large kernel keeps at least 32 independent rows.",
+    Rule("loses parallelism", "A large kernel keeps 32 independent rows (64 columns are one), or four a core.",
          "{left} independent rows of {before}", _parallelism, False),
     Rule("unshared loop", "A large kernel keeps its loops that can run in parallel.",
          "{name} runs over {lost}, which the other does not have", _unshared_loop),
