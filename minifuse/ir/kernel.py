@@ -8,7 +8,7 @@ the parallel grid and which one is the vector lane.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from functools import cached_property
 from itertools import chain
 from typing import Any, Literal
@@ -230,18 +230,17 @@ def rewrite(
         if replace_value is not None:
             new = replace_value(new) or new
         out[v] = new
-    return tuple(
-        replace(
-            r,
-            index=tuple(index(i) if isinstance(i, Expr) else out[i] for i in r.index),
-            value=out[r.value],
-            mask=None if r.mask is None else out[r.mask],
-            over=None if r.over is None else _axis(index(r.over.expr)),
-        )
-        if isinstance(r, Store)
-        else Check(out[r.condition], r.message)
-        for r in roots
-    )
+    return tuple(with_values(r, out, index) for r in roots)
+
+
+def with_values(root: Root, out: Mapping[Value, Value], index: Callable[[Expr], Expr] = lambda e: e) -> Root:
+    """A root over the values that its own become, and other indices."""
+    if isinstance(root, Check):
+        return Check(out[root.condition], root.message)
+    at = tuple([index(i) if isinstance(i, Expr) else out[i] for i in root.index])
+    mask = None if root.mask is None else out[root.mask]
+    over = None if root.over is None else _axis(index(root.over.expr))
+    return Store(root.param, at, out[root.value], mask, root.mode, over)
 
 
 def _axis(e: Expr) -> Axis:
