@@ -49,6 +49,7 @@ class Graph:
                 self.add(i, step)
         self.rank = {i: k for k, i in enumerate(self.groups)}
         self.link()
+        self.tree = self.descendants()
 
     def add(self, i: int, step: Launch | Extern | Join) -> None:
         if isinstance(step, Launch):
@@ -100,32 +101,50 @@ class Graph:
             self.groups[a].succs.add(b)
             self.groups[b].preds.add(a)
 
+    def descendants(self) -> dict[int, tuple[int, int]]:
+        """Each step's place in a tree where a step hangs from the last of those that it needs, and the place behind all
+        that hangs from it in turn. What one step leads to there it leads to whatever is merged: a path stays a path."""
+        above = {i: max(g.preds, default=-1) for i, g in self.groups.items()}
+        size = dict.fromkeys(above, 1)
+        for i in reversed(above):
+            if above[i] >= 0:
+                size[above[i]] += size[i]
+        free, places = {-1: 0}, {}
+        for i, up in above.items():
+            begin = free[up]
+            free[up], free[i] = begin + size[i], begin + 1
+            places[i] = (begin, begin + size[i])
+        return places
+
     # -- order -----------------------------------------------------------------------------------
     def reach(self, start: Group, goal: Group, forward: bool) -> set[int] | None:
         """The groups after `start` that lie before `goal` in the order (before and after, where not `forward`), or None
         where one of them leads to the goal. What is nearest to the goal is looked at first, so that a path is found
-        soon where there is one.
+        soon where there is one; most are found by their first step, in the tree of `descendants`.
 
         Raises TooFarError.
         """
-        rank, groups, sign = self.rank, self.groups, 1 if forward else -1
-        end = sign * rank[goal.id]
-        first = start.succs if forward else start.preds
-        heap = [(-sign * rank[s], s) for s in first if s != goal.id and sign * rank[s] < end]
-        seen = {s for _, s in heap}
-        heapq.heapify(heap)
-        while heap:
+        rank, groups, tree, sign = self.rank, self.groups, self.tree, 1 if forward else -1
+        end, (begin, behind) = sign * rank[goal.id], tree[goal.id]
+        heap: list[tuple[int, int]] = []
+        seen: set[int] = set()
+        further = start.succs if forward else start.preds
+        while True:
+            for s in further:
+                if s not in seen and sign * rank[s] < end:
+                    at, last = tree[s]
+                    if at < begin < last if forward else begin < at < behind:
+                        return None
+                    seen.add(s)
+                    heapq.heappush(heap, (-sign * rank[s], s))
+            if not heap:
+                return seen
             g = groups[heapq.heappop(heap)[1]]
             further = g.succs if forward else g.preds
             if goal.id in further:
                 return None
             if len(seen) > LOOKED_AT:
                 raise TooFarError
-            for s in further:
-                if s not in seen and sign * rank[s] < end:
-                    seen.add(s)
-                    heapq.heappush(heap, (-sign * rank[s], s))
-        return seen
 
     def in_order(self, a: Group, b: Group) -> tuple[Group, Group]:
         return (a, b) if self.rank[a.id] < self.rank[b.id] else (b, a)
