@@ -6,7 +6,7 @@ import hashlib
 import re
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
-from functools import cached_property
+from functools import lru_cache
 from typing import Any, Literal
 
 import torch
@@ -14,6 +14,7 @@ import torch
 from . import dtypes
 from .index import ZERO, Expr, Sym
 from .kernel import Kernel, Param, Schedule
+from .lazy import lazy
 from .shape import contiguous_strides, linearize, product
 from .value import Index, index_axes
 
@@ -47,13 +48,12 @@ class Buffer:
     @property
     def nbytes(self) -> Expr:
         """Bytes of the distinct elements: an expanded dimension (stride 0) counts once."""
-        distinct = [s for s, d in zip(self.shape, self.stride, strict=True) if not (d.is_const and d.value == 0)]
-        return product(distinct) * dtypes.itemsize(self.dtype)
+        return _nbytes(self.shape, self.stride, self.dtype)
 
     @property
     def extent(self) -> Expr:
         """Elements from the first to one past the last: what an allocation must hold."""
-        return linearize([s - 1 for s in self.shape], self.stride) + 1
+        return _extent(self.shape, self.stride)
 
     @property
     def is_dense(self) -> bool:
@@ -66,6 +66,16 @@ class Buffer:
 
     def as_param(self, name: str | None = None) -> Param:
         return Param(name or self.name, self.dtype, self.shape, self.stride)
+
+
+@lru_cache(4096)
+def _nbytes(shape: tuple[Expr, ...], stride: tuple[Expr, ...], dtype: torch.dtype) -> Expr:
+    return product(s for s, d in zip(shape, stride, strict=True) if d is not ZERO) * dtypes.itemsize(dtype)
+
+
+@lru_cache(4096)
+def _extent(shape: tuple[Expr, ...], stride: tuple[Expr, ...]) -> Expr:
+    return linearize([s - 1 for s in shape], stride) + 1
 
 
 @dataclass(frozen=True)
@@ -118,7 +128,7 @@ class Launch:
     name: str = "kernel"
     sizes: tuple[Sizes, ...] = ((),)
 
-    @cached_property
+    @lazy
     def members(self) -> tuple[Binding, ...]:
         """The runs of the kernel: one, or one for each tensor of a batch."""
         names, width = [p.name for p in self.kernel.params], len(self.kernel.params)
@@ -129,11 +139,11 @@ class Launch:
         params = tuple(params)
         return tuple(m.buffers[p] for m in self.members for p in params)
 
-    @cached_property
+    @lazy
     def reads(self) -> tuple[str, ...]:
         return self.buffers(self.kernel.reads)
 
-    @cached_property
+    @lazy
     def writes(self) -> tuple[str, ...]:
         return self.buffers(self.kernel.writes)
 
@@ -146,7 +156,7 @@ class Launch:
         """The sizes that differ between the tensors of a batch."""
         return frozenset(s for s, _ in self.sizes[0])
 
-    @cached_property
+    @lazy
     def symbols(self) -> frozenset[Sym]:
         """The sizes of the plan that a launch depends on."""
         given = (e.symbols() for row in self.sizes for _, e in row)
@@ -315,7 +325,7 @@ class Plan:
         inside = self.buffers[name].inside
         return name if inside is None else inside[0]
 
-    @cached_property
+    @lazy
     def regions(self) -> Mapping[str, tuple[str, ...]]:
         """The buffers that live inside of each one that has any."""
         found: dict[str, tuple[str, ...]] = {}
@@ -332,8 +342,7 @@ class Plan:
 
     def hint(self, size: Expr, sizes: Mapping[Any, Expr] | None = None) -> int:
         """A size with every symbol at its hint, the own `sizes` of a launch at what they are there."""
-        if sizes:
-            size = size.substitute(sizes)
+        size = size.substitute(sizes or {})
         if size.is_const:
             return size.value
         return size.evaluate({name: s.hint for name, s in self.symbols.items()})

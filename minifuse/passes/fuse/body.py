@@ -34,8 +34,9 @@ def forward(body: tuple[Root, ...], inlined: Mapping[str, Store], overwritten: C
         if waiting:
             stack.extend(waiting)
             continue
-        new = v.rebuild(tuple([out[a] for a in v.args]), lambda e: e) if any(out[a] is not a for a in v.args) else v
-        out[v] = new if store is None else read_through(new, replace(store, value=out[store.value]))
+        args = tuple([out[a] for a in v.args])
+        new = v if args == v.args else v.rebuild(args, lambda e: e)
+        out[v] = new if store is None else read_through(new, replace(store, value=out[store.value]))  # type: ignore[arg-type]
     return tuple(with_values(r, out) for r in body)
 
 

@@ -16,6 +16,8 @@ from .unify import Unified
 
 # Groups looked at between two before they count as too far apart to tell.
 LOOKED_AT = 2_000
+# The version of a group that is in the graph no more.
+GONE = -1
 
 
 class TooFarError(Exception):
@@ -27,7 +29,8 @@ class Graph:
 
     `rank` orders the groups topologically; a merge changes the ranks of what it moves alone (Pearce and Kelly, "A
     Dynamic Topological Sort Algorithm for Directed Acyclic Graphs", 2006). `place` leads from a step of the plan to
-    the group that holds it. `least_rows` is how many rows a column's sum needs to be split into chunks of them.
+    the group that holds it; `lost` counts what took readers from buffers and was no merge. `least_rows` is how many
+    rows a column's sum needs to be split into chunks of them.
     """
 
     def __init__(self, plan: Plan, device: DeviceModel, least_rows: int) -> None:
@@ -37,8 +40,10 @@ class Graph:
         self.buffers = plan.buffers
         self.bytes = {name: plan.hint(b.nbytes) for name, b in plan.buffers.items()}
         self.seconds = {name: device.seconds(n) for name, n in self.bytes.items()}
+        self.devices = {b.device for b in plan.buffers.values()}
         self.extents: dict[frozenset[Axis], int] = {}
         self.kept = {o.buffer for o in plan.outputs if isinstance(o, TensorRef)} | set(plan.mutated)
+        self.lost = 0
         self.groups: dict[int, Group] = {}
         self.steps: dict[int, Step] = {}
         self.writer: dict[str, int] = {}
@@ -53,13 +58,14 @@ class Graph:
 
     def add(self, i: int, step: Launch | Extern | Join) -> None:
         if isinstance(step, Launch):
-            group = Group(i, step.name, step.kernel.origins, i, i, self.extent, Tree(step.kernel.body))
+            kernel = step.kernel
+            group = Group(i, step.name, kernel.origins, i, i, self.extent, Tree(kernel.body), values=kernel.values())
         else:
             group = Group(i, step.origin, (step.origin,), i, i, self.extent, fixed=True)
         self.groups[i] = group
         self.steps[i] = step
         self.place[i] = i
-        for b in step.reads:
+        for b in group.reads if isinstance(step, Launch) else step.reads:
             self.readers.setdefault(b, set()).add(i)
 
     # -- edges -----------------------------------------------------------------------------------
@@ -81,11 +87,12 @@ class Graph:
                     self.edge(numbers[name], i)
             if isinstance(step, Extern):
                 numbers |= dict.fromkeys(step.defines, i)
-            for b in step.reads:
+            uses: Group | Extern | Join = self.groups[i] if isinstance(step, Launch) else step
+            for b in uses.reads:
                 if b in self.writer:
                     self.edge(self.writer[b], i)
                 seen.setdefault(b, []).append(i)
-            for b in [*step.writes, *self.mutates(step)]:
+            for b in [*uses.writes, *self.mutates(step)]:
                 for r in [*seen.get(b, []), *([self.writer[b]] if b in self.writer else [])]:
                     self.edge(r, i)
                 self.writer[b] = i
@@ -203,6 +210,7 @@ class Graph:
         """a takes b's edges, reads and writes."""
         self.rank.pop(b.id)
         self.place[b.id] = a.id
+        b.version = GONE
         for n in b.writes:
             self.writer[n] = a.id
         for n in b.reads:
@@ -235,6 +243,8 @@ class Graph:
             self.groups[p].succs.discard(a.id)
         self.rank.pop(a.id)
         self.place[a.id] = -1
+        a.version = GONE
+        self.lost += 1
         del self.groups[a.id]
 
     def copy(self) -> Graph:

@@ -170,6 +170,7 @@ def into(search: Search, a: Group, reader: Group, reason: str, saved: int | None
     facts = {} if saved is None else {"saved_bytes": saved}
     search.ctx.decisions.append(search.decision("inline", a, reader, True, reason, **facts))
     search.spend()
+    graph.lost += 1
     for name in stores:
         graph.readers[name].discard(reader.id)
     for n in a.reads:

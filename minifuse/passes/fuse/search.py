@@ -44,6 +44,7 @@ class Search:
         self.given = tuple(r for r in given if not isinstance(r, Force))
         self.rules: tuple[Rule, ...] = (*self.given, *RULES)
         self.queue: list[tuple[float, int, int, int, int, int]] = []
+        self.waiting: dict[tuple[int, int], Candidate] = {}
         self.tried: dict[tuple[int, int], tuple[int, int]] = {}
         self.refused: dict[tuple[int, int], Decision] = {}
         self.near: dict[int, set[int]] = {}
@@ -58,11 +59,16 @@ class Search:
             return
         if groups[a].first > groups[b].first:
             a, b = b, a
-        worth = Candidate(self.graph, groups[a], groups[b]).saving
-        if worth.nbytes > 0:
-            self.near.setdefault(a, set()).add(b)
-            self.near.setdefault(b, set()).add(a)
-            heapq.heappush(self.queue, (-worth.seconds, -worth.nbytes, groups[a].first, groups[b].first, a, b))
+        c = Candidate(self.graph, groups[a], groups[b])
+        if c.saving.nbytes > 0:
+            self.wait(c)
+
+    def wait(self, c: Candidate) -> None:
+        a, b = c.a, c.b
+        self.near.setdefault(a.id, set()).add(b.id)
+        self.near.setdefault(b.id, set()).add(a.id)
+        self.waiting[a.id, b.id] = c
+        heapq.heappush(self.queue, (-c.saving.seconds, -c.saving.nbytes, a.first, b.first, a.id, b.id))
 
     def find_candidates(self) -> None:
         """Every group with those that read what it stores, and with the next one that reads what it reads."""
@@ -177,18 +183,18 @@ class Search:
         graph, merged = self.graph, False
         while self.queue and not self.empty:
             seconds, nbytes, _, _, a, b = heapq.heappop(self.queue)
-            a, b = graph.at(a), graph.at(b)
-            if a < 0 or b < 0 or a == b:
-                continue
-            if graph.groups[a].first > graph.groups[b].first:
-                a, b = b, a
-            if self.tried.get((a, b)) == self.stamp(a, b):
-                continue
-            c = Candidate(graph, graph.groups[a], graph.groups[b])
-            if c.saving.nbytes <= 0:
+            c = self.waiting.pop((a, b), None)
+            if c is None or not c.fresh:
+                a, b = graph.at(a), graph.at(b)
+                if a < 0 or b < 0 or a == b:
+                    continue
+                if graph.groups[a].first > graph.groups[b].first:
+                    a, b = b, a
+                c = Candidate(graph, graph.groups[a], graph.groups[b])
+            if self.tried.get((a, b)) == self.stamp(a, b) or c.saving.nbytes <= 0:
                 continue
             if (c.saving.seconds, c.saving.nbytes) < (-seconds, -nbytes):
-                self.push(a, b)
+                self.wait(c)
                 continue
             self.tried[a, b] = self.stamp(a, b)
             merged = self.consider(c) or merged
