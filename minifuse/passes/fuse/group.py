@@ -76,8 +76,8 @@ class Group:
 
     `inlined` names what is stored, read inside and never written; a `chunked` group sums columns of what it also walks
     row by row. `first` and `last` are its places in the captured graph; `extent` gives the points of a space.
-    `cost` is instructions a point, `instructions` those of a run; `moving` the seconds that its bytes take, -1 where
-    nobody asked.
+    `cost` is instructions a point, `instructions` those of a run; `moving` the seconds that its bytes take and `alone`
+    those of its kernel, -1 where nobody asked.
     """
 
     id: int
@@ -164,11 +164,11 @@ class Group:
     def derive(self) -> None:
         """What follows from stores, reads and reductions together."""
         self.writes = {n: s.at for n, s in self.stored.items()}
-        self.moving = -1.0
-        self.reduced = frozenset(a for a, _ in self.ordered)
-        roots = [*(s.space for s in self.stored.values()), *self.checks, *self.begun]
-        self.spaces = tuple(dict.fromkeys([*roots, *(f.space for f in self.folds)]))
-        self.axes = tuple(dict.fromkeys([a for s in self.spaces for a in by_name(s)]))
+        self.moving = self.alone = -1.0
+        self.reduced = frozenset([a for a, _ in self.ordered])
+        roots = [*[s.space for s in self.stored.values()], *self.checks, *self.begun]
+        self.spaces = tuple(dict.fromkeys([*roots, *[f.space for f in self.folds]]))
+        self.axes = axes_of(self.spaces)
         self.summed = self.needing_columns()
         self.splits = (
             self.whole
@@ -178,12 +178,11 @@ class Group:
 
     def needing_columns(self) -> frozenset[str]:
         """What is stored that needs a column's sum."""
-        found = {n for n, s in self.stored.items() if s.sums}
-        more = bool(found)
+        more = found = {n for n, s in self.stored.items() if s.sums}
         while more:
             new = {n for n, s in self.stored.items() if n not in found and not s.needs.isdisjoint(found)}
             found |= new
-            more = bool(new)
+            more = new
         return frozenset(found)
 
     @property
@@ -299,6 +298,12 @@ class Group:
 def by_name(space: frozenset[Axis]) -> tuple[Axis, ...]:
     """The axes of a space in an order that does not depend on where they lie."""
     return tuple(sorted(space, key=lambda a: (a.name, a.serial)))
+
+
+@lru_cache(4096)
+def axes_of(spaces: tuple[frozenset[Axis], ...]) -> tuple[Axis, ...]:
+    """The axes of some spaces, those of the first before those of the next."""
+    return tuple(dict.fromkeys(a for s in spaces for a in by_name(s)))
 
 
 def axis_of(a: Axis, env: Substitution) -> Axis:

@@ -103,17 +103,20 @@ class Candidate:
             found = along(hard, self.soft, self.a.axes, self.b.axes) or found
         return found._replace(chunked=True) if isinstance(found, Unified) and by_chunks(self, found) else found
 
-    @property
+    @lazy
     def unified(self) -> Unified:
         assert isinstance(self.how, Unified)
         return self.how
 
     @lazy
     def walk(self) -> Walk | None:
-        """The loops before and after; None where chunks of rows are walked: what is parallel is theirs."""
-        return None if self.unified.chunked else Walk.of(self)
+        """The loops before and after; None where these are the same, and where chunks of rows are walked: what is
+        parallel is theirs."""
+        a, b, how = self.a, self.b, self.unified
+        alike = not how.first and not how.second and a.spaces == b.spaces and not a.ordered and not b.ordered
+        return None if how.chunked or alike and len(a.spaces) == 1 else Walk.of(self)
 
-    @property
+    @lazy
     def both(self) -> tuple[tuple[Group, Mapping[Axis, Expr]], tuple[Group, Mapping[Axis, Expr]]]:
         """Each group, and its axes in terms of the merged one's."""
         return (self.a, self.unified.first), (self.b, self.unified.second)
@@ -205,6 +208,8 @@ def _too_far(c: Candidate) -> Facts | None:
 
 def _buffers(c: Candidate) -> Facts | None:
     a, b = c.a, c.b
+    if len(a.reads) + len(b.reads) + len(a.writes) + len(b.writes) <= MAX_BUFFERS:
+        return None
     found = len({*a.reads, *b.reads, *a.writes, *b.writes})
     return {"found": found, "limit": MAX_BUFFERS} if found > MAX_BUFFERS else None
 
@@ -254,7 +259,7 @@ def _unifies(rule: str) -> Callable[[Candidate], Facts | None]:
 
 def _splits_reduction(c: Candidate) -> Facts | None:
     for g, env in c.both:
-        for x, _ in g.ordered:
+        for x, _ in g.ordered if env else ():
             if x in env and not isinstance(env[x].atom, Axis):
                 return {"axis": str(x)}
     return None
@@ -263,7 +268,7 @@ def _splits_reduction(c: Candidate) -> Facts | None:
 def _stored_twice(c: Candidate) -> Facts | None:
     for g, env in c.both:
         joined: dict[Axis, set[Axis]] = {}
-        for x in g.axes:
+        for x in g.axes if env else ():
             for y in env[x].axes() if x in env else ():
                 joined.setdefault(y, set()).add(x)
         for name, stored in g.stored.items() if joined else ():
