@@ -136,8 +136,9 @@ class Launch:
         return tuple(Binding(dict(zip(names, r, strict=True)), dict(s)) for r, s in zip(rows, self.sizes, strict=True))
 
     def buffers(self, params: Iterable[str]) -> tuple[str, ...]:
-        params = tuple(params)
-        return tuple(m.buffers[p] for m in self.members for p in params)
+        at = {p.name: k for k, p in enumerate(self.kernel.params)}
+        places = [at[p] for p in params]
+        return tuple([self.binding[row * len(at) + k] for row in range(len(self.sizes)) for k in places])
 
     @lazy
     def reads(self) -> tuple[str, ...]:
@@ -188,7 +189,7 @@ class Extern:
     def refs(self) -> Iterator[TensorRef]:
         return _refs((self.args, tuple(v for _, v in self.kwargs)))
 
-    @property
+    @lazy
     def reads(self) -> tuple[str, ...]:
         return tuple(dict.fromkeys(r.buffer for r in self.refs))
 
@@ -201,7 +202,7 @@ class Extern:
         """The names of what is no tensor: the opaque result, and sizes that are known from here on."""
         return (self.origin, *(name for _, name in self.sizes), *(name for _, _, name in self.dims))
 
-    @property
+    @lazy
     def mentions(self) -> frozenset[str]:
         """The names of the sizes and of the opaque values among the arguments."""
         found: set[str] = set()

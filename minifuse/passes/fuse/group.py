@@ -111,15 +111,16 @@ class Group:
         self.checks: list[frozenset[Axis]] = [r.space for r in body if isinstance(r, Check)]
         self.begun: list[frozenset[Axis]] = []
         self.cost, self.instructions, self.size, self.pure, self.whole = 0.0, 0.0, 0, True, True
+        extent, reads, inlined = self.extent, self.reads, self.inlined
         for v in topological(v for r in body for v in r.values) if values is None else values:
             self.size += 1
             if isinstance(v, Op):
                 cost = ops.TABLE[v.name].cost
                 self.cost += cost
-                self.instructions += cost * self.extent(v.axes)
+                self.instructions += cost * extent(v.axes)
             elif isinstance(v, Load):
-                if v.param not in self.inlined:
-                    self.reads.setdefault(v.param, {})[v.index] = None
+                if v.param not in inlined:
+                    reads.setdefault(v.param, {})[v.index] = None
             elif isinstance(v, Reduce):
                 self.add_fold(v)
             elif isinstance(v, Scan):
@@ -129,7 +130,7 @@ class Group:
                 self.cost += ops.RANDOM_COST
                 self.instructions += ops.RANDOM_COST * self.extent(v.axes)
         begun = {r.param for r in body if isinstance(r, Store) and not r.mode}
-        columns = any(f.lanes == 1 for f in self.folds)
+        columns = bool(self.folds) and any(f.lanes == 1 for f in self.folds)
         for r in body:
             if not isinstance(r, Store):
                 continue
@@ -143,7 +144,7 @@ class Group:
                     self.reads.setdefault(r.param, {})[r.index] = None
                 if r.over is not None:
                     self.order(r.over, 1)
-        for name in [n for n in self.stored if n in self.inlined]:
+        for name in [n for n in self.stored if n in inlined]:
             self.drop(name)
         self.derive()
 
