@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Container, Mapping
-from dataclasses import replace
 
 from minifuse.ir.index import Axis, Expr
 from minifuse.ir.kernel import Root, Store, with_values
@@ -36,14 +35,14 @@ def forward(body: tuple[Root, ...], inlined: Mapping[str, Store], overwritten: C
             continue
         args = tuple([out[a] for a in v.args])
         new = v if args == v.args else v.rebuild(args, lambda e: e)
-        out[v] = new if store is None else read_through(new, replace(store, value=out[store.value]))  # type: ignore[arg-type]
+        out[v] = new if store is None else read_through(new, store.index, out[store.value])  # type: ignore[arg-type]
     return tuple(with_values(r, out) for r in body)
 
 
-def read_through(load: Load, store: Store) -> Value:
-    """What a load of a stored value reads: the value at the load's index."""
-    moved = load.index != store.index
-    value = at_index(store.value, store.index, load.index) if moved else store.value
+def read_through(load: Load, index: tuple[Index, ...], value: Value) -> Value:
+    """What a load of a value that is stored at an index reads: the value at the load's own index."""
+    moved = load.index != index
+    value = at_index(value, index, load.index) if moved else value
     if load.mask is not None and load.other is not None:
         # at the store's own index every point is in range, and only the choice is left
         value = Op.of("where", load.mask, masked(value, load.mask) if moved else value, load.other)

@@ -101,7 +101,7 @@ class Group:
     # -- what is known of it -----------------------------------------------------------------------
     def survey(self, values: Iterable[Value] | None = None) -> None:
         """Find in the body what the rules ask for; `values` are its own, arguments first, where they are known."""
-        body = tuple(self.tree.flatten())
+        body = self.tree.roots or tuple(self.tree.flatten())
         self.stored: dict[str, Stored] = {}
         self.scattered: frozenset[str] = frozenset(r.param for r in body if isinstance(r, Store) and r.mode)
         self.reads: dict[str, dict[tuple[Index, ...], None]] = {}
@@ -270,7 +270,8 @@ class Group:
         """Compute what is stored in these at each place where the group loads it."""
 
         def resolve(v: Value) -> Value | None:
-            return read_through(v, stores[v.param]) if isinstance(v, Load) and v.param in stores else None
+            store = stores.get(v.param) if isinstance(v, Load) else None
+            return None if store is None else read_through(v, store.index, store.value)  # type: ignore[arg-type]
 
         self.tree = Tree(rewrite(tuple(self.tree.flatten()), None, resolve))
         self.survey()
@@ -285,7 +286,8 @@ class Group:
             axes.update(dict.fromkeys(by_name(root.space)))
         for v in topological(v for r in body for v in r.values):
             if isinstance(v, Load):
-                params.setdefault(v.param, buffers[v.param].as_param())
+                if v.param not in params:
+                    params[v.param] = buffers[v.param].as_param()
             elif isinstance(v, (Reduce, Scan)):
                 axes[v.over] = None
         for root in body:
