@@ -53,7 +53,7 @@ class Buffer:
     @property
     def extent(self) -> Expr:
         """Elements from the first to one past the last: what an allocation must hold."""
-        return _extent(self.shape, self.stride)
+        return linearize([s - 1 for s in self.shape], self.stride) + 1
 
     @property
     def is_dense(self) -> bool:
@@ -71,11 +71,6 @@ class Buffer:
 @lru_cache(4096)
 def _nbytes(shape: tuple[Expr, ...], stride: tuple[Expr, ...], dtype: torch.dtype) -> Expr:
     return product(s for s, d in zip(shape, stride, strict=True) if d is not ZERO) * dtypes.itemsize(dtype)
-
-
-@lru_cache(4096)
-def _extent(shape: tuple[Expr, ...], stride: tuple[Expr, ...]) -> Expr:
-    return linearize([s - 1 for s in shape], stride) + 1
 
 
 @dataclass(frozen=True)
