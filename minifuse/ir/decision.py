@@ -3,12 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, NamedTuple
 
 
-@dataclass(frozen=True)
-class Decision:
+class Decision(NamedTuple):
     """One choice: the rule that made it, what it was about, and the numbers behind it.
 
     `subject` names the FX nodes concerned. `reason` is a template over `facts`, rendered by `str`;
@@ -19,7 +17,7 @@ class Decision:
     subject: tuple[str, ...]
     taken: bool
     reason: str
-    facts: Mapping[str, Any] = field(default_factory=dict)
+    facts: Mapping[str, Any] = {}
     where: str = ""
 
     @property

@@ -8,14 +8,15 @@ the parallel grid and which one is the vector lane.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from dataclasses import dataclass, field, replace
-from functools import cached_property
+from dataclasses import dataclass, field
+from functools import lru_cache
 from itertools import chain
 from typing import Any, Literal
 
 import torch
 
 from .index import ZERO, Axis, Expr, Sym
+from .lazy import lazy
 from .shape import linearize
 from .value import Index, IndexOf, Load, Random, Reduce, Scan, Value, index_axes, topological
 
@@ -137,7 +138,7 @@ class Kernel:
         """All values, arguments before users, in an order that depends on the body alone."""
         return self._values
 
-    @cached_property
+    @lazy
     def _values(self) -> tuple[Value, ...]:
         return tuple(topological(v for root in self.body for v in root.values))
 
@@ -161,13 +162,13 @@ class Kernel:
     def scans(self) -> Iterator[Scan]:
         return (v for v in self.values() if isinstance(v, Scan))
 
-    @cached_property
+    @lazy
     def ordered(self) -> frozenset[Axis]:
         """The axes whose elements have an order: those that are reduced, scanned or scattered along."""
         scattered = frozenset(s.over for s in self.stores if s.over is not None)
         return frozenset(r.over for r in self.reductions) | frozenset(s.over for s in self.scans) | scattered
 
-    @cached_property
+    @lazy
     def joins(self) -> tuple[str, ...]:
         """Parameters that hold what was there but for what is scattered into them."""
         begun = {s.param for s in self.stores if not s.mode}
@@ -176,12 +177,12 @@ class Kernel:
     def param(self, name: str) -> Param:
         return next(p for p in self.params if p.name == name)
 
-    @cached_property
+    @lazy
     def reads(self) -> tuple[str, ...]:
         """Names of parameters whose memory is read, in order of first use."""
         return tuple(dict.fromkeys((*(v.param for v in self.loads), *self.joins)))
 
-    @cached_property
+    @lazy
     def writes(self) -> tuple[str, ...]:
         return tuple(dict.fromkeys(s.param for s in self.stores))
 
@@ -215,33 +216,23 @@ def rewrite(
     """
     roots = tuple(roots)
     env = env or {}
-    seen: dict[Expr, Expr] = {}
-
-    def index(e: Expr) -> Expr:
-        if e not in seen:
-            seen[e] = e.substitute(env)
-        return seen[e]
-
+    index = lru_cache(None)(lambda e: e.substitute(env))
     out: dict[Value, Value] = {}
     for v in topological(v for r in roots for v in r.values):
-        args = v.args
-        new_args = tuple(out[a] for a in args)
-        new = v.rebuild(new_args, index) if env or any(a is not b for a, b in zip(args, new_args, strict=True)) else v
-        if replace_value is not None:
-            new = replace_value(new) or new
-        out[v] = new
-    return tuple(
-        replace(
-            r,
-            index=tuple(index(i) if isinstance(i, Expr) else out[i] for i in r.index),
-            value=out[r.value],
-            mask=None if r.mask is None else out[r.mask],
-            over=None if r.over is None else _axis(index(r.over.expr)),
-        )
-        if isinstance(r, Store)
-        else Check(out[r.condition], r.message)
-        for r in roots
-    )
+        args = tuple([out[a] for a in v.args])
+        new = v if not env and args == v.args else v.rebuild(args, index)
+        out[v] = new if replace_value is None else replace_value(new) or new
+    return tuple(with_values(r, out, index) for r in roots)
+
+
+def with_values(root: Root, out: Mapping[Value, Value], index: Callable[[Expr], Expr] = lambda e: e) -> Root:
+    """A root over the values that its own become, and other indices."""
+    if isinstance(root, Check):
+        return Check(out[root.condition], root.message)
+    at = tuple([index(i) if isinstance(i, Expr) else out[i] for i in root.index])
+    mask = None if root.mask is None else out[root.mask]
+    over = None if root.over is None else _axis(index(root.over.expr))
+    return Store(root.param, at, out[root.value], mask, root.mode, over)
 
 
 def _axis(e: Expr) -> Axis:

@@ -6,7 +6,7 @@ import hashlib
 import re
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
-from functools import cached_property
+from functools import lru_cache
 from typing import Any, Literal
 
 import torch
@@ -14,6 +14,7 @@ import torch
 from . import dtypes
 from .index import ZERO, Expr, Sym
 from .kernel import Kernel, Param, Schedule
+from .lazy import lazy
 from .shape import contiguous_strides, linearize, product
 from .value import index_axes
 
@@ -47,8 +48,7 @@ class Buffer:
     @property
     def nbytes(self) -> Expr:
         """Bytes of the distinct elements: an expanded dimension (stride 0) counts once."""
-        distinct = [s for s, d in zip(self.shape, self.stride, strict=True) if not (d.is_const and d.value == 0)]
-        return product(distinct) * dtypes.itemsize(self.dtype)
+        return _nbytes(self.shape, self.stride, self.dtype)
 
     @property
     def extent(self) -> Expr:
@@ -66,6 +66,11 @@ class Buffer:
 
     def as_param(self, name: str | None = None) -> Param:
         return Param(name or self.name, self.dtype, self.shape, self.stride)
+
+
+@lru_cache(4096)
+def _nbytes(shape: tuple[Expr, ...], stride: tuple[Expr, ...], dtype: torch.dtype) -> Expr:
+    return product(s for s, d in zip(shape, stride, strict=True) if d is not ZERO) * dtypes.itemsize(dtype)
 
 
 @dataclass(frozen=True)
@@ -118,7 +123,7 @@ class Launch:
     name: str = "kernel"
     sizes: tuple[Sizes, ...] = ((),)
 
-    @cached_property
+    @lazy
     def members(self) -> tuple[Binding, ...]:
         """The runs of the kernel: one, or one for each tensor of a batch."""
         names, width = [p.name for p in self.kernel.params], len(self.kernel.params)
@@ -126,14 +131,15 @@ class Launch:
         return tuple(Binding(dict(zip(names, r, strict=True)), dict(s)) for r, s in zip(rows, self.sizes, strict=True))
 
     def buffers(self, params: Iterable[str]) -> tuple[str, ...]:
-        params = tuple(params)
-        return tuple(m.buffers[p] for m in self.members for p in params)
+        at = {p.name: k for k, p in enumerate(self.kernel.params)}
+        places = [at[p] for p in params]
+        return tuple([self.binding[row * len(at) + k] for row in range(len(self.sizes)) for k in places])
 
-    @cached_property
+    @lazy
     def reads(self) -> tuple[str, ...]:
         return self.buffers(self.kernel.reads)
 
-    @cached_property
+    @lazy
     def writes(self) -> tuple[str, ...]:
         return self.buffers(self.kernel.writes)
 
@@ -146,7 +152,7 @@ class Launch:
         """The sizes that differ between the tensors of a batch."""
         return frozenset(s for s, _ in self.sizes[0])
 
-    @cached_property
+    @lazy
     def symbols(self) -> frozenset[Sym]:
         """The sizes of the plan that a launch depends on."""
         given = (e.symbols() for row in self.sizes for _, e in row)
@@ -178,7 +184,7 @@ class Extern:
     def refs(self) -> Iterator[TensorRef]:
         return _refs((self.args, tuple(v for _, v in self.kwargs)))
 
-    @property
+    @lazy
     def reads(self) -> tuple[str, ...]:
         return tuple(dict.fromkeys(r.buffer for r in self.refs))
 
@@ -191,7 +197,7 @@ class Extern:
         """The names of what is no tensor: the opaque result, and sizes that are known from here on."""
         return (self.origin, *(name for _, name in self.sizes), *(name for _, _, name in self.dims))
 
-    @property
+    @lazy
     def mentions(self) -> frozenset[str]:
         """The names of the sizes and of the opaque values among the arguments."""
         found: set[str] = set()
@@ -315,7 +321,7 @@ class Plan:
         inside = self.buffers[name].inside
         return name if inside is None else inside[0]
 
-    @cached_property
+    @lazy
     def regions(self) -> Mapping[str, tuple[str, ...]]:
         """The buffers that live inside of each one that has any."""
         found: dict[str, tuple[str, ...]] = {}
@@ -332,8 +338,7 @@ class Plan:
 
     def hint(self, size: Expr, sizes: Mapping[Any, Expr] | None = None) -> int:
         """A size with every symbol at its hint, the own `sizes` of a launch at what they are there."""
-        if sizes:
-            size = size.substitute(sizes)
+        size = size.substitute(sizes or {})
         if size.is_const:
             return size.value
         return size.evaluate({name: s.hint for name, s in self.symbols.items()})

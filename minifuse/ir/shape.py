@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ast
 from collections.abc import Iterable, Mapping, Sequence
+from functools import lru_cache
 
 from .index import ONE, ZERO, Atom, Expr, IntLike, Monomial, as_expr, divmod_expr
 
@@ -26,6 +27,11 @@ def contiguous_strides(shape: Iterable[IntLike]) -> tuple[Expr, ...]:
 
 
 def linearize(index: Iterable[IntLike], strides: Iterable[IntLike]) -> Expr:
+    return _linearize(tuple(index), tuple(strides))
+
+
+@lru_cache(4096)
+def _linearize(index: tuple[IntLike, ...], strides: tuple[IntLike, ...]) -> Expr:
     terms: dict[Monomial, int] = {}
     for i, s in zip(index, strides, strict=True):
         for mono, coef in (as_expr(i) * s).terms:

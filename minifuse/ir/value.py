@@ -395,9 +395,9 @@ def topological(roots: Iterable[Value]) -> list[Value]:
         stack = [root]
         while stack:
             v = stack[-1]
-            waiting = [a for a in reversed(v.args) if a not in done] if v not in done else ()
+            waiting = v.args and v not in done and [a for a in v.args if a not in done]
             if waiting:
-                stack.extend(waiting)
+                stack.extend(reversed(waiting))
             else:
                 done[stack.pop()] = None
     return list(done)

@@ -54,6 +54,9 @@ def fuse_joined(plan: Plan, ctx: CompileContext) -> Plan:
     """
     fuel = ctx.options.fusion_fuel
     found = [] if fuel is not None and fuel <= 0 else candidates(plan)
+    entries = given(ctx)
+    if not found and entries is None:
+        return fuse(plan, ctx)
     rewriting = Rewriting(plan)
     able = []
     for c in found:
@@ -64,7 +67,6 @@ def fuse_joined(plan: Plan, ctx: CompileContext) -> Plan:
             record(ctx, plan, c, verdicts, False, "its readers choose for themselves, and it is not stored")
         else:
             able.append(c)
-    entries = given(ctx)
     if entries is not None:
         wanted = {e.first for e in entries if e.rule == JOINED}
         return replayed(plan, ctx, [c for c in able if c.buffer in wanted])
@@ -99,7 +101,12 @@ def candidates(plan: Plan) -> list[Candidate]:
             continue
         (name,) = step.writes
         buffer = plan.buffers[name]
-        if buffer.storage != "arena" or name in plan.mutated or any(s.name in late for s in step.kernel.symbols()):
+        if (
+            buffer.storage != "arena"
+            or name in plan.mutated
+            or late
+            and any(s.name in late for s in step.kernel.symbols())
+        ):
             continue
         made = pieces(step.kernel)
         if made:

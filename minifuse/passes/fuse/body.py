@@ -3,10 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Container, Mapping
-from dataclasses import replace
 
 from minifuse.ir.index import Axis, Expr
-from minifuse.ir.kernel import Root, Store, rewrite
+from minifuse.ir.kernel import Root, Store, with_values
 from minifuse.ir.value import Cast, Const, Index, IndexOf, Load, Op, Value, at_values, topological
 
 from .unify import Substitution
@@ -21,87 +20,29 @@ def forward(body: tuple[Root, ...], inlined: Mapping[str, Store], overwritten: C
     loads are then masked as the load was.
     """
     apart = {r.param for r in body if isinstance(r, Store) and (r.mode or r.param in overwritten)}
-    stores = {r.param: r for r in body if isinstance(r, Store) and r.param not in apart}
-    stores.update(inlined)
-    done: dict[str, Value] = {}
-
-    def resolve(v: Value) -> Value | None:
-        if not isinstance(v, Load) or v.param not in stores:
-            return None
-        store = stores[v.param]
-        if store.param not in done:
-            done[store.param] = value_of(store)
-        return read_through(v, Store(store.param, store.index, done[store.param]))
-
-    def value_of(store: Store) -> Value:
-        """The store's value with its own loads resolved; producers come first, so depth is bounded by
-        the longest chain of inlined stores that was not resolved yet."""
-        order, seen, stack = [], set(), [store]
-        while stack:
-            s = stack.pop()
-            if s.param in seen or s.param in done:
-                continue
-            seen.add(s.param)
-            order.append(s)
-            stack.extend(
-                stores[v.param]
-                for v in topological([s.value])
-                if isinstance(v, Load) and v.param in stores and v.param != s.param
-            )
-        made: Value = store.value
-        for s in _by_dependency(order, stores):
-            (r,) = rewrite([s], None, resolve)
-            done[s.param] = r.value
-            made = r.value
-        return done.get(store.param, made)
-
-    out: list[Root] = []
-    for root in body:
-        if isinstance(root, Store):
-            if root.param in apart:
-                out.extend(rewrite([root], None, resolve))
-                continue
-            if root.param not in done:
-                done[root.param] = value_of(root)
-            out.append(replace(root, value=done[root.param]))
-        else:
-            (made,) = rewrite([root], None, resolve)
-            out.append(made)
-    return tuple(out)
-
-
-def _by_dependency(some: list[Store], stores: Mapping[str, Store]) -> list[Store]:
-    """Stores of a group ordered so that each comes after those that it reads."""
-    names = {s.param for s in some}
-    needs = {
-        s.param: {
-            v.param for v in topological([s.value]) if isinstance(v, Load) and v.param in names and v.param != s.param
-        }
-        for s in some
-    }
-    out: list[Store] = []
-    placed: set[str] = set()
-    by_name = {s.param: s for s in some}
-    stack = [s.param for s in some]
+    stores = {r.param: r for r in body if isinstance(r, Store) and r.param not in apart} | dict(inlined)
+    out: dict[Value, Value] = {}
+    stack = [v for r in body for v in r.values]
     while stack:
-        name = stack[-1]
-        if name in placed:
+        v = stack[-1]
+        if v in out:
             stack.pop()
             continue
-        waiting = [n for n in needs[name] if n not in placed]
+        store = stores.get(v.param) if isinstance(v, Load) else None
+        waiting = [a for a in (v.args if store is None else (*v.args, store.value)) if a not in out]
         if waiting:
             stack.extend(waiting)
             continue
-        placed.add(name)
-        out.append(by_name[name])
-        stack.pop()
-    return out
+        args = tuple([out[a] for a in v.args])
+        new = v if args == v.args else v.rebuild(args, lambda e: e)
+        out[v] = new if store is None else read_through(new, store.index, out[store.value])  # type: ignore[arg-type]
+    return tuple(with_values(r, out) for r in body)
 
 
-def read_through(load: Load, store: Store) -> Value:
-    """What a load of a stored value reads: the value at the load's index."""
-    moved = load.index != store.index
-    value = at_index(store.value, store.index, load.index) if moved else store.value
+def read_through(load: Load, index: tuple[Index, ...], value: Value) -> Value:
+    """What a load of a value that is stored at an index reads: the value at the load's own index."""
+    moved = load.index != index
+    value = at_index(value, index, load.index) if moved else value
     if load.mask is not None and load.other is not None:
         # at the store's own index every point is in range, and only the choice is left
         value = Op.of("where", load.mask, masked(value, load.mask) if moved else value, load.other)

@@ -6,7 +6,7 @@ instructions. A buffer moves at the rate of the level of memory that holds it be
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from typing import NamedTuple
 
 from .graph import Graph
 from .group import Group
@@ -15,8 +15,7 @@ from .group import Group
 PICOSECONDS = 12
 
 
-@dataclass(frozen=True)
-class Saving:
+class Saving(NamedTuple):
     """What one kernel takes less than two: bytes of traffic, and predicted seconds."""
 
     nbytes: int
@@ -36,17 +35,25 @@ def taken(graph: Graph, memory: float, instructions: float) -> float:
     return graph.device.launch + max(memory, instructions / graph.device.vector)
 
 
+def alone(graph: Graph, g: Group) -> float:
+    """Predicted seconds of a group as one kernel."""
+    if g.alone < 0:
+        g.alone = taken(graph, moving(graph, g), g.instructions)
+    return g.alone
+
+
 def saving(graph: Graph, a: Group, b: Group) -> Saving:
     """What is shared is loaded once, and what only the two use is not stored."""
     nbytes, memory = 0, 0.0
     mutated = graph.plan.mutated
     small, large = (a, b) if len(a.reads) <= len(b.reads) else (b, a)
+    writes, reads = large.writes, large.reads
     for name in dict.fromkeys((*small.writes, *small.reads)):
-        stored = name in large.writes
-        if not stored and name not in small.writes:
-            times = int(name in large.reads)
-        elif name not in (small.reads if stored else large.reads):
+        stored = name in writes
+        if name not in (small.reads if stored else reads):
             continue
+        if not stored and name not in small.writes:
+            times = 1
         elif name in mutated:
             nbytes += 1  # a reader and the writer of an input: worth trying
             continue
@@ -56,7 +63,6 @@ def saving(graph: Graph, a: Group, b: Group) -> Saving:
         memory += times * graph.seconds[name]
     if not nbytes:
         return Saving(0, 0.0)
-    before = moving(graph, a), moving(graph, b)
-    apart = taken(graph, before[0], a.instructions) + taken(graph, before[1], b.instructions)
-    together = taken(graph, sum(before) - memory, a.instructions + b.instructions)
+    apart = alone(graph, a) + alone(graph, b)
+    together = taken(graph, a.moving + b.moving - memory, a.instructions + b.instructions)
     return Saving(nbytes, round(apart - together, PICOSECONDS))

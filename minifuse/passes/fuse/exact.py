@@ -17,7 +17,7 @@ import numpy as np
 from scipy.optimize import Bounds, LinearConstraint, milp
 from scipy.sparse import csr_array, vstack
 
-from .cost import moving, taken
+from .cost import alone
 from .graph import Graph
 from .rules import Candidate
 
@@ -40,24 +40,18 @@ class Column:
     seconds: float
 
 
-def seconds_of(graph: Graph, i: int) -> float:
-    """The predicted seconds of a group."""
-    g = graph.groups[i]
-    return taken(graph, moving(graph, g), g.instructions)
-
-
 def columns(search: Search) -> list[Column]:
     """Every group that merges of one kernel at a time lead to.
 
     Raises TooLargeError.
     """
-    alone = [i for i, g in search.graph.groups.items() if not g.fixed]
-    if len(alone) > MOST_KERNELS:
-        raise TooLargeError(f"{len(alone)} kernels, at most {MOST_KERNELS}")
+    kernels = [i for i, g in search.graph.groups.items() if not g.fixed]
+    if len(kernels) > MOST_KERNELS:
+        raise TooLargeError(f"{len(kernels)} kernels, at most {MOST_KERNELS}")
     found: dict[frozenset[int], Column] = {}
-    for i in alone:
-        found[frozenset([i])] = Column((i,), seconds_of(search.graph, i))
-    for i in alone:
+    for i in kernels:
+        found[frozenset([i])] = Column((i,), alone(search.graph, search.graph.groups[i]))
+    for i in kernels:
         stack: list[tuple[Graph, tuple[int, ...]]] = [(search.graph, (i,))]
         while stack:
             graph, steps = stack.pop()
@@ -74,7 +68,7 @@ def columns(search: Search) -> list[Column]:
                     raise TooLargeError(f"more than {MOST_GROUPS} groups")
                 merged = graph.copy()
                 merged.merge(merged.groups[a.id], merged.groups[b.id], c.unified)
-                found[grown] = Column((*steps, t), seconds_of(merged, a.id))
+                found[grown] = Column((*steps, t), alone(merged, merged.groups[a.id]))
                 stack.append((merged, (*steps, t)))
     return list(found.values())
 
@@ -128,7 +122,7 @@ def cyclic(graph: Graph, chosen: Sequence[Column]) -> list[int]:
 
 def total(graph: Graph, ids: Iterable[int]) -> float:
     """Predicted seconds of kernels together."""
-    return sum(seconds_of(graph, i) for i in ids)
+    return sum(alone(graph, graph.groups[i]) for i in ids)
 
 
 def plan(search: Search) -> None:

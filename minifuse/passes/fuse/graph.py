@@ -16,6 +16,8 @@ from .unify import Unified
 
 # Groups looked at between two before they count as too far apart to tell.
 LOOKED_AT = 2_000
+# The version of a group that is in the graph no more.
+GONE = -1
 
 
 class TooFarError(Exception):
@@ -27,7 +29,8 @@ class Graph:
 
     `rank` orders the groups topologically; a merge changes the ranks of what it moves alone (Pearce and Kelly, "A
     Dynamic Topological Sort Algorithm for Directed Acyclic Graphs", 2006). `place` leads from a step of the plan to
-    the group that holds it. `least_rows` is how many rows a column's sum needs to be split into chunks of them.
+    the group that holds it; `lost` counts what took readers from buffers and was no merge. `least_rows` is how many
+    rows a column's sum needs to be split into chunks of them.
     """
 
     def __init__(self, plan: Plan, device: DeviceModel, least_rows: int) -> None:
@@ -37,8 +40,10 @@ class Graph:
         self.buffers = plan.buffers
         self.bytes = {name: plan.hint(b.nbytes) for name, b in plan.buffers.items()}
         self.seconds = {name: device.seconds(n) for name, n in self.bytes.items()}
+        self.devices = {b.device for b in plan.buffers.values()}
         self.extents: dict[frozenset[Axis], int] = {}
         self.kept = {o.buffer for o in plan.outputs if isinstance(o, TensorRef)} | set(plan.mutated)
+        self.lost = 0
         self.groups: dict[int, Group] = {}
         self.steps: dict[int, Step] = {}
         self.writer: dict[str, int] = {}
@@ -49,16 +54,18 @@ class Graph:
                 self.add(i, step)
         self.rank = {i: k for k, i in enumerate(self.groups)}
         self.link()
+        self.tree = self.descendants()
 
     def add(self, i: int, step: Launch | Extern | Join) -> None:
         if isinstance(step, Launch):
-            group = Group(i, step.name, step.kernel.origins, i, i, self.extent, Tree(step.kernel.body))
+            kernel = step.kernel
+            group = Group(i, step.name, kernel.origins, i, i, self.extent, Tree(kernel.body), values=kernel.values())
         else:
             group = Group(i, step.origin, (step.origin,), i, i, self.extent, fixed=True)
         self.groups[i] = group
         self.steps[i] = step
         self.place[i] = i
-        for b in step.reads:
+        for b in group.reads if isinstance(step, Launch) else step.reads:
             self.readers.setdefault(b, set()).add(i)
 
     # -- edges -----------------------------------------------------------------------------------
@@ -80,11 +87,12 @@ class Graph:
                     self.edge(numbers[name], i)
             if isinstance(step, Extern):
                 numbers |= dict.fromkeys(step.defines, i)
-            for b in step.reads:
+            uses: Group | Extern | Join = self.groups[i] if isinstance(step, Launch) else step
+            for b in uses.reads:
                 if b in self.writer:
                     self.edge(self.writer[b], i)
                 seen.setdefault(b, []).append(i)
-            for b in [*step.writes, *self.mutates(step)]:
+            for b in [*uses.writes, *self.mutates(step)]:
                 for r in [*seen.get(b, []), *([self.writer[b]] if b in self.writer else [])]:
                     self.edge(r, i)
                 self.writer[b] = i
@@ -100,32 +108,50 @@ class Graph:
             self.groups[a].succs.add(b)
             self.groups[b].preds.add(a)
 
+    def descendants(self) -> dict[int, tuple[int, int]]:
+        """Each step's place in a tree where a step hangs from the last of those that it needs, and the place behind all
+        that hangs from it in turn. What one step leads to there it leads to whatever is merged: a path stays a path."""
+        above = {i: max(g.preds, default=-1) for i, g in self.groups.items()}
+        size = dict.fromkeys(above, 1)
+        for i in reversed(above):
+            if above[i] >= 0:
+                size[above[i]] += size[i]
+        free, places = {-1: 0}, {}
+        for i, up in above.items():
+            begin = free[up]
+            free[up], free[i] = begin + size[i], begin + 1
+            places[i] = (begin, begin + size[i])
+        return places
+
     # -- order -----------------------------------------------------------------------------------
     def reach(self, start: Group, goal: Group, forward: bool) -> set[int] | None:
         """The groups after `start` that lie before `goal` in the order (before and after, where not `forward`), or None
         where one of them leads to the goal. What is nearest to the goal is looked at first, so that a path is found
-        soon where there is one.
+        soon where there is one; most are found by their first step, in the tree of `descendants`.
 
         Raises TooFarError.
         """
-        rank, groups, sign = self.rank, self.groups, 1 if forward else -1
-        end = sign * rank[goal.id]
-        first = start.succs if forward else start.preds
-        heap = [(-sign * rank[s], s) for s in first if s != goal.id and sign * rank[s] < end]
-        seen = {s for _, s in heap}
-        heapq.heapify(heap)
-        while heap:
+        rank, groups, tree, sign = self.rank, self.groups, self.tree, 1 if forward else -1
+        end, (begin, behind) = sign * rank[goal.id], tree[goal.id]
+        heap: list[tuple[int, int]] = []
+        seen: set[int] = set()
+        further = start.succs if forward else start.preds
+        while True:
+            for s in further:
+                if s not in seen and sign * rank[s] < end:
+                    at, last = tree[s]
+                    if at < begin < last if forward else begin < at < behind:
+                        return None
+                    seen.add(s)
+                    heapq.heappush(heap, (-sign * rank[s], s))
+            if not heap:
+                return seen
             g = groups[heapq.heappop(heap)[1]]
             further = g.succs if forward else g.preds
             if goal.id in further:
                 return None
             if len(seen) > LOOKED_AT:
                 raise TooFarError
-            for s in further:
-                if s not in seen and sign * rank[s] < end:
-                    seen.add(s)
-                    heapq.heappush(heap, (-sign * rank[s], s))
-        return seen
 
     def in_order(self, a: Group, b: Group) -> tuple[Group, Group]:
         return (a, b) if self.rank[a.id] < self.rank[b.id] else (b, a)
@@ -184,6 +210,7 @@ class Graph:
         """a takes b's edges, reads and writes."""
         self.rank.pop(b.id)
         self.place[b.id] = a.id
+        b.version = GONE
         for n in b.writes:
             self.writer[n] = a.id
         for n in b.reads:
@@ -216,6 +243,8 @@ class Graph:
             self.groups[p].succs.discard(a.id)
         self.rank.pop(a.id)
         self.place[a.id] = -1
+        a.version = GONE
+        self.lost += 1
         del self.groups[a.id]
 
     def copy(self) -> Graph:

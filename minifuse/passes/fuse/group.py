@@ -4,7 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Callable, Container, Iterable, Iterator, Mapping
 from copy import copy
-from dataclasses import dataclass, field, replace
+from dataclasses import InitVar, dataclass, field
+from functools import lru_cache
+from typing import NamedTuple
 
 from minifuse.ir import ops
 from minifuse.ir.index import ONE, Axis, Expr, Mod
@@ -16,22 +18,20 @@ from .body import compose, forward, read_through, shifted
 from .unify import Substitution, Unified, image
 
 
-@dataclass(frozen=True)
-class Stored:
+class Stored(NamedTuple):
     """A store of a group: where, over which axes; the parameters that its value loads, and whether it needs a column's
     sum that is taken in the same piece."""
 
-    index: tuple[Index, ...]
+    at: tuple[Index, ...]
     space: frozenset[Axis]
     needs: frozenset[str]
     sums: bool
 
     def moved(self, env: Substitution) -> Stored:
-        return replace(self, index=shifted(self.index, env), space=image(self.space, env))
+        return Stored(shifted(self.at, env), image(self.space, env), self.needs, self.sums)
 
 
-@dataclass(frozen=True)
-class Fold:
+class Fold(NamedTuple):
     """A reduction of a group: over an axis of a space of loops, with so many lanes. A column's sum has one; `needs`
     holds what its argument loads, and `nested` whether it reaches another column's sum."""
 
@@ -43,7 +43,7 @@ class Fold:
 
     def moved(self, env: Substitution) -> Fold:
         (over,) = image([self.over], env)
-        return replace(self, over=over, space=image(self.space, env))
+        return self._replace(over=over, space=image(self.space, env))
 
 
 class Tree:
@@ -76,8 +76,8 @@ class Group:
 
     `inlined` names what is stored, read inside and never written; a `chunked` group sums columns of what it also walks
     row by row. `first` and `last` are its places in the captured graph; `extent` gives the points of a space.
-    `cost` is instructions a point, `instructions` those of a run; `moving` the seconds that its bytes take, -1 where
-    nobody asked.
+    `cost` is instructions a point, `instructions` those of a run; `moving` the seconds that its bytes take and `alone`
+    those of its kernel, -1 where nobody asked.
     """
 
     id: int
@@ -93,14 +93,15 @@ class Group:
     succs: set[int] = field(default_factory=set)
     version: int = 0
     chunked: bool = False
+    values: InitVar[Iterable[Value] | None] = None
 
-    def __post_init__(self) -> None:
-        self.survey()
+    def __post_init__(self, values: Iterable[Value] | None) -> None:
+        self.survey(values)
 
     # -- what is known of it -----------------------------------------------------------------------
-    def survey(self) -> None:
-        """Find in the body what the rules ask for."""
-        body = tuple(self.tree.flatten())
+    def survey(self, values: Iterable[Value] | None = None) -> None:
+        """Find in the body what the rules ask for; `values` are its own, arguments first, where they are known."""
+        body = self.tree.roots or tuple(self.tree.flatten())
         self.stored: dict[str, Stored] = {}
         self.scattered: frozenset[str] = frozenset(r.param for r in body if isinstance(r, Store) and r.mode)
         self.reads: dict[str, dict[tuple[Index, ...], None]] = {}
@@ -110,24 +111,26 @@ class Group:
         self.checks: list[frozenset[Axis]] = [r.space for r in body if isinstance(r, Check)]
         self.begun: list[frozenset[Axis]] = []
         self.cost, self.instructions, self.size, self.pure, self.whole = 0.0, 0.0, 0, True, True
-        for v in topological(v for r in body for v in r.values):
+        extent, reads, inlined = self.extent, self.reads, self.inlined
+        for v in topological(v for r in body for v in r.values) if values is None else values:
             self.size += 1
-            if isinstance(v, Load):
-                if v.param not in self.inlined:
-                    self.reads.setdefault(v.param, {})[v.index] = None
+            if isinstance(v, Op):
+                cost = ops.TABLE[v.name].cost
+                self.cost += cost
+                self.instructions += cost * extent(v.axes)
+            elif isinstance(v, Load):
+                if v.param not in inlined:
+                    reads.setdefault(v.param, {})[v.index] = None
             elif isinstance(v, Reduce):
                 self.add_fold(v)
             elif isinstance(v, Scan):
                 # Its axis keeps its order, as a reduced one does.
                 self.order(v.over, v.lanes)
-            elif isinstance(v, Op):
-                self.cost += ops.TABLE[v.name].cost
-                self.instructions += ops.TABLE[v.name].cost * self.extent(v.axes)
             elif isinstance(v, Random):
                 self.cost += ops.RANDOM_COST
                 self.instructions += ops.RANDOM_COST * self.extent(v.axes)
         begun = {r.param for r in body if isinstance(r, Store) and not r.mode}
-        columns = any(f.lanes == 1 for f in self.folds)
+        columns = bool(self.folds) and any(f.lanes == 1 for f in self.folds)
         for r in body:
             if not isinstance(r, Store):
                 continue
@@ -141,7 +144,7 @@ class Group:
                     self.reads.setdefault(r.param, {})[r.index] = None
                 if r.over is not None:
                     self.order(r.over, 1)
-        for name in [n for n in self.stored if n in self.inlined]:
+        for name in [n for n in self.stored if n in inlined]:
             self.drop(name)
         self.derive()
 
@@ -161,12 +164,12 @@ class Group:
 
     def derive(self) -> None:
         """What follows from stores, reads and reductions together."""
-        self.writes = {n: s.index for n, s in self.stored.items()}
-        self.moving = -1.0
-        self.reduced = frozenset(a for a, _ in self.ordered)
-        roots = [*(s.space for s in self.stored.values()), *self.checks, *self.begun]
-        self.spaces = tuple(dict.fromkeys([*roots, *(f.space for f in self.folds)]))
-        self.axes = tuple(dict.fromkeys(a for s in self.spaces for a in sorted(s, key=lambda a: (a.name, a.serial))))
+        self.writes = {n: s.at for n, s in self.stored.items()}
+        self.moving = self.alone = -1.0
+        self.reduced = frozenset([a for a, _ in self.ordered])
+        roots = [*[s.space for s in self.stored.values()], *self.checks, *self.begun]
+        self.spaces = tuple(dict.fromkeys([*roots, *[f.space for f in self.folds]]))
+        self.axes = axes_of(self.spaces)
         self.summed = self.needing_columns()
         self.splits = (
             self.whole
@@ -176,12 +179,11 @@ class Group:
 
     def needing_columns(self) -> frozenset[str]:
         """What is stored that needs a column's sum."""
-        found = {n for n, s in self.stored.items() if s.sums}
-        more = bool(found)
+        more = found = {n for n, s in self.stored.items() if s.sums}
         while more:
             new = {n for n, s in self.stored.items() if n not in found and not s.needs.isdisjoint(found)}
             found |= new
-            more = bool(new)
+            more = new
         return frozenset(found)
 
     @property
@@ -250,10 +252,10 @@ class Group:
         self.reads.pop(name, None)
         for n, s in self.stored.items():
             if name in s.needs:
-                self.stored[n] = replace(s, needs=s.needs - {name} | gone.needs, sums=s.sums or gone.sums)
+                self.stored[n] = s._replace(needs=s.needs - {name} | gone.needs, sums=s.sums or gone.sums)
         if any(name in f.needs for f in self.folds):
             self.folds = dict.fromkeys(
-                replace(f, needs=f.needs - {name} | gone.needs, nested=f.nested or gone.sums) if name in f.needs else f
+                f._replace(needs=f.needs - {name} | gone.needs, nested=f.nested or gone.sums) if name in f.needs else f
                 for f in self.folds
             )
 
@@ -268,7 +270,8 @@ class Group:
         """Compute what is stored in these at each place where the group loads it."""
 
         def resolve(v: Value) -> Value | None:
-            return read_through(v, stores[v.param]) if isinstance(v, Load) and v.param in stores else None
+            store = stores.get(v.param) if isinstance(v, Load) else None
+            return None if store is None else read_through(v, store.index, store.value)  # type: ignore[arg-type]
 
         self.tree = Tree(rewrite(tuple(self.tree.flatten()), None, resolve))
         self.survey()
@@ -280,11 +283,11 @@ class Group:
         axes: dict[Axis, None] = {}
         params: dict[str, Param] = {}
         for root in body:
-            for a in sorted(root.space, key=lambda a: (a.name, a.serial)):
-                axes[a] = None
+            axes.update(dict.fromkeys(by_name(root.space)))
         for v in topological(v for r in body for v in r.values):
             if isinstance(v, Load):
-                params.setdefault(v.param, buffers[v.param].as_param())
+                if v.param not in params:
+                    params[v.param] = buffers[v.param].as_param()
             elif isinstance(v, (Reduce, Scan)):
                 axes[v.over] = None
         for root in body:
@@ -292,6 +295,18 @@ class Group:
                 params.setdefault(root.param, buffers[root.param].as_param())
         kernel = Kernel(tuple(axes), tuple(params.values()), body, self.nodes)
         return Launch(kernel, tuple(params), None, self.name)
+
+
+@lru_cache(4096)
+def by_name(space: frozenset[Axis]) -> tuple[Axis, ...]:
+    """The axes of a space in an order that does not depend on where they lie."""
+    return tuple(sorted(space, key=lambda a: (a.name, a.serial)))
+
+
+@lru_cache(4096)
+def axes_of(spaces: tuple[frozenset[Axis], ...]) -> tuple[Axis, ...]:
+    """The axes of some spaces, those of the first before those of the next."""
+    return tuple(dict.fromkeys(a for s in spaces for a in by_name(s)))
 
 
 def axis_of(a: Axis, env: Substitution) -> Axis:

@@ -9,7 +9,7 @@ from minifuse.ir.kernel import Store
 from minifuse.ir.value import index_axes
 
 from .body import NotInvertible, forward
-from .cost import moving, taken
+from .cost import alone, moving, taken
 from .graph import Graph
 from .group import Group
 from .rules import CHEAP, MAX_VALUES
@@ -105,12 +105,12 @@ def obey(search: Search, a: Group, reader: Group) -> None:
     """What a log says: a's values are computed where the reader loads them."""
     refused = refusal(search, a, reader)
     if refused is not None and refused.rule != "gathered":
-        search.ctx.decisions.append(search.decision(refused.rule, a, reader, False, refused.reason, **refused.facts))
+        search.ctx.decisions.append(search.decision(refused.rule, a, reader, False, refused.reason, refused.facts))
         return
     try:
         into(search, a, reader, "computed where it is read, as the log says")
     except NotInvertible as why:
-        search.ctx.decisions.append(search.decision("inline", a, reader, False, "{why}", why=str(why)))
+        search.ctx.decisions.append(search.decision("inline", a, reader, False, "{why}", {"why": str(why)}))
         return
     search.graph.bury(a)
 
@@ -148,10 +148,10 @@ def duplicate(search: Search, a: Group, b: Group) -> bool:
 
 def slower(graph: Graph, a: Group, readers: list[Group], name: str) -> bool:
     """Whether kernels that compute a's values themselves, once at each point that reads them, take longer than now."""
-    now = taken(graph, moving(graph, a), a.instructions)
+    now = alone(graph, a)
     then = 0.0
     for r in readers:
-        now += taken(graph, moving(graph, r), r.instructions)
+        now += alone(graph, r)
         more = sum(graph.seconds[n] for n in a.reads if n not in r.reads)
         points = sum(graph.extent(index_axes(index)) for index in r.reads[name])
         memory = moving(graph, r) + more - graph.seconds[name]
@@ -168,8 +168,9 @@ def into(search: Search, a: Group, reader: Group, reason: str, saved: int | None
     stores = {r.param: r for r in forward(*a.body()) if isinstance(r, Store) and r.param in reader.reads}
     reader.replace_loads(stores)
     facts = {} if saved is None else {"saved_bytes": saved}
-    search.ctx.decisions.append(search.decision("inline", a, reader, True, reason, **facts))
+    search.ctx.decisions.append(search.decision("inline", a, reader, True, reason, facts))
     search.spend()
+    graph.lost += 1
     for name in stores:
         graph.readers[name].discard(reader.id)
     for n in a.reads:

@@ -7,12 +7,12 @@ before `UNIFIED` look at the groups as they are; those behind it also at how the
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from fnmatch import fnmatchcase
-from functools import cached_property
-from typing import Any
+from typing import Any, NamedTuple
 
 from minifuse.ir.index import Axis, Expr
+from minifuse.ir.lazy import lazy
 from minifuse.ir.plan import Plan
 
 from .cost import Saving, saving
@@ -42,13 +42,19 @@ class Candidate:
 
     def __init__(self, graph: Graph, a: Group, b: Group) -> None:
         self.graph, self.a, self.b = graph, a, b
+        self.stamp = (a.version, b.version, graph.lost)
 
-    @cached_property
+    @property
+    def fresh(self) -> bool:
+        """Whether the two groups, and who reads what they store, are as they were."""
+        return self.stamp == (self.a.version, self.b.version, self.graph.lost)
+
+    @lazy
     def saving(self) -> Saving:
         """Bytes and seconds that one kernel takes less than two."""
         return saving(self.graph, self.a, self.b)
 
-    @cached_property
+    @lazy
     def cyclic(self) -> bool | None:
         """Whether a third group lies between the two; None where that took too long to find out."""
         try:
@@ -56,7 +62,7 @@ class Candidate:
         except TooFarError:
             return None
 
-    @cached_property
+    @lazy
     def soft(self) -> list[Equation]:
         """What both read: how they would walk it alike."""
         found: list[Equation] = []
@@ -69,7 +75,7 @@ class Candidate:
                         found.append((x, y))
         return found
 
-    @cached_property
+    @lazy
     def hard(self) -> list[Equation] | str:
         """Where one stores what the other reads; the name of a buffer that is read at a computed place."""
         a, b = self.a, self.b
@@ -84,7 +90,7 @@ class Candidate:
                     found.append((w, r) if ahead is a else (r, w))
         return found
 
-    @cached_property
+    @lazy
     def how(self) -> Unified | Refusal:
         """How the loops of the two become one, or why they cannot."""
         hard = self.hard
@@ -96,19 +102,22 @@ class Candidate:
         unlike = isinstance(found, Refusal) or found.apart(self.a.axes, self.b.axes)
         if unlike and self.a.reduced and not self.b.reduced:
             found = along(hard, self.soft, self.a.axes, self.b.axes) or found
-        return found if isinstance(found, Refusal) else replace(found, chunked=by_chunks(self, found))
+        return found._replace(chunked=True) if isinstance(found, Unified) and by_chunks(self, found) else found
 
-    @property
+    @lazy
     def unified(self) -> Unified:
         assert isinstance(self.how, Unified)
         return self.how
 
-    @cached_property
+    @lazy
     def walk(self) -> Walk | None:
-        """The loops before and after; None where chunks of rows are walked: what is parallel is theirs."""
-        return None if self.unified.chunked else Walk.of(self)
+        """The loops before and after; None where these are the same, and where chunks of rows are walked: what is
+        parallel is theirs."""
+        a, b, how = self.a, self.b, self.unified
+        alike = not how.first and not how.second and a.spaces == b.spaces and not a.ordered and not b.ordered
+        return None if how.chunked or alike and len(a.spaces) == 1 else Walk.of(self)
 
-    @property
+    @lazy
     def both(self) -> tuple[tuple[Group, Mapping[Axis, Expr]], tuple[Group, Mapping[Axis, Expr]]]:
         """Each group, and its axes in terms of the merged one's."""
         return (self.a, self.unified.first), (self.b, self.unified.second)
@@ -200,6 +209,8 @@ def _too_far(c: Candidate) -> Facts | None:
 
 def _buffers(c: Candidate) -> Facts | None:
     a, b = c.a, c.b
+    if len(a.reads) + len(b.reads) + len(a.writes) + len(b.writes) <= MAX_BUFFERS:
+        return None
     found = len({*a.reads, *b.reads, *a.writes, *b.writes})
     return {"found": found, "limit": MAX_BUFFERS} if found > MAX_BUFFERS else None
 
@@ -210,6 +221,8 @@ def _values(c: Candidate) -> Facts | None:
 
 
 def _devices(c: Candidate) -> Facts | None:
+    if len(c.graph.devices) == 1:
+        return None
     buffers = c.graph.buffers
     found = {buffers[n].device for g in (c.a, c.b) for names in (g.writes, g.reads) for n in names}
     return {"devices": ", ".join(sorted(map(str, found)))} if len(found) > 1 else None
@@ -247,7 +260,7 @@ def _unifies(rule: str) -> Callable[[Candidate], Facts | None]:
 
 def _splits_reduction(c: Candidate) -> Facts | None:
     for g, env in c.both:
-        for x, _ in g.ordered:
+        for x, _ in g.ordered if env else ():
             if x in env and not isinstance(env[x].atom, Axis):
                 return {"axis": str(x)}
     return None
@@ -256,7 +269,7 @@ def _splits_reduction(c: Candidate) -> Facts | None:
 def _stored_twice(c: Candidate) -> Facts | None:
     for g, env in c.both:
         joined: dict[Axis, set[Axis]] = {}
-        for x in g.axes:
+        for x in g.axes if env else ():
             for y in env[x].axes() if x in env else ():
                 joined.setdefault(y, set()).add(x)
         for name, stored in g.stored.items() if joined else ():
@@ -286,8 +299,7 @@ def _chunked(c: Candidate) -> Facts | None:
     return {"name": c.a.name if c.a.chunked else c.b.name}
 
 
-@dataclass(frozen=True)
-class Walk:
+class Walk(NamedTuple):
     """The loops of two groups and of what they become: spaces in the merged kernel's axes (none of what runs inside
     the other alone), the axes that are parallel before and after, and the points of the largest space."""
 

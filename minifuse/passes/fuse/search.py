@@ -44,9 +44,12 @@ class Search:
         self.given = tuple(r for r in given if not isinstance(r, Force))
         self.rules: tuple[Rule, ...] = (*self.given, *RULES)
         self.queue: list[tuple[float, int, int, int, int, int]] = []
+        self.waiting: dict[tuple[int, int], Candidate] = {}
         self.tried: dict[tuple[int, int], tuple[int, int]] = {}
         self.refused: dict[tuple[int, int], Decision] = {}
+        # the groups that a group was a candidate with: those that hold them now, and as they were then
         self.near: dict[int, set[int]] = {}
+        self.pushed: dict[int, set[int]] = {}
         self.chain: dict[str, list[int]] = {}
         self.spots: dict[int, dict[str, int]] = {}
         self.misses: dict[tuple[int, str], int] = {}
@@ -58,11 +61,17 @@ class Search:
             return
         if groups[a].first > groups[b].first:
             a, b = b, a
-        worth = Candidate(self.graph, groups[a], groups[b]).saving
-        if worth.nbytes > 0:
-            self.near.setdefault(a, set()).add(b)
-            self.near.setdefault(b, set()).add(a)
-            heapq.heappush(self.queue, (-worth.seconds, -worth.nbytes, groups[a].first, groups[b].first, a, b))
+        c = Candidate(self.graph, groups[a], groups[b])
+        if c.saving.nbytes > 0:
+            self.wait(c)
+
+    def wait(self, c: Candidate) -> None:
+        a, b = c.a, c.b
+        for i, j in ((a.id, b.id), (b.id, a.id)):
+            self.near.setdefault(i, set()).add(j)
+            self.pushed.setdefault(i, set()).add(j)
+        self.waiting[a.id, b.id] = c
+        heapq.heappush(self.queue, (-c.saving.seconds, -c.saving.nbytes, a.first, b.first, a.id, b.id))
 
     def find_candidates(self) -> None:
         """Every group with those that read what it stores, and with the next one that reads what it reads."""
@@ -96,7 +105,7 @@ class Search:
             for k in range(spot + 1, len(chain)):
                 c = self.graph.at(chain[k])
                 if c >= 0 and c != a.id and c != b.id:
-                    if c not in self.near.get(a.id, ()):
+                    if c not in self.pushed.get(a.id, ()):
                         self.push(a.id, c)
                     break
 
@@ -177,18 +186,18 @@ class Search:
         graph, merged = self.graph, False
         while self.queue and not self.empty:
             seconds, nbytes, _, _, a, b = heapq.heappop(self.queue)
-            a, b = graph.at(a), graph.at(b)
-            if a < 0 or b < 0 or a == b:
-                continue
-            if graph.groups[a].first > graph.groups[b].first:
-                a, b = b, a
-            if self.tried.get((a, b)) == self.stamp(a, b):
-                continue
-            c = Candidate(graph, graph.groups[a], graph.groups[b])
-            if c.saving.nbytes <= 0:
+            c = self.waiting.pop((a, b), None)
+            if c is None or not c.fresh:
+                a, b = graph.at(a), graph.at(b)
+                if a < 0 or b < 0 or a == b:
+                    continue
+                if graph.groups[a].first > graph.groups[b].first:
+                    a, b = b, a
+                c = Candidate(graph, graph.groups[a], graph.groups[b])
+            if self.tried.get((a, b)) == self.stamp(a, b) or c.saving.nbytes <= 0:
                 continue
             if (c.saving.seconds, c.saving.nbytes) < (-seconds, -nbytes):
-                self.push(a, b)
+                self.wait(c)
                 continue
             self.tried[a, b] = self.stamp(a, b)
             merged = self.consider(c) or merged
@@ -228,21 +237,20 @@ class Search:
         return False
 
     def accept(self, c: Candidate, reason: str) -> None:
-        self.ctx.decisions.append(self.decision("fuse", c.a, c.b, True, reason, **facts_of(c)))
+        self.ctx.decisions.append(self.decision("fuse", c.a, c.b, True, reason, stake(c)))
         self.spend()
         self.merge(c)
 
     def refuse(self, c: Candidate, rule: Rule, facts: Mapping[str, Any]) -> None:
         reason = rule.reason + "; it would save {saved_bytes}"
-        decision = self.decision(rule.name, c.a, c.b, False, reason, **facts_of(c), **facts)
-        self.refused[c.a.id, c.b.id] = decision
+        self.refused[c.a.id, c.b.id] = self.decision(rule.name, c.a, c.b, False, reason, {**stake(c), **facts})
 
-    def decision(self, rule: str, a: Group, b: Group, taken: bool, reason: str, **facts: Any) -> Decision:
+    def decision(self, rule: str, a: Group, b: Group, taken: bool, reason: str, facts: Mapping[str, Any]) -> Decision:
         """About two groups: `first` and `second` are the kernels of the unfused plan that stand for them in a log."""
         origins, steps = self.plan.origins, self.graph.steps
-        lines = dict.fromkeys(origins.get(g.nodes[-1], "") for g in (a, b))
+        one, two = subject = (a.nodes[-1], b.nodes[-1])
+        lines = dict.fromkeys((origins.get(one, ""), origins.get(two, "")))
         names = {"first": steps[a.id].name, "second": steps[b.id].name}  # type: ignore[union-attr]
-        subject = (a.nodes[-1], b.nodes[-1])
         return Decision(rule, subject, taken, reason, {**facts, **names}, "; ".join(filter(None, lines)))
 
     def forbids(self, a: Group, b: Group) -> Refusal | None:
@@ -253,14 +261,13 @@ class Search:
     def merge(self, c: Candidate) -> None:
         a, b = c.a, c.b
         self.graph.merge(a, b, c.unified)
-        mine, theirs = self.near.setdefault(a.id, set()), self.near.pop(b.id, set())
-        at = self.graph.at
-        both = {at(i) for i in mine} & {at(i) for i in theirs} - {a.id, -1}
-        if len(mine) < len(theirs):
-            mine, theirs = theirs, mine
-        mine |= theirs
-        mine -= {a.id, b.id}
-        self.near[a.id] = mine
+        at, gone = self.graph.at, {a.id, -1}
+        mine, theirs = ({at(i) for i in self.near.pop(g.id, ())} - gone for g in (a, b))
+        both = mine & theirs
+        self.near[a.id] = mine | theirs
+        few, many = sorted((self.pushed.pop(g.id, set()) for g in (a, b)), key=len)
+        many |= few
+        self.pushed[a.id] = many
         spots = self.spots.setdefault(a.id, {})
         for name, k in self.spots.pop(b.id, {}).items():
             spots[name] = max(k, spots.get(name, k))
@@ -341,7 +348,7 @@ class Search:
         return order(graph.groups, reads, writes, graph.bytes, graph.mortal)
 
 
-def facts_of(c: Candidate) -> dict[str, Any]:
+def stake(c: Candidate) -> dict[str, Any]:
     """What is at stake: bytes, and predicted seconds."""
     return {"saved_bytes": c.saving.nbytes, "saved_seconds": c.saving.seconds}
 

@@ -9,8 +9,7 @@ is written next are one loop.
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 from minifuse.ir.index import ONE, ZERO, Axis, Expr, FloorDiv, Mod
 
@@ -20,11 +19,12 @@ Equation = tuple[Expr, Expr]
 
 def image(axes: Iterable[Axis], env: Mapping[Axis, Expr]) -> frozenset[Axis]:
     """The axes that these become."""
+    if not env:
+        return frozenset(axes)
     return frozenset().union(*(env[x].axes() if x in env else {x} for x in axes))
 
 
-@dataclass(frozen=True)
-class Refusal:
+class Refusal(NamedTuple):
     """Why two kernels stay apart: the rule, a template of words, and the values that broke it."""
 
     rule: str
@@ -32,8 +32,7 @@ class Refusal:
     facts: Mapping[str, Any]
 
 
-@dataclass(frozen=True)
-class Unified:
+class Unified(NamedTuple):
     """Axes of the first and of the second kernel, in terms of the merged kernel's axes.
 
     `chunked`: the merged kernel runs by chunks of rows, whose column sums another one joins.
