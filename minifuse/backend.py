@@ -39,6 +39,7 @@ from .passes.remat import partition
 from .records import RECORDS, Record
 from .runtime import toolchain
 from .runtime.build import build
+from .runtime.measure import cpu_model
 
 Boxed = Callable[[list[Any]], Any]
 _numbers = itertools.count()
@@ -137,7 +138,7 @@ class Graph:
                 group_of=fused_groups(joint, self.options),
                 is_kernel=is_kernel,
                 record=ctx.decisions.append,
-                device=model_of(joint),
+                device=model_of(joint, self.options),
                 **kw,
             )
         ctx.stages["remat"] = plan
@@ -179,7 +180,7 @@ class Graph:
         with _compiling:
             ctx = self.context(stage)
             self.keep(stage, gm)
-            ctx.device = model_of(gm)
+            ctx.device = model_of(gm, self.options)
             gm.graph.eliminate_dead_code()
             if target_of(gm, self.options) == "c" and toolchain.find(self.options.precise) is None:
                 warn_no_compiler()
@@ -234,7 +235,7 @@ def is_kernel(node: fx.Node) -> bool:
 
 def fused_groups(joint: fx.GraphModule, options: Options) -> dict[str, int]:
     """Which fused kernel each node of the joint graph lands in: the joint graph lowered and fused once."""
-    ctx = CompileContext("joint", "joint", options, device=model_of(joint))
+    ctx = CompileContext("joint", "joint", options, device=model_of(joint, options))
     groups: dict[str, int] = {}
     for k, step in enumerate(fuse(lower(joint.graph, ctx, {}), ctx).steps):
         if isinstance(step, Launch):
@@ -256,11 +257,13 @@ def target_of(gm: fx.GraphModule, options: Options) -> str:
     return "c" if gpu_of(gm) is None else "triton"
 
 
-def model_of(gm: fx.GraphModule) -> DeviceModel:
-    """The rates of the device that a graph runs on; an H100's for a GPU that is not known."""
+def model_of(gm: fx.GraphModule, options: Options) -> DeviceModel:
+    """The rates of the device that the options name, or that a graph runs on: an H100's for an unknown GPU."""
+    if options.device_model != "auto":
+        return devices.DEVICES[options.device_model]
     gpu = gpu_of(gm)
     if gpu is None:
-        return devices.CPU
+        return cpu_model(options.cache_dir)
     return devices.named(torch.cuda.get_device_name(gpu)) or devices.DEVICES["H100"]
 
 

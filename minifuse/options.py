@@ -12,6 +12,7 @@ from typing import Any
 import torch
 
 from .errors import OptionError
+from .ir import device as devices
 
 MODES: Mapping[str, str] = {
     "default": "what the options say",
@@ -59,6 +60,11 @@ class Options:
     fusion_log: Any = None
     """Fuse as a log says, where that is legal, in the graphs that it names: a list of `Report.fusion_log` entries or
     the path of a JSON file of them."""
+
+    device_model: str = "auto"
+    """Whose rates price fusions and recomputation: `auto` (the GPU's by its name; the CPU's, measured once and kept in
+    the cache directory), or by name: `cpu` (a server of two cores), `A100`, `H100`, `H200`, `B200`, `MI300X`.
+    Unset: `$MINIFUSE_DEVICE_MODEL`, else `auto`."""
 
     verify: bool = False
     """Check the IR between passes; an error then names the pass. Unset: on when `$MINIFUSE_VERIFY` is 1."""
@@ -117,6 +123,7 @@ class Options:
             "debug_dir": os.environ.get("MINIFUSE_DEBUG") or None,
             "verify": os.environ.get("MINIFUSE_VERIFY", "").lower() in ("1", "true", "yes", "on"),
             "cache_dir": os.environ.get("MINIFUSE_CACHE_DIR") or None,
+            "device_model": os.environ.get("MINIFUSE_DEVICE_MODEL") or "auto",
             "deterministic": torch.are_deterministic_algorithms_enabled(),
         }
         return cls(**{**unset, **given}, mode=mode)
@@ -130,6 +137,7 @@ def _did_you_mean(given: object, valid: Iterable[str]) -> str:
 _CHOICES: dict[str, tuple[str, ...]] = {
     "target": ("auto", "c", "triton", "interpret"),
     "fusion": ("greedy", "exact"),
+    "device_model": ("auto", *devices.DEVICES),
     "rng": ("fast", "eager"),
     "fallback": ("allow", "warn", "error"),
     "mode": tuple(MODES),
@@ -173,6 +181,7 @@ _ACCEPTS: dict[str, _Check] = {
         "a list of fusions or the path of a JSON file",
         lambda value: value is None or isinstance(value, (list, tuple, str, os.PathLike)),
     ),
+    "device_model": _one_of("device_model"),
     "verify": _BOOL,
     "deterministic": _BOOL,
     "rng": _one_of("rng"),

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from torch._dynamo.exc import BackendCompilerFailed
 from torch.nn import functional as F
 
+from minifuse import reports
 from minifuse.errors import OptionError
 from minifuse.passes.remat.policies import resolve
 from minifuse.records import RECORDS
@@ -216,3 +217,23 @@ def test_every_mode_gives_eagers_results(mode: str) -> None:
     torch._dynamo.reset()
     x = torch.randn(9)
     same(torch.compile(lambda x: x.sin() + 1, backend="minifuse", mode=mode)(x), x.sin() + 1)
+
+
+def test_device_model_prices_the_plan_and_changes_no_bit() -> None:
+    want = trained({"device_model": "cpu"})
+    bounds = {"cpu": 0.0, "H100": 0.0}
+    for name in bounds:
+        same(trained({"device_model": name}), want, exact=True)
+        assert {r.device.name for r in RECORDS} == {name}
+        bounds[name] = sum(launch.lower_bound for r in reports() for launch in r.launches)
+    assert bounds["H100"] != bounds["cpu"]
+    with pytest.raises(
+        BackendCompilerFailed, match=r"device_model.*expected one of auto, cpu, A100.*did you mean 'H100'"
+    ):
+        trained({"device_model": "H10"})
+
+
+def test_the_cpus_own_rates_are_kept_in_the_cache_directory(tmp_path: Path) -> None:
+    trained({"device_model": "auto", "cache_dir": str(tmp_path)})
+    assert [p for p in tmp_path.rglob("*") if p.name.startswith("device_")]
+    assert {r.device.name for r in RECORDS} == {"cpu"}

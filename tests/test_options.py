@@ -12,7 +12,7 @@ from minifuse.options import MODES, Options
 
 @pytest.fixture(autouse=True)
 def no_environment(monkeypatch: pytest.MonkeyPatch) -> None:
-    for name in ("MINIFUSE_DEBUG", "MINIFUSE_VERIFY", "MINIFUSE_CACHE_DIR"):
+    for name in ("MINIFUSE_DEBUG", "MINIFUSE_VERIFY", "MINIFUSE_CACHE_DIR", "MINIFUSE_DEVICE_MODEL"):
         monkeypatch.delenv(name, raising=False)
 
 

@@ -19,7 +19,6 @@ from rich.console import Group as RichGroup
 from rich.table import Table
 from rich.text import Text
 
-from minifuse.ir import device as devices
 from minifuse.ir import ops
 from minifuse.ir.decision import Decision, bytes_text
 from minifuse.ir.device import DeviceModel
@@ -194,7 +193,7 @@ class Report:
     @cached_property
     def launches(self) -> tuple[LaunchReport, ...]:
         """The kernels in the order that they run."""
-        plan, device = self.plan, devices.CPU
+        plan, device = self.plan, self.record.device
         named = {d.subject[0] for d in self.decisions if d.rule == "interpreted"}
         slow = {s.kernel for s in plan.launches if s.name in named}
         unit = self.record.stages.get("unit")
