@@ -99,10 +99,17 @@ class Candidate:
             # Siblings must agree on how they walk what they share, or sharing saves nothing.
             hard = [(x, y) for x, y in self.soft if x.axes() or y.axes()]
         found = unify(hard, self.soft, self.a.axes, self.b.axes, self.a.reduced)
-        unlike = isinstance(found, Refusal) or found.apart(self.a.axes, self.b.axes)
-        if unlike and self.a.reduced and not self.b.reduced:
-            found = along(hard, self.soft, self.a.axes, self.b.axes) or found
+        if (self.a.reduced or self.b.reduced) and self.unfit(found):
+            turned = along([(y, x) for x, y in hard], [(y, x) for x, y in self.soft], self.b.axes, self.a.axes)
+            ways = (along(hard, self.soft, self.a.axes, self.b.axes), turned and Unified(turned.second, turned.first))
+            found = next((w for w in ways if w and not self.unfit(w)), found)
         return found._replace(chunked=True) if isinstance(found, Unified) and by_chunks(self, found) else found
+
+    def unfit(self, how: Unified | Refusal) -> bool:
+        """Whether each keeps loops of its own, or a reduction would be cut in two."""
+        if isinstance(how, Refusal) or how.apart(self.a.axes, self.b.axes):
+            return True
+        return cut(self.a, how.first) is not None or cut(self.b, how.second) is not None
 
     @lazy
     def unified(self) -> Unified:
@@ -258,12 +265,14 @@ def _unifies(rule: str) -> Callable[[Candidate], Facts | None]:
     return broken
 
 
+def cut(g: Group, env: Mapping[Axis, Expr]) -> Axis | None:
+    """An axis that a group reduces or scans and that would be several."""
+    return next((x for x, _ in g.ordered if x in env and not isinstance(env[x].atom, Axis)), None) if env else None
+
+
 def _splits_reduction(c: Candidate) -> Facts | None:
-    for g, env in c.both:
-        for x, _ in g.ordered if env else ():
-            if x in env and not isinstance(env[x].atom, Axis):
-                return {"axis": str(x)}
-    return None
+    axis = next(filter(None, (cut(g, env) for g, env in c.both)), None)
+    return None if axis is None else {"axis": str(axis)}
 
 
 def _stored_twice(c: Candidate) -> Facts | None:

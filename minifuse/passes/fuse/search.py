@@ -1,9 +1,10 @@
 """Greedy fusion by predicted time saved (DESIGN.md, section 4).
 
 A candidate is a group and one that reads what it stores, or two that read one buffer, next to each other among its
-readers. Candidates wait in a queue by the seconds that they save; one is scored again when it is taken from it, then
-checked against the rules and merged or refused. Where siblings are refused, the earlier one is tried with the next
-reader. What was refused is tried again, when the queue is empty, where one of the two has grown since.
+readers. Candidates wait in a queue by the seconds that they save, the first of the captured graph first; one is scored
+again when it is taken from it, then checked against the rules and merged or refused. Where siblings are refused, the
+earlier one is tried with the next reader. What was refused is tried again, when the queue is empty, where one of the
+two has grown since.
 """
 
 from __future__ import annotations
@@ -71,7 +72,7 @@ class Search:
             self.near.setdefault(i, set()).add(j)
             self.pushed.setdefault(i, set()).add(j)
         self.waiting[a.id, b.id] = c
-        heapq.heappush(self.queue, (-c.saving.seconds, -c.saving.nbytes, a.first, b.first, a.id, b.id))
+        heapq.heappush(self.queue, (-c.saving.seconds, -c.saving.nbytes, b.first, a.first, a.id, b.id))
 
     def find_candidates(self) -> None:
         """Every group with those that read what it stores, and with the next one that reads what it reads."""

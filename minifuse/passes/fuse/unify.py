@@ -214,14 +214,18 @@ def _digit_by_digit(p: Expr, c: Expr, first: Substitution, second: Substitution)
     one, other = p.atom, c.atom
     if isinstance(one, (FloorDiv, Mod)) and type(one) is type(other) and one.den is other.den:
         return _digit_by_digit(one.num, other.num, first, second)  # the same digits of two numbers: the same number
-    mine = {p.coefficient(a): a for a in p.axes() if a not in first}
+    mine = {p.coefficient(a): a for a in p.axes()}
     theirs = {c.coefficient(a): a for a in c.axes() if a not in second}
     if None in mine or mine.keys() != theirs.keys() or len(mine) < len(p.axes()) or len(theirs) < len(c.axes()):
         return None
+    known = {a for a in mine.values() if a in first}
     pairs = {a: theirs[k] for k, a in mine.items()}
-    if any(a.size is not b.size for a, b in pairs.items()) or any(_used(b, first) for b in pairs.values()):
+    if any(first[a] is not pairs[a].expr for a in known):
         return None
-    return {a: b.expr for a, b in pairs.items()}
+    new = {a: b for a, b in pairs.items() if a not in known}
+    if any(a.size is not b.size for a, b in new.items()) or any(_used(b, first) for b in new.values()):
+        return None
+    return {a: b.expr for a, b in new.items()}
 
 
 def _used(axis: Axis, images: Substitution) -> bool:
