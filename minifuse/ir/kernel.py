@@ -17,7 +17,7 @@ import torch
 
 from .index import ZERO, Axis, Expr, Sym
 from .shape import linearize
-from .value import Index, IndexOf, Load, Random, Reduce, Scan, Value, index_axes, topological
+from .value import Index, Load, Reduce, Scan, Value, index_axes, same_axis, topological
 
 
 @dataclass(frozen=True)
@@ -192,12 +192,7 @@ class Kernel:
         for p in self.params:
             exprs += [*p.shape, *p.stride]
         for v in self.values():
-            if isinstance(v, Load):
-                exprs += [i for i in v.index if isinstance(i, Expr)]
-            elif isinstance(v, IndexOf):
-                exprs.append(v.expr)
-            elif isinstance(v, Random):
-                exprs.append(v.index)
+            exprs += v.exprs
         for e in exprs:
             for a in e.atoms():
                 found |= {a} if isinstance(a, Sym) else a.size.symbols() if isinstance(a, Axis) else set()
@@ -236,18 +231,12 @@ def rewrite(
             index=tuple(index(i) if isinstance(i, Expr) else out[i] for i in r.index),
             value=out[r.value],
             mask=None if r.mask is None else out[r.mask],
-            over=None if r.over is None else _axis(index(r.over.expr)),
+            over=None if r.over is None else same_axis(index(r.over.expr), "scattered"),
         )
         if isinstance(r, Store)
         else Check(out[r.condition], r.message)
         for r in roots
     )
-
-
-def _axis(e: Expr) -> Axis:
-    if not isinstance(e.atom, Axis):
-        raise ValueError(f"a scattered axis must stay an axis, found {e}")
-    return e.atom
 
 
 # -- schedules --------------------------------------------------------------------------------------

@@ -16,7 +16,7 @@ from minifuse.ir.index import ONE, ZERO, Axis, Expr, FloorDiv, Mod, as_expr
 from minifuse.ir.kernel import Check, Kernel, Loop, Param, Schedule, Store, rewrite
 from minifuse.ir.plan import Buffer, Launch, Plan, Step
 from minifuse.ir.shape import product
-from minifuse.ir.value import COLUMN_CHUNK, LANES, Cast, IndexOf, Load, Op, Random, Reduce, Scan, Value, topological
+from minifuse.ir.value import COLUMN_CHUNK, LANES, Cast, Load, Op, Random, Reduce, Scan, Value, topological
 from minifuse.passes.context import CompileContext
 from minifuse.passes.split import Tree, closed, divide, halves
 
@@ -77,10 +77,8 @@ def index_exprs(kernel: Kernel) -> Iterable[Expr]:
     for v in kernel.values():
         if isinstance(v, Load):
             yield params[v.param].offset(v.index)
-        elif isinstance(v, IndexOf):
-            yield v.expr
-        elif isinstance(v, Random):
-            yield v.index
+        else:
+            yield from v.exprs
     for s in kernel.stores:
         yield params[s.param].offset(s.index)
 
