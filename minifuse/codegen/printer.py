@@ -76,6 +76,7 @@ class Printer:
         self.holding: set[Value] = set()
         self.filled: set[Value] = set()
         self.now: set[Value] = set()
+        self.messages: list[str] = []
         self.symbols: tuple[Sym, ...] = tuple(sorted(kernel.symbols(), key=lambda s: s.name))
 
     def write(self, name: str) -> str:
@@ -237,6 +238,12 @@ class Printer:
 
     def param(self, name: str) -> Param:
         return self.params[name]
+
+    def error_code(self, root: Check) -> int:
+        """The number of a check's message, one more than its place among `messages`."""
+        if root.message not in self.messages:
+            self.messages.append(root.message)
+        return self.messages.index(root.message) + 1
 
     def start(self, axis: Axis) -> int | None:
         """The tiled grid loop of an axis, which says where its tile begins."""
