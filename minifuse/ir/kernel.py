@@ -161,6 +161,11 @@ class Kernel:
     def scans(self) -> Iterator[Scan]:
         return (v for v in self.values() if isinstance(v, Scan))
 
+    @property
+    def spaces(self) -> list[frozenset[Axis]]:
+        """The axes that each root and each reduction runs over."""
+        return [r.space for r in self.body] + [r.axes | {r.over} for r in self.reductions]
+
     @cached_property
     def ordered(self) -> frozenset[Axis]:
         """The axes whose elements have an order: those that are reduced, scanned or scattered along."""

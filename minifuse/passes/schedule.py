@@ -116,7 +116,7 @@ def _divisions(e: Expr) -> Iterable[tuple[Axis, int]]:
 
 def collapse(kernel: Kernel) -> Kernel:
     """Join two axes that every access walks as one long axis."""
-    spaces = [r.space for r in kernel.body] + [r.axes | {r.over} for r in kernel.reductions]
+    spaces = kernel.spaces
     joined = True
     while joined:
         joined = False
@@ -133,7 +133,7 @@ def collapse(kernel: Kernel) -> Kernel:
                 env = {outer: axis.expr // inner.size, inner: axis.expr % inner.size}
                 axes = tuple(axis if a is outer else a for a in kernel.axes if a is not inner)
                 kernel = replace(kernel, axes=axes, body=rewrite(kernel.body, env))
-                spaces = [r.space for r in kernel.body] + [r.axes | {r.over} for r in kernel.reductions]
+                spaces = kernel.spaces
                 joined = True
                 break
             if joined:
@@ -211,17 +211,13 @@ def choose(kernel: Kernel, hint: Hint) -> Schedule:
     """The loops of a kernel, from its strides and extents."""
     reductions = list(kernel.reductions)
     reduced = {r.over: r for r in reductions}
-    spaces = [r.space for r in kernel.body] + [r.axes | {r.over} for r in reductions]
-    common = frozenset.intersection(*spaces) if spaces else frozenset()
-    grid = [a for a in kernel.axes if a in common and a not in kernel.ordered]
-    weight = unit_weights(kernel, hint)
+    weight, stride = unit_weights(kernel, hint), main_strides(kernel, hint)
+    grid = sorted(common(kernel), key=lambda a: (-stride.get(a, 0), a.name))
     lane = lane_axis(kernel, reduced, weight, hint)
     # What is scanned as a column runs inside of the lanes, each with a running result of its own.
     inside = [a for a in kernel.axes if any(s.over is a and s.lanes == 1 for s in kernel.scans)]
-    stride = main_strides(kernel, hint)
-    grid.sort(key=lambda a: (-stride.get(a, 0), a.name))
     rest = [a for a in kernel.axes if a not in grid and a is not lane and a not in inside]
-    rest.sort(key=lambda a: (_depth(a, reductions), -stride.get(a, 0), a.name))
+    rest.sort(key=lambda a: (-depth(a, reductions), -stride.get(a, 0), a.name))
     loops: list[Loop] = []
     across = transposed_axis(grid, lane, weight) if not reduced else None
     lane_tile = 1
@@ -249,23 +245,33 @@ def choose(kernel: Kernel, hint: Hint) -> Schedule:
     return Schedule(tuple(loops))
 
 
+def common(kernel: Kernel) -> list[Axis]:
+    """The axes that every root and reduction runs over and none reduces or scans: those that can be a grid."""
+    spaces = kernel.spaces
+    shared = frozenset.intersection(*spaces) if spaces else frozenset()
+    return [a for a in kernel.axes if a in shared and a not in kernel.ordered]
+
+
 def chunk_steps(r: Reduce | None) -> list[int]:
     """Tile sizes, outermost first, of the loops that a reduction's chunks need."""
     if r is None:
         return []
-    steps, step = [], r.chunk
-    limit = r.over.size.value if r.over.size.is_const else 1 << 31
+    return tile_sizes(r.chunk, COLUMN_CHUNK, r.over.size.value if r.over.size.is_const else 1 << 31)
+
+
+def tile_sizes(step: int, factor: int, limit: int) -> list[int]:
+    """Steps below a limit, outermost first, each so many times the one inside."""
+    steps = []
     while step < limit:
         steps.append(step)
-        step *= COLUMN_CHUNK
-    return list(reversed(steps))
+        step *= factor
+    return steps[::-1]
 
 
-def _depth(axis: Axis, reductions: list[Reduce]) -> int:
-    """Reductions nest: an axis that is reduced after others were is an outer loop."""
-    return -max(
-        (1 for r in reductions if r.over is axis and any(isinstance(v, Reduce) for v in topological(r.args))), default=0
-    )
+def depth(axis: Axis, reductions: Iterable[Reduce]) -> int:
+    """1 for an axis that is reduced after others were, which is then an outer loop."""
+    mine = (r for r in reductions if r.over is axis)
+    return int(any(isinstance(v, Reduce) for r in mine for v in topological(r.args)))
 
 
 def _accesses(kernel: Kernel) -> Iterable[tuple[Param, Expr, int]]:
