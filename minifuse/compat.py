@@ -7,12 +7,8 @@ from __future__ import annotations
 
 import functools
 import inspect
-import re
-import subprocess
-import tempfile
 from collections.abc import Callable, Iterator, Mapping, MutableMapping, Sequence
 from contextlib import contextmanager
-from pathlib import Path
 from typing import Any
 
 import sympy  # type: ignore[import-untyped]
@@ -360,13 +356,6 @@ def triton_interprets() -> bool:
     return bool(triton.knobs.runtime.interpret)
 
 
-def gpu_target(backend: str, arch: int | str, warp_size: int) -> Any:
-    """A GPU to compile for, present or not: ("cuda", 90, 32), ("hip", "gfx942", 64). 3.6-3.9."""
-    from triton.backends.compiler import GPUTarget
-
-    return GPUTarget(backend, arch, warp_size)
-
-
 def triton_compile(
     function: Any, signature: Mapping[str, str], divisible: Sequence[int], warps: int, target: Any = None,
     constants: Mapping[str, int] | None = None,
@@ -393,22 +382,6 @@ def triton_errors() -> tuple[type[BaseException], ...]:
     from triton.runtime.errors import OutOfResources, PTXASError
 
     return CompilationError, OutOfResources, PTXASError, RuntimeError
-
-
-def kernel_resources(compiled: Any) -> dict[str, int]:
-    """Registers and spilled bytes a thread, and shared bytes a program, of a kernel compiled for NVIDIA. 3.6-3.9.
-
-    Triton's metadata has no registers: `cuobjdump`, which its wheel holds, reads them from the binary.
-    """
-    import triton.backends.nvidia
-
-    tool = Path(triton.backends.nvidia.__file__).parent / "bin" / "cuobjdump"
-    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
-        file.write(compiled.asm["cubin"])
-        file.flush()
-        text = subprocess.run([str(tool), "-res-usage", file.name], capture_output=True, text=True, check=True).stdout
-    found = {name: int(re.search(rf"{name}:(\d+)", text)[1]) for name in ("REG", "STACK", "LOCAL")}  # type: ignore[index]
-    return {"registers": found["REG"], "spilled": found["STACK"] + found["LOCAL"], "shared": compiled.metadata.shared}
 
 
 def current_raw_stream(device: int) -> int:

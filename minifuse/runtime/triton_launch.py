@@ -308,23 +308,6 @@ def compiles(one: Launched, ctx: CompileContext, plan: Plan) -> bool:
     return True
 
 
-def compile_for(plan: Plan, ctx: CompileContext, target: Any) -> list[tuple[Launched, Any]]:
-    """Each distinct kernel of a scheduled plan, compiled for a GPU that need not be there (`compat.gpu_target`).
-
-    Raises what Triton raises where it refuses one; kernels that it cannot express are recorded and left out.
-    """
-    here = torch.device("cpu")
-    kernels = write_all(plan, here, ctx)
-    module = load_module(module_text(plan, kernels), ctx.options.cache_dir)
-    found: dict[str, tuple[Launched, Any]] = {}
-    for i, kernel in kernels.items():
-        step = plan.steps[i]
-        if kernel.name not in found and isinstance(step, Launch):
-            one = Launched(getattr(module, kernel.name), step, kernel, here)
-            found[kernel.name] = one, one.compile(one.usual(), target)
-    return list(found.values())
-
-
 # -- programs ---------------------------------------------------------------------------------------
 class TritonProgram(Program):
     """Runs a plan with Triton kernels: on a GPU over memory of PyTorch's caching allocator, on its current stream."""
