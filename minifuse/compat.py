@@ -33,6 +33,7 @@ from torch.utils._sympy.printers import PythonPrinter  # 2.11-2.13
 
 from minifuse.ir.index import Expr, Sym, as_expr
 from minifuse.ir.plan import Symbol
+from minifuse.ir.shape import product
 
 try:  # 2.13
     from torch._functorch._aot_autograd.graph_compile import is_opaque_node as _is_opaque_node
@@ -80,6 +81,9 @@ def _is_at_least_one(e: sympy.Expr) -> bool:
 
 
 def _convert(e: sympy.Expr, env: Any, symbols: MutableMapping[str, Symbol]) -> Expr:
+    def part(k: int) -> Expr:
+        return _convert(e.args[k], env, symbols)
+
     if isinstance(e, sympy.Integer):
         return as_expr(int(e))
     if isinstance(e, sympy.Symbol):
@@ -89,25 +93,15 @@ def _convert(e: sympy.Expr, env: Any, symbols: MutableMapping[str, Symbol]) -> E
         low, high = _range(e, env)
         return Sym(name, low, high).expr
     if isinstance(e, sympy.Add):
-        total = as_expr(0)
-        for a in e.args:
-            total = total + _convert(a, env, symbols)
-        return total
+        return sum(map(part, range(len(e.args))), as_expr(0))
     if isinstance(e, sympy.Mul) and all(a.is_integer for a in e.args):
-        total = as_expr(1)
-        for a in e.args:
-            total = total * _convert(a, env, symbols)
-        return total
+        return product(map(part, range(len(e.args))))
     if isinstance(e, sympy.Pow) and e.exp.is_Integer and int(e.exp) > 0:
-        base = _convert(e.base, env, symbols)
-        total = base
-        for _ in range(int(e.exp) - 1):
-            total = total * base
-        return total
+        return product([part(0)] * int(e.exp))
     if isinstance(e, SympyFloorDiv):
-        return _convert(e.args[0], env, symbols) // _convert(e.args[1], env, symbols)
+        return part(0) // part(1)
     if isinstance(e, (SympyMod, SympyPythonMod)):
-        return _convert(e.args[0], env, symbols) % _convert(e.args[1], env, symbols)
+        return part(0) % part(1)
     for inner in sorted(e.free_symbols, key=str):
         _convert(inner, env, symbols)
     text = PythonPrinter().doprint(e)

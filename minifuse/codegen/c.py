@@ -344,23 +344,19 @@ class CDialect:
 
     def fold_step(self, p: Printer, fold: Fold) -> None:
         r = fold.value
-        types = [register(a.dtype) for a in r.args]
         if fold.level > 0:
             self.join_level(p, fold)
             return
-        if fold in self.vectors and p.loops[fold.loop].kind == "lane":
-            names = self.vectors[fold]
-            args = [self.vector(p, a) for a in r.args]
-            if self.ragged(p):
+        if fold in self.vectors:
+            across = p.loops[fold.loop].kind == "lane"
+            lanes = across or p.lanes(r)
+            args = [self.vector(p, a) if lanes else p.name(a) for a in r.args]
+            if across and self.ragged(p):
+                types = [register(a.dtype) for a in r.args]
                 args = [
                     f"mf_where_{t}(mf_lanes(n), {a}, mf_splat_{t}({s}))"
                     for a, t, s in zip(args, types, identities(r), strict=True)
                 ]
-            p.line(combine(r, names, args, ""))
-            return
-        if fold in self.vectors:
-            lanes = p.lanes(r)
-            args = [self.vector(p, a) if lanes else p.name(a) for a in r.args]
             p.line(combine(r, self.vectors[fold], args, "" if lanes else "_s"))
             return
         local = self.locals[fold]

@@ -115,8 +115,9 @@ class Printer:
     def walk_loop(self, node: Node) -> None:
         k = node.loop
         assert k is not None
-        folds = [f for f in _items(node) if isinstance(f, Fold) and f.loop == k]
-        for h in _items(node):
+        items = [item for item, _ in node.walk()]
+        folds = [f for f in items if isinstance(f, Fold) and f.loop == k]
+        for h in items:
             if isinstance(h, Hold) and h.value not in self.holding and self.outside_of_hold(h.value, k):
                 self.holding.add(h.value)
                 self.dialect.hold_begin(self, h.value)
@@ -265,10 +266,3 @@ def floors(expr: Expr) -> bool:
     would round towards zero."""
     parts = [a for mono, _ in expr.terms for a in mono if isinstance(a, (FloorDiv, Mod))]
     return any(not (a.num.is_nonneg() and a.den.is_nonneg()) or floors(a.num) or floors(a.den) for a in parts)
-
-
-def _items(node: Node) -> list[object]:
-    out: list[object] = []
-    for i in node.items:
-        out += _items(i) if isinstance(i, Node) else [i]
-    return out

@@ -218,7 +218,6 @@ def choose(kernel: Kernel, hint: Hint) -> Schedule:
     inside = [a for a in kernel.axes if any(s.over is a and s.lanes == 1 for s in kernel.scans)]
     rest = [a for a in kernel.axes if a not in grid and a is not lane and a not in inside]
     rest.sort(key=lambda a: (-depth(a, reductions), -stride.get(a, 0), a.name))
-    loops: list[Loop] = []
     across = transposed_axis(grid, lane, weight) if not reduced else None
     lane_tile = 1
     if lane in grid:
@@ -230,11 +229,7 @@ def choose(kernel: Kernel, hint: Hint) -> Schedule:
             others = hint(product(a.size for a in grid if a is not lane))
             while inner_work and lane_tile > 64 and others * (hint(lane.size) // lane_tile) < MIN_PARALLEL:
                 lane_tile //= 2
-    for a in grid:
-        if a is across:
-            loops.append(Loop(a, "grid", TRANSPOSE_TILE))
-        elif a is not lane:
-            loops.append(Loop(a, "grid"))
+    loops = [Loop(a, "grid", TRANSPOSE_TILE if a is across else 1) for a in grid if a is not lane]
     if lane in grid and lane is not None and lane_tile > 1:
         loops.append(Loop(lane, "grid", lane_tile))
     if across is not None:
