@@ -216,10 +216,8 @@ def _nest(
             finished_by_loop = isinstance(need, Fold) and need.loop == loop
             inside = segments[at][0] == loop and not finished_by_loop
             after = max(after, at if inside else at + 1)
-        found = next(
-            (k for k in range(max(after, 0), len(segments)) if segments[k][0] == loop),
-            None,
-        )
+        behind = range(max(after, 0), len(segments))
+        found = next((k for k in behind if segments[k][0] == loop), None)
         if found is None:
             segments.append((loop, [item]))
             found = len(segments) - 1

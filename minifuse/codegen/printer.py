@@ -7,7 +7,7 @@ nothing about structure; targets differ in a table.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Protocol
 
@@ -77,6 +77,9 @@ class Printer:
         self.filled: set[Value] = set()
         self.now: set[Value] = set()
         self.messages: list[str] = []
+        self.texts: dict[type, Callable[..., str]] = {
+            Op: dialect.op, Cast: dialect.cast, Load: dialect.load, Random: dialect.random,
+        }  # fmt: skip
         self.symbols: tuple[Sym, ...] = tuple(sorted(kernel.symbols(), key=lambda s: s.name))
 
     def write(self, name: str) -> str:
@@ -211,16 +214,10 @@ class Printer:
             text = d.held(self, v)
         elif isinstance(v, IndexOf):
             text = d.index(self, v.expr, v.dtype, lanes)
-        elif isinstance(v, Op):
-            text = d.op(self, v, lanes)
-        elif isinstance(v, Cast):
-            text = d.cast(self, v, lanes)
-        elif isinstance(v, Load):
-            text = d.load(self, v, lanes)
-        elif isinstance(v, Random):
-            text = d.random(self, v, lanes)
         elif isinstance(v, Scan):
             text = d.scan(self, v, self.around(v.over), scope, lanes)
+        elif type(v) in self.texts:
+            text = self.texts[type(v)](self, v, lanes)
         else:
             raise CodegenError(f"no text for {type(v).__name__}")
         name = self.fresh()

@@ -171,14 +171,8 @@ def has_real_out(step: Extern, plan: Plan) -> bool:
 
     A generated overload computes elsewhere and copies.
     """
-    target = step.target
-    if (
-        not step.single
-        or step.effect
-        or step.dims
-        or len(step.writes) != 1
-        or not isinstance(target, compat.OpOverload)
-    ):
+    target, plain = step.target, step.single and not step.effect and not step.dims and len(step.writes) == 1
+    if not plain or not isinstance(target, compat.OpOverload):
         return False
     buffer = plan.buffers[step.writes[0]]
     dense = buffer.is_contiguous or buffer.inside is not None

@@ -86,15 +86,12 @@ def index_exprs(kernel: Kernel) -> Iterable[Expr]:
 def split_axes(kernel: Kernel) -> Kernel:
     """Cut an axis that offsets divide by a constant: `j // 64` and `j % 64` become two axes."""
     for _ in range(8):
-        cut: tuple[Axis, int] | None = None
-        for e in index_exprs(kernel):
-            cut = next((c for c in _divisions(e) if c[0] not in kernel.ordered), None)
-            if cut is not None:
-                break
+        cuts = (cut for e in index_exprs(kernel) for cut in divisions(e))
+        cut = next(((a, width) for a, width in cuts if width.is_const and a not in kernel.ordered), None)
         if cut is None:
             return kernel
         axis, width = cut
-        high, low = Axis(f"{axis.name}h", axis.size // width), Axis(f"{axis.name}l", width)
+        high, low = digits(axis, width)
         names = {a.name for a in kernel.axes}
         if high.name in names or low.name in names:
             return kernel
@@ -104,14 +101,20 @@ def split_axes(kernel: Kernel) -> Kernel:
     return kernel
 
 
-def _divisions(e: Expr) -> Iterable[tuple[Axis, int]]:
+def digits(axis: Axis, width: Expr) -> tuple[Axis, Axis]:
+    """The two axes that one is, the last of them of this width."""
+    return Axis(f"{axis.name}h", axis.size // width), Axis(f"{axis.name}l", width)
+
+
+def divisions(e: Expr) -> Iterable[tuple[Axis, Expr]]:
+    """The axes that an expression divides, each by a size that divides its own."""
     for mono, _ in e.terms:
         for a in mono:
             if isinstance(a, (FloorDiv, Mod)):
                 axis = a.num.atom
-                if isinstance(axis, Axis) and a.den.is_const and (axis.size % a.den) is ZERO:
-                    yield axis, a.den.value
-                yield from _divisions(a.num)
+                if isinstance(axis, Axis) and not a.den.axes() and (axis.size % a.den) is ZERO:
+                    yield axis, a.den
+                yield from divisions(a.num)
 
 
 def collapse(kernel: Kernel) -> Kernel:

@@ -15,8 +15,8 @@ from torch.utils.flop_counter import flop_registry
 from minifuse import compat
 from minifuse.ir import device as devices
 from minifuse.ir import dtypes, ops
+from minifuse.passes.lower.nodes import mutated_arguments, source_line
 
-from ..lower.nodes import mutated_arguments, source_line
 from .problem import Problem, Value
 
 _TAGS = {
