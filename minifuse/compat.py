@@ -7,12 +7,8 @@ from __future__ import annotations
 
 import functools
 import inspect
-import re
-import subprocess
-import tempfile
 from collections.abc import Callable, Iterator, Mapping, MutableMapping, Sequence
 from contextlib import contextmanager
-from pathlib import Path
 from typing import Any
 
 import sympy  # type: ignore[import-untyped]
@@ -37,6 +33,7 @@ from torch.utils._sympy.printers import PythonPrinter  # 2.11-2.13
 
 from minifuse.ir.index import Expr, Sym, as_expr
 from minifuse.ir.plan import Symbol
+from minifuse.ir.shape import product
 
 try:  # 2.13
     from torch._functorch._aot_autograd.graph_compile import is_opaque_node as _is_opaque_node
@@ -84,6 +81,9 @@ def _is_at_least_one(e: sympy.Expr) -> bool:
 
 
 def _convert(e: sympy.Expr, env: Any, symbols: MutableMapping[str, Symbol]) -> Expr:
+    def part(k: int) -> Expr:
+        return _convert(e.args[k], env, symbols)
+
     if isinstance(e, sympy.Integer):
         return as_expr(int(e))
     if isinstance(e, sympy.Symbol):
@@ -93,25 +93,15 @@ def _convert(e: sympy.Expr, env: Any, symbols: MutableMapping[str, Symbol]) -> E
         low, high = _range(e, env)
         return Sym(name, low, high).expr
     if isinstance(e, sympy.Add):
-        total = as_expr(0)
-        for a in e.args:
-            total = total + _convert(a, env, symbols)
-        return total
+        return sum(map(part, range(len(e.args))), as_expr(0))
     if isinstance(e, sympy.Mul) and all(a.is_integer for a in e.args):
-        total = as_expr(1)
-        for a in e.args:
-            total = total * _convert(a, env, symbols)
-        return total
+        return product(map(part, range(len(e.args))))
     if isinstance(e, sympy.Pow) and e.exp.is_Integer and int(e.exp) > 0:
-        base = _convert(e.base, env, symbols)
-        total = base
-        for _ in range(int(e.exp) - 1):
-            total = total * base
-        return total
+        return product([part(0)] * int(e.exp))
     if isinstance(e, SympyFloorDiv):
-        return _convert(e.args[0], env, symbols) // _convert(e.args[1], env, symbols)
+        return part(0) // part(1)
     if isinstance(e, (SympyMod, SympyPythonMod)):
-        return _convert(e.args[0], env, symbols) % _convert(e.args[1], env, symbols)
+        return part(0) % part(1)
     for inner in sorted(e.free_symbols, key=str):
         _convert(inner, env, symbols)
     text = PythonPrinter().doprint(e)
@@ -360,13 +350,6 @@ def triton_interprets() -> bool:
     return bool(triton.knobs.runtime.interpret)
 
 
-def gpu_target(backend: str, arch: int | str, warp_size: int) -> Any:
-    """A GPU to compile for, present or not: ("cuda", 90, 32), ("hip", "gfx942", 64). 3.6-3.9."""
-    from triton.backends.compiler import GPUTarget
-
-    return GPUTarget(backend, arch, warp_size)
-
-
 def triton_compile(
     function: Any, signature: Mapping[str, str], divisible: Sequence[int], warps: int, target: Any = None,
     constants: Mapping[str, int] | None = None,
@@ -393,22 +376,6 @@ def triton_errors() -> tuple[type[BaseException], ...]:
     from triton.runtime.errors import OutOfResources, PTXASError
 
     return CompilationError, OutOfResources, PTXASError, RuntimeError
-
-
-def kernel_resources(compiled: Any) -> dict[str, int]:
-    """Registers and spilled bytes a thread, and shared bytes a program, of a kernel compiled for NVIDIA. 3.6-3.9.
-
-    Triton's metadata has no registers: `cuobjdump`, which its wheel holds, reads them from the binary.
-    """
-    import triton.backends.nvidia
-
-    tool = Path(triton.backends.nvidia.__file__).parent / "bin" / "cuobjdump"
-    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
-        file.write(compiled.asm["cubin"])
-        file.flush()
-        text = subprocess.run([str(tool), "-res-usage", file.name], capture_output=True, text=True, check=True).stdout
-    found = {name: int(re.search(rf"{name}:(\d+)", text)[1]) for name in ("REG", "STACK", "LOCAL")}  # type: ignore[index]
-    return {"registers": found["REG"], "spilled": found["STACK"] + found["LOCAL"], "shared": compiled.metadata.shared}
 
 
 def current_raw_stream(device: int) -> int:

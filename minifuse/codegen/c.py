@@ -63,7 +63,7 @@ class CDialect:
     def __init__(self) -> None:
         self.locals: dict[Fold | Value, Local] = {}
         self.vectors: dict[Fold, tuple[str, ...]] = {}
-        self.messages: list[str] = []
+        self.scalars: dict[Fold, tuple[str, ...]] = {}
         self.streamed: set[Param] = set()
 
     # -- names -----------------------------------------------------------------------------------
@@ -281,9 +281,7 @@ class CDialect:
         return f"mf_stores_{t}({at}, {value}, {self.expr(step)}, {self.n(p)});"
 
     def check(self, p: Printer, root: Check) -> None:
-        if root.message not in self.messages:
-            self.messages.append(root.message)
-        code = self.messages.index(root.message) + 1
+        code = p.error_code(root)
         name = p.name(root.condition)
         if p.lanes(root.condition):
             test = f"!mf_all({name} | ~mf_lanes(n))" if self.ragged(p) else f"!mf_all({name})"
@@ -346,23 +344,19 @@ class CDialect:
 
     def fold_step(self, p: Printer, fold: Fold) -> None:
         r = fold.value
-        types = [register(a.dtype) for a in r.args]
         if fold.level > 0:
             self.join_level(p, fold)
             return
-        if fold in self.vectors and p.loops[fold.loop].kind == "lane":
-            names = self.vectors[fold]
-            args = [self.vector(p, a) for a in r.args]
-            if self.ragged(p):
+        if fold in self.vectors:
+            across = p.loops[fold.loop].kind == "lane"
+            lanes = across or p.lanes(r)
+            args = [self.vector(p, a) if lanes else p.name(a) for a in r.args]
+            if across and self.ragged(p):
+                types = [register(a.dtype) for a in r.args]
                 args = [
                     f"mf_where_{t}(mf_lanes(n), {a}, mf_splat_{t}({s}))"
                     for a, t, s in zip(args, types, identities(r), strict=True)
                 ]
-            p.line(combine(r, names, args, ""))
-            return
-        if fold in self.vectors:
-            lanes = p.lanes(r)
-            args = [self.vector(p, a) if lanes else p.name(a) for a in r.args]
             p.line(combine(r, self.vectors[fold], args, "" if lanes else "_s"))
             return
         local = self.locals[fold]
@@ -394,12 +388,6 @@ class CDialect:
         p.line(f"for (int64_t k = 0; k < {mine.size}; ++k) {{")
         p.line("  " + combine(r, [f"{n}[k]" for n in mine.names], [f"{n}[k]" for n in theirs.names], "_s"))
         p.line("}")
-
-    @property
-    def scalars(self) -> dict[Fold, tuple[str, ...]]:
-        if not hasattr(self, "_scalars"):
-            self._scalars: dict[Fold, tuple[str, ...]] = {}
-        return self._scalars
 
     def fold_end(self, p: Printer, fold: Fold) -> tuple[str, ...]:
         r = fold.value
@@ -462,7 +450,7 @@ class CDialect:
         self.make_local(p, name, v.dtype, size)
         self.locals[v] = Local((name,), f"({self.expr(size)})", 1, (v.dtype,))
 
-    def held_place(self, p: Printer, v: Value) -> str:
+    def held(self, p: Printer, v: Value) -> str:
         below = tuple(k for k in p.tree.loops_of(v.axes) if p.loops[k].kind != "grid")
         axes = self.axes_below(p, below)
         buffer, at = self.locals[v].names[0], self.place(p, axes)
@@ -470,19 +458,12 @@ class CDialect:
 
     def hold(self, p: Printer, v: Value) -> None:
         name = p.name(v)
-        p.line(f"{self.held_place(p, v)} = {name};")
-
-    def held(self, p: Printer, v: Value) -> str:
-        return self.held_place(p, v)
+        p.line(f"{self.held(p, v)} = {name};")
 
     # -- the function ----------------------------------------------------------------------------
     def finish(self, p: Printer, name: str) -> str:
-        top = p.scopes[0].lines
-        first = next((i for i, text in enumerate(top) if not text.startswith(("const", "float* const"))), len(top))
-        return self.wrap(p, name, top, first)
-
-    def wrap(self, p: Printer, name: str, lines: list[str], first: int) -> str:
         """The function: parameters, then the grid's points."""
+        lines = p.scopes[0].lines
         grid = any(loop.kind == "grid" for loop in p.loops)
         head = f"static void {name}(int64_t lo, int64_t hi, void* const* P, const int64_t* S, int64_t* err)"
         counted = len(p.kernel.params) + len(p.symbols)
@@ -494,6 +475,5 @@ class CDialect:
 
 def kernel_source(kernel: Kernel, schedule: Schedule, name: str) -> tuple[str, tuple[str, ...]]:
     """A kernel as a C function, and the messages of its checks by code. Raises CodegenError."""
-    dialect = CDialect()
-    text = Printer(kernel, schedule, dialect).write(name)
-    return text, tuple(dialect.messages)
+    printer = Printer(kernel, schedule, CDialect())
+    return printer.write(name), tuple(printer.messages)

@@ -8,7 +8,7 @@ first needed, at the outermost loop that it varies over.
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 
 from minifuse.ir.index import Axis
@@ -43,6 +43,14 @@ class Node:
     loop: int | None
     items: list[Item | Node] = field(default_factory=list)
 
+    def walk(self, above: tuple[Node, ...] = ()) -> Iterator[tuple[Item, tuple[Node, ...]]]:
+        """What runs inside, in order, each with the loops around it."""
+        for item in self.items:
+            if isinstance(item, Node):
+                yield from item.walk((*above, self))
+            else:
+                yield item, (*above, self)
+
 
 @dataclass(frozen=True)
 class LoopTree:
@@ -64,8 +72,12 @@ class LoopTree:
 
     def loops_of(self, axes: Iterable[Axis]) -> tuple[int, ...]:
         """The loops, outermost first, that a value over these axes varies with."""
-        wanted = set(axes)
-        return tuple(k for k, loop in enumerate(self.loops) if loop.axis in wanted)
+        return _loops_of(self.loops, axes)
+
+
+def _loops_of(loops: Sequence[Loop], axes: Iterable[Axis]) -> tuple[int, ...]:
+    wanted = set(axes)
+    return tuple(k for k, loop in enumerate(loops) if loop.axis in wanted)
 
 
 def build(kernel: Kernel, schedule: Schedule) -> LoopTree:
@@ -74,11 +86,6 @@ def build(kernel: Kernel, schedule: Schedule) -> LoopTree:
     Raises ValueError when a root cannot run under the grid.
     """
     loops = schedule.loops
-
-    def loops_of(axes: Iterable[Axis]) -> tuple[int, ...]:
-        wanted = set(axes)
-        return tuple(k for k, loop in enumerate(loops) if loop.axis in wanted)
-
     order: list[Item] = []
     paths: dict[Item, tuple[int, ...]] = {}
     folds: dict[Reduce, tuple[Fold, ...]] = {}
@@ -88,7 +95,7 @@ def build(kernel: Kernel, schedule: Schedule) -> LoopTree:
         if isinstance(v, Reduce):
             levels = [k for k, loop in enumerate(loops) if loop.axis is v.over and loop.kind != "grid"]
             made = []
-            path = loops_of(v.axes | {v.over})
+            path = _loops_of(loops, v.axes | {v.over})
             for depth, k in enumerate(reversed(levels)):
                 fold = Fold(v, k, depth)
                 # partial results are joined as a whole, outside of the loops that they vary over
@@ -101,11 +108,11 @@ def build(kernel: Kernel, schedule: Schedule) -> LoopTree:
         if v in held:
             hold = Hold(v)
             order.append(hold)
-            paths[hold] = loops_of(v.axes)
+            paths[hold] = _loops_of(loops, v.axes)
             maker[v] = hold
     for root in kernel.body:
         order.append(root)
-        paths[root] = loops_of(root.space)
+        paths[root] = _loops_of(loops, root.space)
     needs = {item: _needs(item, maker, folds) for item in order}
     late = _stores_last(order, needs, paths, maker, frozenset(kernel.reads))
     grid = tuple(k for k, loop in enumerate(loops) if loop.kind == "grid")
@@ -209,10 +216,8 @@ def _nest(
             finished_by_loop = isinstance(need, Fold) and need.loop == loop
             inside = segments[at][0] == loop and not finished_by_loop
             after = max(after, at if inside else at + 1)
-        found = next(
-            (k for k in range(max(after, 0), len(segments)) if segments[k][0] == loop),
-            None,
-        )
+        behind = range(max(after, 0), len(segments))
+        found = next((k for k in behind if segments[k][0] == loop), None)
         if found is None:
             segments.append((loop, [item]))
             found = len(segments) - 1
@@ -248,16 +253,7 @@ def _with_results(kernel: Kernel, schedule: Schedule) -> LoopTree:
 
 def _lost(tree: LoopTree) -> tuple[Value, ...]:
     """Results of reductions that are used in another loop over the rows than the one that makes them."""
-    inside: dict[Item, tuple[int, ...]] = {}
-
-    def visit(node: Node, above: tuple[int, ...]) -> None:
-        for item in node.items:
-            if isinstance(item, Node):
-                visit(item, (*above, id(item)))
-            else:
-                inside[item] = above
-
-    visit(tree.root, (id(tree.root),))
+    inside = {item: tuple(map(id, above)) for item, above in tree.root.walk()}
     maker: dict[Value, Item] = {r: folds[-1] for r, folds in tree.folds.items()}
     found: dict[Value, None] = {}
     for item in inside:
@@ -275,15 +271,6 @@ def _lost(tree: LoopTree) -> tuple[Value, ...]:
     return tuple(found)
 
 
-def _leaves(node: Node, out: list[list[Item]]) -> None:
-    own = [i for i in node.items if not isinstance(i, Node)]
-    if own:
-        out.append(own)
-    for i in node.items:
-        if isinstance(i, Node):
-            _leaves(i, out)
-
-
 def _parts_loops(tree: LoopTree, v: Value, leaves: Iterable[list[Item]]) -> bool:
     """Whether a value would have to be held before a loop that all of its readers run in."""
     around = set.intersection(*(set(tree.paths[item]) for items in leaves for item in items))
@@ -291,8 +278,10 @@ def _parts_loops(tree: LoopTree, v: Value, leaves: Iterable[list[Item]]) -> bool
 
 
 def _worth_holding(tree: LoopTree) -> tuple[Value, ...]:
-    leaves: list[list[Item]] = []
-    _leaves(tree.root, leaves)
+    loops: dict[int, list[Item]] = {}
+    for item, above in tree.root.walk():
+        loops.setdefault(id(above[-1]), []).append(item)
+    leaves = list(loops.values())
     if len(leaves) < 2:
         return ()
     used: dict[Value, set[int]] = {}

@@ -7,7 +7,7 @@ nothing about structure; targets differ in a table.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Protocol
 
@@ -76,6 +76,10 @@ class Printer:
         self.holding: set[Value] = set()
         self.filled: set[Value] = set()
         self.now: set[Value] = set()
+        self.messages: list[str] = []
+        self.texts: dict[type, Callable[..., str]] = {
+            Op: dialect.op, Cast: dialect.cast, Load: dialect.load, Random: dialect.random,
+        }  # fmt: skip
         self.symbols: tuple[Sym, ...] = tuple(sorted(kernel.symbols(), key=lambda s: s.name))
 
     def write(self, name: str) -> str:
@@ -114,8 +118,9 @@ class Printer:
     def walk_loop(self, node: Node) -> None:
         k = node.loop
         assert k is not None
-        folds = [f for f in _items(node) if isinstance(f, Fold) and f.loop == k]
-        for h in _items(node):
+        items = [item for item, _ in node.walk()]
+        folds = [f for f in items if isinstance(f, Fold) and f.loop == k]
+        for h in items:
             if isinstance(h, Hold) and h.value not in self.holding and self.outside_of_hold(h.value, k):
                 self.holding.add(h.value)
                 self.dialect.hold_begin(self, h.value)
@@ -209,16 +214,10 @@ class Printer:
             text = d.held(self, v)
         elif isinstance(v, IndexOf):
             text = d.index(self, v.expr, v.dtype, lanes)
-        elif isinstance(v, Op):
-            text = d.op(self, v, lanes)
-        elif isinstance(v, Cast):
-            text = d.cast(self, v, lanes)
-        elif isinstance(v, Load):
-            text = d.load(self, v, lanes)
-        elif isinstance(v, Random):
-            text = d.random(self, v, lanes)
         elif isinstance(v, Scan):
             text = d.scan(self, v, self.around(v.over), scope, lanes)
+        elif type(v) in self.texts:
+            text = self.texts[type(v)](self, v, lanes)
         else:
             raise CodegenError(f"no text for {type(v).__name__}")
         name = self.fresh()
@@ -237,6 +236,12 @@ class Printer:
 
     def param(self, name: str) -> Param:
         return self.params[name]
+
+    def error_code(self, root: Check) -> int:
+        """The number of a check's message, one more than its place among `messages`."""
+        if root.message not in self.messages:
+            self.messages.append(root.message)
+        return self.messages.index(root.message) + 1
 
     def start(self, axis: Axis) -> int | None:
         """The tiled grid loop of an axis, which says where its tile begins."""
@@ -258,10 +263,3 @@ def floors(expr: Expr) -> bool:
     would round towards zero."""
     parts = [a for mono, _ in expr.terms for a in mono if isinstance(a, (FloorDiv, Mod))]
     return any(not (a.num.is_nonneg() and a.den.is_nonneg()) or floors(a.num) or floors(a.den) for a in parts)
-
-
-def _items(node: Node) -> list[object]:
-    out: list[object] = []
-    for i in node.items:
-        out += _items(i) if isinstance(i, Node) else [i]
-    return out

@@ -11,6 +11,7 @@ from __future__ import annotations
 import math
 import re
 from dataclasses import dataclass, field
+from functools import cached_property
 from typing import Any
 
 import torch
@@ -55,9 +56,6 @@ class _Writer:
     def var(self, buffer: str) -> str:
         return "b_" + re.sub(r"\W", "_", buffer)
 
-    def dtype(self, dtype: torch.dtype) -> str:
-        return str(dtype)
-
     def ref(self, r: TensorRef) -> str:
         buffer = self.plan.buffers[r.buffer]
         if self.home(r.buffer).storage == "arena":
@@ -99,7 +97,7 @@ class _Writer:
         if isinstance(x, float) and math.isfinite(x):
             return repr(x)
         if isinstance(x, torch.dtype):
-            return self.dtype(x)
+            return str(x)
         if isinstance(x, list):
             return "[" + ", ".join(self.tree(i) for i in x) + "]"
         if type(x) is tuple:
@@ -148,16 +146,15 @@ class _Writer:
         return re.sub(r"\b([A-Za-z_]\w*)\b", lambda m: f"sym_{m[1]}" if m[1] in self.plan.symbols else m[1], source)
 
     def used_symbols(self) -> set[str]:
-        exprs: list[Expr] = []
+        outputs = self.plan.outputs
+        exprs = [o for o in outputs if isinstance(o, Expr)]
+        for r in (r for r in outputs if isinstance(r, TensorRef)):
+            exprs += [*r.shape, *r.stride, r.offset]
         for b in self.plan.buffers.values():
             exprs += [*b.shape, *b.stride, *(() if b.inside is None else b.inside[1:])]
-        for step in self.plan.steps:
-            if isinstance(step, Launch):
-                exprs += [s.expr for s in step.symbols]
-            elif isinstance(step, Extern):
-                exprs += list(_exprs((step.args, tuple(v for _, v in step.kwargs))))
-        exprs += list(_exprs(self.plan.outputs))
-        found = {s.name for e in exprs for s in e.symbols()} | (set(self.unit_symbols) & set(self.plan.symbols))
+        found = {s.name for e in exprs for s in e.symbols()} | {s.name for k in self.plan.launches for s in k.symbols}
+        mentioned = {name for step in self.plan.externs for name in step.mentions}
+        found |= (mentioned | set(self.unit_symbols)) & self.plan.symbols.keys()
         grew = True
         while grew:
             more = {
@@ -173,19 +170,18 @@ class _Writer:
     def steps(self, late: set[str]) -> None:
         plan, out = self.plan, self.lines
         done_runs: set[int] = set()
-        externs = 0
         made = set(plan.inputs) | {n for n, b in plan.buffers.items() if b.storage == "constant"}
         for i, step in enumerate(plan.steps):
             if isinstance(step, Free):
                 dead = [self.var(n) for n in step.buffers if plan.buffers[n].storage != "arena" and n in made]
                 if dead:
-                    self.flush_del(dead, i)
+                    # Names die behind the run that holds their last reader: a run reads addresses, not names.
+                    out.append(f"del {', '.join(dead)}")
                 continue
             if isinstance(step, Join):
                 continue
             if isinstance(step, Extern):
-                self.extern(step, externs, made)
-                externs += 1
+                self.extern(step, made)
                 continue
             self.make(step, made)
             run = self.run_of.get(i)
@@ -222,10 +218,6 @@ class _Writer:
     def members(self, run: int) -> list[tuple[int, Any]]:
         return [(j, self.plan.steps[j]) for j, r in self.run_of.items() if r == run]
 
-    def flush_del(self, dead: list[str], at: int) -> None:
-        """Names die behind the run that holds their last reader: a run reads addresses, not names."""
-        self.lines.append(f"del {', '.join(dead)}")
-
     def whole(self, name: str) -> str:
         b = self.plan.buffers[name]
         return self.ref(TensorRef(name, b.shape, b.stride, ZERO))
@@ -249,10 +241,10 @@ class _Writer:
         cpu = b.device.type == "cpu"
         small = cpu and b.extent.is_const and b.extent.value * b.dtype.itemsize < POOLED_BYTES
         where = "" if cpu else f", {self.constant(b.device)}"
-        layout = f"{self.sizes(b.shape)}, {self.sizes(b.stride)}, {self.dtype(b.dtype)}"
+        layout = f"{self.sizes(b.shape)}, {self.sizes(b.stride)}, {b.dtype}"
         return f"{self.var(b.name)} = {'empty' if small else 'new'}({layout}{where})"
 
-    def extern(self, step: Extern, k: int, made: set[str]) -> None:
+    def extern(self, step: Extern, made: set[str]) -> None:
         plan, out = self.plan, self.lines
         target = step.target
         args = [self.tree(a) for a in step.args] + [f"{n}={self.tree(v)}" for n, v in step.kwargs]
@@ -285,7 +277,7 @@ class _Writer:
                     made.add(result)
             for i, symbol in step.sizes:
                 out.append(f"sym_{symbol} = {self.var(step.origin)}[{i}]")
-            if not any(isinstance(x, Opaque) and x.name == step.origin for x in _opaques(plan)):
+            if step.origin not in self.opaques:
                 out.append(f"del {self.var(step.origin)}")
         for i, d, symbol in step.dims:
             out.append(f"sym_{symbol} = {self.var(step.results[i] or '')}.size({d})")
@@ -294,6 +286,12 @@ class _Writer:
             if result is not None and result in plan.buffers and self.is_late(plan.buffers[result], step):
                 name = self.var(result)
                 out.append(f"{name} = {self.adopt(name, plan.buffers[result], copies, step, known=True)}")
+
+    @cached_property
+    def opaques(self) -> set[str]:
+        """The results that are taken whole by an operator or by the caller."""
+        returned = {o.name for o in self.plan.outputs if isinstance(o, Opaque)}
+        return returned.union(*(step.mentions for step in self.plan.externs))
 
     def derive(self, known: set[str]) -> None:
         """Sizes that are computed from ones that a step has just defined."""
@@ -317,7 +315,7 @@ class _Writer:
         how = ", True" if copies else ""
         if not known and self.is_late(b, step):
             return call
-        return f"adopt({call}, {self.sizes(b.shape)}, {self.sizes(b.stride)}, {self.dtype(b.dtype)}{how})"
+        return f"adopt({call}, {self.sizes(b.shape)}, {self.sizes(b.stride)}, {b.dtype}{how})"
 
     def outputs(self) -> list[str]:
         """What is returned: a tensor of its own for each output, but for those that are an earlier one again."""
@@ -329,35 +327,6 @@ class _Writer:
                 text = self.view(o)
             found.append(f"(out{k} := {text})" if k in named else text)
         return found
-
-
-def _exprs(tree: Any) -> list[Expr]:
-    if isinstance(tree, Expr):
-        return [tree]
-    if isinstance(tree, TensorRef):
-        return [*tree.shape, *tree.stride, tree.offset]
-    if isinstance(tree, (tuple, list)):
-        return [e for item in tree for e in _exprs(item)]
-    if isinstance(tree, dict):
-        return [e for item in tree.values() for e in _exprs(item)]
-    if isinstance(tree, slice):
-        return _exprs((tree.start, tree.stop, tree.step))
-    return []
-
-
-def _opaques(plan: Plan) -> list[Any]:
-    found: list[Any] = [o for o in plan.outputs if isinstance(o, Opaque)]
-    for step in plan.externs:
-        stack: list[Any] = [step.args, [v for _, v in step.kwargs]]
-        while stack:
-            x = stack.pop()
-            if isinstance(x, Opaque):
-                found.append(x)
-            elif isinstance(x, (tuple, list)):
-                stack += x
-            elif isinstance(x, dict):
-                stack += x.values()
-    return found
 
 
 def returns_alias(target: Any) -> bool:

@@ -65,7 +65,6 @@ class TritonDialect:
         self.own = sorted(s.name for s in launch.own)
         self.blocks = blocks(schedule)
         self.dims = list(self.blocks)
-        self.messages: list[str] = []
         self.accumulators: dict[Fold, tuple[str, ...]] = {}
         self.parts: dict[Fold, int] = {}
         self.extents = extents_of(kernel)
@@ -219,12 +218,9 @@ class TritonDialect:
             return f"mf_{dtypes.name(target)}({x})"
         if source is target:
             return arg
-        narrow = target in (torch.int8, torch.int16, torch.uint8) and source.is_floating_point
-        return (
-            f"{arg}.to(tl.int32).to({dtypes.row(target).triton})"
-            if narrow
-            else f"{arg}.to({dtypes.row(target).triton})"
-        )
+        if target in (torch.int8, torch.int16, torch.uint8) and source.is_floating_point:
+            arg += ".to(tl.int32)"
+        return f"{arg}.to({dtypes.row(target).triton})"
 
     def scan(self, p: Printer, v: Scan, around: Scope, scope: Scope, lanes: bool) -> str:
         before, text, shape = p.fresh("c"), p.name(v.arg), self.shape(v.axes - {v.over})
@@ -301,9 +297,7 @@ class TritonDialect:
         p.line(f"tl.store({at}, {value}, mask={mask})" if mask else f"tl.store({at}, {value})")
 
     def check(self, p: Printer, root: Check) -> None:
-        if root.message not in self.messages:
-            self.messages.append(root.message)
-        code = self.messages.index(root.message) + 1
+        code = p.error_code(root)
         bad = f"mf_invert({p.name(root.condition)})"
         mask = self.mask(root.condition.axes)
         bad = f"{bad} & {mask}" if mask else bad
@@ -406,17 +400,10 @@ class TritonDialect:
 
     # -- the function ----------------------------------------------------------------------------
     def finish(self, p: Printer, name: str) -> str:
-        if self.batched:
-            args = [
-                "align: tl.constexpr",
-                "table",
-                "lengths",
-                "blocks",
-                *(s.name for s in p.symbols if s.name not in self.own),
-            ]
-        else:
-            args = [param.name for param in p.kernel.params] + [s.name for s in p.symbols]
-        if self.messages:
+        tables = ["align: tl.constexpr", "table", "lengths", "blocks"]
+        args = tables if self.batched else [param.name for param in p.kernel.params]
+        args += [s.name for s in p.symbols if s.name not in self.own]
+        if p.messages:
             args.append("err")
         body = inline(p.scopes[0].lines)
         return "\n".join(
@@ -437,9 +424,9 @@ def write_kernel(launch: Launch) -> TritonKernel:
     except ValueError as why:
         raise CodegenError(str(why)) from None
     name = "k_" + kernel_hash(kernel, schedule) + ("_batch" if launch.batched else "")
-    text = Printer(kernel, loops, dialect, tree).write(name)
+    printer = Printer(kernel, loops, dialect, tree)
+    text = printer.write(name)
     symbols = tuple(sorted(s.name for s in kernel.symbols() - launch.own))
     count = warps(elements(kernel, dialect.blocks))
-    messages = tuple(dialect.messages)
-    return TritonKernel(name, text, symbols, grid_size(schedule), count, dialect.extents, messages, launch.batched,
-                        tuple(dialect.own))  # fmt: skip
+    return TritonKernel(name, text, symbols, grid_size(schedule), count, dialect.extents, tuple(printer.messages),
+                        launch.batched, tuple(dialect.own))  # fmt: skip

@@ -16,7 +16,7 @@ import triton.language as tl
 from triton.language.extra import libdevice
 """
 
-_SOURCES = '''
+_INTEGERS = '''
 @triton.jit
 def mf_wrap(a, b):
     """The remainder of an index, with the sign of b, which is not 0."""
@@ -63,29 +63,8 @@ def mf_mod(a, b):
         return r
     else:
         return tl.where((r != 0) & ((r < 0) != (b < 0)), r + b, r)
-
-@triton.jit
-def mf_maximum(a, b):
-    """The greater; NaN where either is NaN."""
-    if a.dtype.is_floating():
-        return tl.maximum(a, b, propagate_nan=tl.PropagateNan.ALL)
-    else:
-        if a.dtype.is_int1():
-            return a | b
-        else:
-            return tl.where(a > b, a, b)
-
-@triton.jit
-def mf_minimum(a, b):
-    """The lesser; NaN where either is NaN."""
-    if a.dtype.is_floating():
-        return tl.minimum(a, b, propagate_nan=tl.PropagateNan.ALL)
-    else:
-        if a.dtype.is_int1():
-            return a & b
-        else:
-            return tl.where(a < b, a, b)
-
+'''
+_ELEMENTS = '''
 @triton.jit
 def mf_logaddexp(a, b):
     """log(exp(a) + exp(b)); infinities that are equal have no difference."""
@@ -151,23 +130,8 @@ def mf_bits(seed, offset, index):
     """64 random bits as an int64."""
     w0, w1 = mf_words(seed, offset, index)
     return w0.to(tl.int64) | (w1.to(tl.int64) << 32)
-
-@triton.jit
-def mf_add(a, b):
-    return a + b
-
-@triton.jit
-def mf_mul(a, b):
-    return a * b
-
-@triton.jit
-def mf_or(a, b):
-    return a | b
-
-@triton.jit
-def mf_and(a, b):
-    return a & b
-
+'''
+_ROWS = '''
 @triton.jit
 def mf_last(x, A: tl.constexpr, C: tl.constexpr):
     """What is left of [A, N, C] once N is 1: a number, or the A * C of them."""
@@ -193,30 +157,36 @@ def mf_scan(x, A: tl.constexpr, N: tl.constexpr, C: tl.constexpr, join: tl.const
         x = tl.where(p >> k == 1, join(mf_at(x, p, (1 << k) - 1)[:, :, None, :], x), x)
     x = tl.reshape(x, [A, 1, N, C])
     return x, mf_last(mf_at(x, tl.reshape(tl.arange(0, N), [1, 1, N, 1]), N - 1), A, C)
-
-@triton.jit
-def mf_sum(x, A: tl.constexpr, N: tl.constexpr, C: tl.constexpr):
-    """Sum over the middle of [A, N, C]. The order is fixed, whichever thread holds what: halves are
-    added down to a quarter of a long row (at least 1024), then neighbours: each step adds two numbers."""
-    x = tl.reshape(x, [A, N, C])
-    for _ in tl.static_range(N.bit_length() - 1):
-        if x.shape[1] > 1024 and x.shape[1] * 4 > N:
-            x = tl.sum(tl.reshape(x, [A, 2, x.shape[1] // 2, C]), 1)
-        else:
-            x = tl.sum(tl.reshape(x, [A, x.shape[1] // 2, 2, C]), 2)
-    return mf_last(x, A, C)
-
-@triton.jit
-def mf_prod(x, A: tl.constexpr, N: tl.constexpr, C: tl.constexpr):
-    """Product over the middle of [A, N, C], in the order of mf_sum."""
-    x = tl.reshape(x, [A, N, C])
-    for _ in tl.static_range(N.bit_length() - 1):
-        if x.shape[1] > 1024 and x.shape[1] * 4 > N:
-            x = tl.reduce(tl.reshape(x, [A, 2, x.shape[1] // 2, C]), 1, mf_mul)
-        else:
-            x = tl.reduce(tl.reshape(x, [A, x.shape[1] // 2, 2, C]), 2, mf_mul)
-    return mf_last(x, A, C)
 '''
+_EXTREMUM = """
+@triton.jit
+def mf_{name}(a, b):
+    \"\"\"The {what}; NaN where either is NaN.\"\"\"
+    if a.dtype.is_floating():
+        return tl.{name}(a, b, propagate_nan=tl.PropagateNan.ALL)
+    else:
+        if a.dtype.is_int1():
+            return a {of_bools} b
+        else:
+            return tl.where(a {sign} b, a, b)
+"""
+_JOIN = """
+@triton.jit
+def mf_{name}(a, b):
+    return a {sign} b
+"""
+_TREE = """
+@triton.jit
+def mf_{name}(x, A: tl.constexpr, N: tl.constexpr, C: tl.constexpr):
+    \"\"\"{what}\"\"\"
+    x = tl.reshape(x, [A, N, C])
+    for _ in tl.static_range(N.bit_length() - 1):
+        if x.shape[1] > 1024 and x.shape[1] * 4 > N:
+            x = {reduce}(tl.reshape(x, [A, 2, x.shape[1] // 2, C]), 1{join})
+        else:
+            x = {reduce}(tl.reshape(x, [A, x.shape[1] // 2, 2, C]), 2{join})
+    return mf_last(x, A, C)
+"""
 
 # An argument reduction, and a reduction whose order is all the same.
 _PAIR = """
@@ -289,8 +259,19 @@ def _byte_float(name: str) -> str:
     )  # fmt: skip
 
 
-_SOURCES += "".join(
-    [_PAIR.format(name="argmax", better="greater", best="greatest", sign=">"),
+_SUM = """Sum over the middle of [A, N, C]. The order is fixed, whichever thread holds what: halves are
+    added down to a quarter of a long row (at least 1024), then neighbours: each step adds two numbers."""
+_SOURCES = "".join(
+    [_INTEGERS,
+     _EXTREMUM.format(name="maximum", what="greater", of_bools="|", sign=">"),
+     _EXTREMUM.format(name="minimum", what="lesser", of_bools="&", sign="<"),
+     _ELEMENTS,
+     *(_JOIN.format(name=name, sign=sign) for name, sign in (("add", "+"), ("mul", "*"), ("or", "|"), ("and", "&"))),
+     _ROWS,
+     _TREE.format(name="sum", what=_SUM, reduce="tl.sum", join=""),
+     _TREE.format(name="prod", what="Product over the middle of [A, N, C], in the order of mf_sum.", reduce="tl.reduce",
+                  join=", mf_mul"),
+     _PAIR.format(name="argmax", better="greater", best="greatest", sign=">"),
      _PAIR.format(name="argmin", better="lesser", best="least", sign="<"),
      _ROW.format(name="max", join="maximum", what="The greatest, NaN where there is one,"),
      _ROW.format(name="min", join="minimum", what="The least, NaN where there is one,"),

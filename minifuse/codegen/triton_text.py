@@ -10,7 +10,7 @@ import torch
 from minifuse.ir import dtypes, ops
 from minifuse.ir.index import ONE, Expr
 from minifuse.ir.kernel import Kernel
-from minifuse.ir.value import Const, IndexOf, Random, Reduce, Scan, Value
+from minifuse.ir.value import Const, IndexOf, Load, Reduce, Scan, Value
 
 LIMIT = (1 << 31) - (1 << 16)
 """Extents from here on need 64 bits: lanes may run past the end of an axis by less than 2**16."""
@@ -26,8 +26,7 @@ def extents_of(kernel: Kernel) -> tuple[Expr, ...]:
             last = last + (size - 1) * stride
         found.append(last)
     for v in kernel.values():
-        if isinstance(v, (Random, IndexOf)):
-            e = v.index if isinstance(v, Random) else v.expr
+        for e in () if isinstance(v, Load) else v.exprs:
             top = e.upper()
             found.append(Expr.of({(): LIMIT}) if top is None else top)
     return tuple(dict.fromkeys(found))

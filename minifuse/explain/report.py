@@ -285,14 +285,8 @@ class Report:
         table = _table("kernel", "ops", "read", "written", "at least", "bound", "from")
         for r in rows[:KERNELS_SHOWN]:
             bound = "interpreted" if r.interpreted else r.bound
-            figures = (
-                str(len(r.ops)),
-                bytes_text(r.read),
-                bytes_text(r.written),
-                f"{1e6 * r.lower_bound:.3g} us",
-                bound,
-            )
-            table.add_row(Text(r.name), *figures, Text(_clip("; ".join(r.lines), 56)))
+            figures = str(len(r.ops)), bytes_text(r.read), bytes_text(r.written), f"{1e6 * r.lower_bound:.3g} us"
+            table.add_row(Text(r.name), *figures, bound, Text(_clip("; ".join(r.lines), 56)))
         if len(rows) > KERNELS_SHOWN:
             rest = rows[KERNELS_SHOWN:]
             read, written = sum(r.read for r in rest), sum(r.written for r in rest)

@@ -16,7 +16,7 @@ import torch
 from . import ops
 from .index import ZERO, Axis, Expr, FloorDiv, Mod, Sym
 from .kernel import Check, Kernel, Param, Store
-from .plan import Again, Buffer, Extern, Free, Join, Launch, Opaque, Plan, TensorRef
+from .plan import Again, Extern, Free, Join, Launch, Opaque, Plan, TensorRef
 from .value import Cast, Const, Index, IndexOf, Load, Op, Pick, Random, RandomKind, Reduce, Scan, Value, topological
 
 Number = int | torch.Tensor
@@ -326,25 +326,16 @@ class _Call:
     def _ints(self, exprs: Iterable[Expr]) -> list[int]:
         return [e.evaluate(self.sizes) for e in exprs]
 
-    def _empty(self, buffer: Buffer) -> torch.Tensor:
-        shape, stride = self._ints(buffer.shape), self._ints(buffer.stride)
-        return torch.empty_strided(shape, stride, dtype=buffer.dtype, device=buffer.device)
-
     def _written(self, name: str) -> torch.Tensor:
         if name not in self.live:
-            buffer = self.plan.buffers[name]
-            if buffer.inside is not None:
-                over, begin = self._written(buffer.inside[0]), buffer.inside[1]
-            elif buffer.reuses is not None:
-                over, begin = self.live[buffer.reuses], ZERO
-            if buffer.inside is None and buffer.reuses is None:
-                self.live[name] = self._empty(buffer)
+            b = self.plan.buffers[name]
+            whole, begin = b.inside or (b.reuses, ZERO)
+            if whole is None:
+                shape, stride = self._ints(b.shape), self._ints(b.stride)
+                self.live[name] = torch.empty_strided(shape, stride, dtype=b.dtype, device=b.device)
             else:
-                self.live[name] = over.as_strided(
-                    self._ints(buffer.shape),
-                    self._ints(buffer.stride),
-                    over.storage_offset() + begin.evaluate(self.sizes),
-                )
+                self._written(whole)
+                self.live[name] = self.resolve(TensorRef(whole, b.shape, b.stride, begin))
         return self.live[name]
 
     def resolve(self, tree: Any) -> Any:

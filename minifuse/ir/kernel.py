@@ -18,7 +18,7 @@ import torch
 from .index import ZERO, Axis, Expr, Sym
 from .lazy import lazy
 from .shape import linearize
-from .value import Index, IndexOf, Load, Random, Reduce, Scan, Value, index_axes, topological
+from .value import Index, Load, Reduce, Scan, Value, index_axes, same_axis, topological
 
 
 @dataclass(frozen=True)
@@ -162,6 +162,11 @@ class Kernel:
     def scans(self) -> Iterator[Scan]:
         return (v for v in self.values() if isinstance(v, Scan))
 
+    @property
+    def spaces(self) -> list[frozenset[Axis]]:
+        """The axes that each root and each reduction runs over."""
+        return [r.space for r in self.body] + [r.axes | {r.over} for r in self.reductions]
+
     @lazy
     def ordered(self) -> frozenset[Axis]:
         """The axes whose elements have an order: those that are reduced, scanned or scattered along."""
@@ -193,12 +198,7 @@ class Kernel:
         for p in self.params:
             exprs += [*p.shape, *p.stride]
         for v in self.values():
-            if isinstance(v, Load):
-                exprs += [i for i in v.index if isinstance(i, Expr)]
-            elif isinstance(v, IndexOf):
-                exprs.append(v.expr)
-            elif isinstance(v, Random):
-                exprs.append(v.index)
+            exprs += v.exprs
         for e in exprs:
             for a in e.atoms():
                 found |= {a} if isinstance(a, Sym) else a.size.symbols() if isinstance(a, Axis) else set()
@@ -231,14 +231,8 @@ def with_values(root: Root, out: Mapping[Value, Value], index: Callable[[Expr], 
         return Check(out[root.condition], root.message)
     at = tuple([index(i) if isinstance(i, Expr) else out[i] for i in root.index])
     mask = None if root.mask is None else out[root.mask]
-    over = None if root.over is None else _axis(index(root.over.expr))
+    over = None if root.over is None else same_axis(index(root.over.expr), "scattered")
     return Store(root.param, at, out[root.value], mask, root.mode, over)
-
-
-def _axis(e: Expr) -> Axis:
-    if not isinstance(e.atom, Axis):
-        raise ValueError(f"a scattered axis must stay an axis, found {e}")
-    return e.atom
 
 
 # -- schedules --------------------------------------------------------------------------------------

@@ -6,7 +6,7 @@ import json
 import re
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import Any, NoReturn
+from typing import Any, NoReturn, TypeVar
 
 import torch
 
@@ -16,6 +16,7 @@ from .kernel import Check, Kernel, Loop, Param, Root, Schedule, Store
 from .shape import contiguous_strides
 from .value import Cast, Const, Index, IndexOf, Load, Op, Pick, Random, Reduce, Scan, Value
 
+T = TypeVar("T")
 _SPACES = re.compile(r"\s*")
 _WORD = re.compile(r"[A-Za-z_]\w*")
 _INTEGER = re.compile(r"-?\d+")
@@ -68,9 +69,10 @@ class _Reader:
         """Take a mark, or a whole word, if it comes next."""
         return self.match(re.compile(re.escape(mark) + (r"\b" if mark[-1].isalnum() else ""))) is not None
 
-    def expect(self, mark: str) -> None:
-        if not self.accept(mark):
-            self.fail(repr(mark))
+    def expect(self, *marks: str) -> None:
+        for mark in marks:
+            if not self.accept(mark):
+                self.fail(repr(mark))
 
     def word(self, what: str = "a name") -> str:
         return self.need(_WORD, what)
@@ -96,11 +98,24 @@ class _Reader:
     def raws(self) -> list[str]:
         """The entries of `[a, b]`."""
         self.expect("[")
-        out: list[str] = []
-        while not self.accept("]"):
+        out = self.entries(self.raw, "]")
+        self.expect("]")
+        return out
+
+    def entries(self, read: Callable[[], T], *ends: str) -> list[T]:
+        """What stands between commas, up to one of some marks, which may be the end of the line."""
+        out: list[T] = []
+        while self.peek() not in ends:
             if out:
                 self.expect(",")
-            out.append(self.raw())
+            out.append(read())
+        return out
+
+    def some(self, read: Callable[[], T]) -> list[T]:
+        """What stands between commas, one at least, as long as a comma comes."""
+        out = [read()]
+        while self.accept(","):
+            out.append(read())
         return out
 
     def end(self) -> None:
@@ -157,31 +172,27 @@ class _Parser:
         self.header, r.at = r.text[r.at :].strip(), len(r.text)
 
     def sizes_line(self, r: _Reader) -> None:
-        while True:
-            low = r.match(_INTEGER)
-            if low is not None:
-                r.expect("<=")
-            name = r.word("a symbol")
-            if low is None:
-                r.expect(">=")
-                sym = Sym(name, r.integer())
-            else:
-                r.expect("<=")
-                sym = Sym(name, int(low), r.integer())
-            self.atoms[name] = sym
-            if not r.accept(","):
-                return
+        for sym in r.some(lambda: self.symbol(r)):
+            self.atoms[sym.name] = sym
+
+    def symbol(self, r: _Reader) -> Sym:
+        low = r.match(_INTEGER)
+        if low is not None:
+            r.expect("<=")
+        name = r.word("a symbol")
+        r.expect(">=" if low is None else "<=")
+        return Sym(name, r.integer()) if low is None else Sym(name, int(low), r.integer())
 
     def define_axes(self) -> None:
         """The header's axes, read once the symbols below it are known."""
         header, self.header = _Reader(self.header), ""
-        while header.peek():
-            if self.axes:
-                header.expect(",")
-            name = header.word("an axis")
-            header.expect("<")
-            self.axes.append(Axis(name, self.expr(header.raw())))
+        self.axes += header.entries(lambda: self.new_axis(header), "")
         self.atoms.update((a.name, a) for a in self.axes)
+
+    def new_axis(self, r: _Reader) -> Axis:
+        name = r.word("an axis")
+        r.expect("<")
+        return Axis(name, self.expr(r.raw()))
 
     def param_line(self, r: _Reader) -> None:
         name = r.word("a parameter")
@@ -219,34 +230,26 @@ class _Parser:
         self.body.append(Check(condition, json.loads(r.need(_STRING, "a message in double quotes"))))
 
     def schedule_line(self, r: _Reader) -> None:
-        loops: list[Loop] = []
+        loops = [] if r.accept("scalar") else r.some(lambda: self.loop(r))
         held: list[Value] = []
-        if not r.accept("scalar"):
-            while True:
-                axis = self.axis(r)
-                r.expect(":")
-                kind = r.word("grid, loop or lane")
-                if kind not in ("grid", "loop", "lane"):
-                    raise ValueError(f"a loop is grid, loop or lane, found {kind!r}")
-                loops.append(Loop(axis, kind, r.integer() if r.accept("tile") else 1))  # type: ignore[arg-type]
-                if not r.accept(","):
-                    break
         if r.accept(";"):
             r.expect("held")
-            held.append(self.value(r, None))
-            while r.accept(","):
-                held.append(self.value(r, None))
+            held = r.some(lambda: self.value(r, None))
         self.schedule = Schedule(tuple(loops), tuple(held))
 
+    def loop(self, r: _Reader) -> Loop:
+        axis = self.axis(r)
+        r.expect(":")
+        kind = r.word("grid, loop or lane")
+        if kind not in ("grid", "loop", "lane"):
+            raise ValueError(f"a loop is grid, loop or lane, found {kind!r}")
+        return Loop(axis, kind, r.integer() if r.accept("tile") else 1)  # type: ignore[arg-type]
+
     def over_line(self, r: _Reader) -> None:
-        count = 0
-        while r.peek() not in (";", ""):
-            if count:
-                r.expect(",")
-            self.binding.append(r.word("a buffer"))
-            count += 1
-        if count != len(self.params):
-            raise ValueError(f"{count} buffers for {len(self.params)} parameters")
+        buffers = r.entries(lambda: r.word("a buffer"), ";", "")
+        self.binding += buffers
+        if len(buffers) != len(self.params):
+            raise ValueError(f"{len(buffers)} buffers for {len(self.params)} parameters")
         row: list[tuple[Sym, Expr]] = []
         while r.accept(";"):
             name = r.word("a size")
@@ -344,14 +347,11 @@ class _Parser:
 
     def random(self, r: _Reader) -> Value:
         kind = r.word("uniform, normal or bits")
-        r.expect(",")
-        r.expect("seed")
+        r.expect(",", "seed")
         seed = self.value(r, torch.int64)
-        r.expect(",")
-        r.expect("offset")
+        r.expect(",", "offset")
         offset = r.integer()
-        r.expect(",")
-        r.expect("index")
+        r.expect(",", "index")
         return Random.of(kind, seed, offset, self.expr(r.raw()))  # type: ignore[arg-type]
 
     def reduce(self, r: _Reader) -> Value:
@@ -362,19 +362,16 @@ class _Parser:
             args.append(self.value(r, None))
             r.expect(",")
         over = self.axis(r)
-        r.expect(",")
-        r.expect("lanes")
+        r.expect(",", "lanes")
         return Reduce.of(kind, args, over, r.integer())
 
     def scan(self, r: _Reader) -> Value:
         kind = r.word("a scan")
         r.expect(",")
         arg = self.value(r, None)
-        r.expect(",")
-        r.expect("over")
+        r.expect(",", "over")
         over = self.axis(r)
-        r.expect(",")
-        r.expect("lanes")
+        r.expect(",", "lanes")
         return Scan.of(kind, arg, over, r.integer())
 
     def pick(self, r: _Reader) -> Value:
@@ -386,11 +383,7 @@ class _Parser:
 
     def op(self, name: str, r: _Reader) -> Value:
         where = ops.row(name).rule == "where"
-        found: list[Value | _Bare] = []
-        while r.peek() != ")":
-            if found:
-                r.expect(",")
-            found.append(self.value_or_bare(r))
+        found = r.entries(lambda: self.value_or_bare(r), ")")
         dtype = next((v.dtype for v in found[where:] if isinstance(v, Value)), None)
         if dtype is None and all(isinstance(v, _Bare) and isinstance(v.value, bool) for v in found[where:]):
             dtype = torch.bool

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import ast
-from collections.abc import Iterable, Mapping, Sequence
+import operator
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from functools import lru_cache
 
 from .index import ONE, ZERO, Atom, Expr, IntLike, Monomial, as_expr, divmod_expr
@@ -75,6 +76,12 @@ def cdiv(a: IntLike, b: IntLike) -> Expr:
     return (as_expr(a) + as_expr(b) - 1) // b
 
 
+_OPERATORS: dict[type[ast.operator], Callable[[Expr, Expr], Expr]] = {
+    ast.Add: operator.add, ast.Sub: operator.sub, ast.Mult: operator.mul, ast.FloorDiv: operator.floordiv,
+    ast.Mod: operator.mod,
+}  # fmt: skip
+
+
 def parse(text: str, names: Mapping[str, Atom]) -> Expr:
     """Read what `repr` prints. Raises ValueError on an unknown name or another operator."""
 
@@ -89,16 +96,8 @@ def parse(text: str, names: Mapping[str, Atom]) -> Expr:
             return -walk(node.operand)
         if isinstance(node, ast.BinOp):
             left, right = walk(node.left), walk(node.right)
-            if isinstance(node.op, ast.Add):
-                return left + right
-            if isinstance(node.op, ast.Sub):
-                return left - right
-            if isinstance(node.op, ast.Mult):
-                return left * right
-            if isinstance(node.op, ast.FloorDiv):
-                return left // right
-            if isinstance(node.op, ast.Mod):
-                return left % right
+            if type(node.op) in _OPERATORS:
+                return _OPERATORS[type(node.op)](left, right)
         raise ValueError(f"expected integers, names and + - * // %, found {text!r}")
 
     return walk(ast.parse(text, mode="eval").body)

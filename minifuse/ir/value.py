@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import weakref
 from collections.abc import Callable, Iterable, Mapping
-from typing import Any, ClassVar, Literal
+from typing import Any, Literal, TypeVar
 
 import torch
 
@@ -17,6 +17,18 @@ from .index import Axis, Expr, FloorDiv, Mod, as_expr
 
 _values: weakref.WeakValueDictionary[tuple, Value] = weakref.WeakValueDictionary()
 NO_AXES: frozenset[Axis] = frozenset()
+Part = TypeVar("Part")
+
+
+def _among(fields: Iterable[Any], kind: type[Part]) -> list[Part]:
+    """What of a kind is among fields, themselves or in a tuple."""
+    found: list[Part] = []
+    for f in fields:
+        if isinstance(f, kind):
+            found.append(f)
+        elif type(f) is tuple:
+            found += [x for x in f if isinstance(x, kind)]
+    return found
 
 
 def _field(i: int) -> Any:
@@ -26,14 +38,13 @@ def _field(i: int) -> Any:
 
 class Value:
     """A typed value that varies over `axes`; immutable and interned, so `is` compares meaning. `args` are the values
-    that it is computed from, in order."""
+    that it is computed from: those among its fields, in order."""
 
     __slots__ = ("__weakref__", "args", "axes", "dtype", "fields")
     args: tuple[Value, ...]
     dtype: torch.dtype
     axes: frozenset[Axis]
     fields: tuple[Any, ...]
-    names: ClassVar[tuple[str, ...]] = ()
 
     @classmethod
     def _make(cls, fields: tuple, dtype: torch.dtype, axes: frozenset[Axis]) -> Any:
@@ -42,12 +53,14 @@ class Value:
         if found is None:
             found = object.__new__(cls)
             found.fields, found.dtype, found.axes = fields, dtype, axes
-            found.args = found._arguments()
+            found.args = tuple(_among(fields, Value))
             _values[key] = found
         return found
 
-    def _arguments(self) -> tuple[Value, ...]:
-        return ()
+    @property
+    def exprs(self) -> list[Expr]:
+        """The index expressions that it is made of, in order."""
+        return _among(self.fields, Expr)
 
     def __reduce__(self) -> tuple[Any, ...]:
         return type(self)._make, (self.fields, self.dtype, self.axes)
@@ -61,6 +74,13 @@ class Value:
 
 
 Index = Expr | Value
+
+
+def same_axis(e: Expr, how: str) -> Axis:
+    """What an axis that is run over in order has become. Raises ValueError for what is no axis."""
+    if not isinstance(e.atom, Axis):
+        raise ValueError(f"a {how} axis must stay an axis, found {e}")
+    return e.atom
 
 
 def index_axes(index: Iterable[Index]) -> frozenset[Axis]:
@@ -88,26 +108,19 @@ class Load(Value):
         other: Value | None = None,
     ) -> Load:
         index = tuple(index)
+        axes = index_axes(index)
         if (mask is None) != (other is None):
             raise TypeError(f"load {param}: a mask needs an other value, and the reverse")
         if mask is not None and other is not None:
             if mask.dtype is not torch.bool or other.dtype is not dtype:
                 raise TypeError(f"load {param}: expected a bool mask and a {dtype} other")
-        axes = index_axes(index)
-        for v in (mask, other):
-            axes = axes if v is None else axes | v.axes
+            axes = axes | mask.axes | other.axes
         return Load._make((param, index, mask, other), dtype, axes)
 
     param: str = _field(0)
     index: tuple[Index, ...] = _field(1)
     mask: Value | None = _field(2)
     other: Value | None = _field(3)
-
-    def _arguments(self) -> tuple[Value, ...]:
-        found = tuple(i for i in self.index if isinstance(i, Value))
-        if self.mask is not None and self.other is not None:
-            found += (self.mask, self.other)
-        return found
 
     def rebuild(self, args: tuple[Value, ...], index: Callable[[Expr], Expr]) -> Value:
         rest = iter(args)
@@ -188,16 +201,9 @@ class Op(Value):
     @staticmethod
     def of(name: str, *args: Value) -> Op:
         dtype = ops.result_dtype(name, tuple(a.dtype for a in args))
-        axes = NO_AXES
-        for a in args:
-            axes = axes | a.axes
-        return Op._make((name, args), dtype, axes)
+        return Op._make((name, args), dtype, index_axes(args))
 
     name: str = _field(0)
-
-    def _arguments(self) -> tuple[Value, ...]:
-        found: tuple[Value, ...] = self.fields[1]
-        return found
 
     def rebuild(self, args: tuple[Value, ...], index: Callable[[Expr], Expr]) -> Value:
         return Op.of(self.name, *args)
@@ -220,9 +226,6 @@ class Cast(Value):
         return Cast._make((arg,), dtype, arg.axes)
 
     arg: Value = _field(0)
-
-    def _arguments(self) -> tuple[Value, ...]:
-        return self.fields
 
     def rebuild(self, args: tuple[Value, ...], index: Callable[[Expr], Expr]) -> Value:
         return Cast.of(self.dtype, args[0])
@@ -266,9 +269,6 @@ class Random(Value):
     offset: int = _field(2)
     index: Expr = _field(3)
 
-    def _arguments(self) -> tuple[Value, ...]:
-        return (self.seed,)
-
     def rebuild(self, args: tuple[Value, ...], index: Callable[[Expr], Expr]) -> Value:
         return Random.of(self.kind, args[0], self.offset, index(self.index))
 
@@ -302,29 +302,19 @@ class Reduce(Value):
             raise ValueError(f"a reduction has 1 or {LANES} lanes, found {lanes}")
         if dtypes.is_half(args[0].dtype):
             raise TypeError(f"{kind} on {args[0].dtype} must accumulate in float32 with casts around")
-        axes = NO_AXES
-        for a in args:
-            axes = axes | a.axes
-        return Reduce._make((kind, args, over, lanes), args[0].dtype, axes - {over})
+        return Reduce._make((kind, args, over, lanes), args[0].dtype, index_axes(args) - {over})
 
     kind: str = _field(0)
 
     over: Axis = _field(2)
     lanes: int = _field(3)
 
-    def _arguments(self) -> tuple[Value, ...]:
-        found: tuple[Value, ...] = self.fields[1]
-        return found
-
     @property
     def chunk(self) -> int:
         return ROW_CHUNK if self.lanes > 1 else COLUMN_CHUNK
 
     def rebuild(self, args: tuple[Value, ...], index: Callable[[Expr], Expr]) -> Value:
-        over = index(self.over.expr).atom
-        if not isinstance(over, Axis):
-            raise ValueError(f"a reduced axis must stay an axis, found {index(self.over.expr)}")
-        return Reduce.of(self.kind, args, over, self.lanes)
+        return Reduce.of(self.kind, args, same_axis(index(self.over.expr), "reduced"), self.lanes)
 
 
 class Scan(Value):
@@ -355,14 +345,8 @@ class Scan(Value):
     over: Axis = _field(2)
     lanes: int = _field(3)
 
-    def _arguments(self) -> tuple[Value, ...]:
-        return (self.arg,)
-
     def rebuild(self, args: tuple[Value, ...], index: Callable[[Expr], Expr]) -> Value:
-        over = index(self.over.expr).atom
-        if not isinstance(over, Axis):
-            raise ValueError(f"a scanned axis must stay an axis, found {index(self.over.expr)}")
-        return Scan.of(self.kind, args[0], over, self.lanes)
+        return Scan.of(self.kind, args[0], same_axis(index(self.over.expr), "scanned"), self.lanes)
 
 
 class Pick(Value):
@@ -379,9 +363,6 @@ class Pick(Value):
 
     value: Reduce = _field(0)
     i: int = _field(1)
-
-    def _arguments(self) -> tuple[Value, ...]:
-        return (self.value,)
 
     def rebuild(self, args: tuple[Value, ...], index: Callable[[Expr], Expr]) -> Value:
         assert isinstance(args[0], Reduce)

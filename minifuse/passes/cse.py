@@ -9,6 +9,8 @@ from torch import fx
 
 from minifuse import compat
 
+from .lower.nodes import memory_of
+
 
 def merge_equal(graph: fx.Graph) -> int:
     """Merge calls of one operator with equal arguments, in place; returns how many went.
@@ -18,7 +20,7 @@ def merge_equal(graph: fx.Graph) -> int:
     comes before it. A call of the backward stays beside one of the forward: whether it is worth saving that is for
     rematerialisation to say.
     """
-    returned = {m for n in graph.output_node().all_input_nodes for m in _memory(n)}
+    returned = {memory_of(n) for n in graph.output_node().all_input_nodes} - {None}
     seen: dict[Any, fx.Node] = {}
     merged = 0
     for node in list(graph.nodes):
@@ -29,7 +31,7 @@ def merge_equal(graph: fx.Graph) -> int:
             seen.clear()
         pure = target.namespace == "aten" and not target._schema.is_mutable and "recompute" not in node.meta
         tensor = isinstance(node.meta.get("val"), torch.Tensor)
-        if not pure or not tensor or not _repeats(target) or _memory(node) & returned:
+        if not pure or not tensor or not _repeats(target) or memory_of(node) in returned:
             continue
         key = (node.meta.get("partitioner_tag"), target, _key(node.args), _key(node.kwargs))
         first = seen.setdefault(key, node)
@@ -43,11 +45,6 @@ def merge_equal(graph: fx.Graph) -> int:
 def _repeats(target: compat.OpOverload) -> bool:
     """Whether a second call gives the same numbers as the first."""
     return torch.Tag.nondeterministic_seeded not in target.tags and "empty" not in target._schema.name
-
-
-def _memory(node: fx.Node) -> set[int]:
-    found = compat.storage_id(node.meta.get("val"))
-    return set() if found is None else {found}
 
 
 def _key(x: Any) -> Any:

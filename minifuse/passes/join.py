@@ -23,7 +23,7 @@ from minifuse.passes.context import CompileContext
 
 from .fuse import fuse
 from .fuse.log import JOINED, given
-from .memory import ALIGN, LARGE_BYTES, has_real_out, held, unknown_at_start
+from .memory import ALIGN, LARGE_BYTES, has_real_out, held, lifetimes, unknown_at_start
 from .regions import Piece, copy_kernel, covers, pieces, strides_of
 
 MEMORY_ROUNDS = 3
@@ -415,28 +415,20 @@ def peak(plan: Plan) -> tuple[int, set[str]]:
     Counted are results and what dies with the call, from their first use to their last; symbols at their hints.
     """
     end = len(plan.steps)
-    first: dict[str, int] = {n: 0 for n in plan.donated if n in plan.buffers}
-    last: dict[str, int] = dict(first)
-    whole: dict[str, int] = {}
-    for k, step in enumerate(plan.steps):
-        if isinstance(step, Free):
-            continue
-        if isinstance(step, Join):
-            whole[step.buffer] = k
-        for name in map(plan.memory, (*step.reads, *step.writes)):
-            first.setdefault(name, k)
-            last[name] = k
-    last |= {o.buffer: end for o in plan.outputs if isinstance(o, TensorRef)}
+    spans = {n: (0, 0) for n in plan.donated if n in plan.buffers}
+    spans |= {n: (0 if n in spans else first, last) for n, (first, last) in lifetimes(plan).items()}
+    whole = {step.buffer: k for k, step in enumerate(plan.steps) if isinstance(step, Join)}
+    returned = {o.buffer for o in plan.outputs if isinstance(o, TensorRef)}
     given = {n for n, b in plan.buffers.items() if b.storage in ("input", "constant")} - plan.donated
     change = [0] * (end + 2)
-    for name, begin in first.items():
+    for name, (first, last) in spans.items():
         if name not in given:
             size = plan.hint(plan.buffers[name].extent) * dtypes.itemsize(plan.buffers[name].dtype)
-            change[begin] += size
-            change[last.get(name, begin) + 1] -= size
+            change[first] += size
+            change[(end if name in returned else last) + 1] -= size
     most = live = where = 0
     for k, d in enumerate(change):
         live += d
         if live > most:
             most, where = live, k
-    return most, {n for n, k in whole.items() if n in first and first[n] <= where < k}
+    return most, {n for n, k in whole.items() if n in spans and spans[n][0] <= where < k}

@@ -53,10 +53,7 @@ def place(plan: Plan, ctx: CompileContext) -> Plan:
             buffers[name] = replace(b, storage="pooled")
         else:
             buffers[name] = replace(b, storage="arena")
-    last: dict[str, int] = {}
-    for i, step in enumerate(plan.steps):
-        for name in {*step.reads, *step.writes} if not isinstance(step, Free) else ():
-            last[plan.memory(name)] = i
+    last = {name: end for name, (_, end) in lifetimes(plan).items()}
     ours = own_memory(plan, buffers)
     for i, step in enumerate(plan.steps):
         if isinstance(step, Free):
@@ -174,14 +171,8 @@ def has_real_out(step: Extern, plan: Plan) -> bool:
 
     A generated overload computes elsewhere and copies.
     """
-    target = step.target
-    if (
-        not step.single
-        or step.effect
-        or step.dims
-        or len(step.writes) != 1
-        or not isinstance(target, compat.OpOverload)
-    ):
+    target, plain = step.target, step.single and not step.effect and not step.dims and len(step.writes) == 1
+    if not plain or not isinstance(target, compat.OpOverload):
         return False
     buffer = plan.buffers[step.writes[0]]
     dense = buffer.is_contiguous or buffer.inside is not None
@@ -205,16 +196,18 @@ def out_overload(target: compat.OpOverload) -> compat.OpOverload | None:
 
 
 def arena_intervals(plan: Plan) -> tuple[Interval, ...]:
-    """When each arena buffer is alive, by step: from the first use of a region of it to the last."""
+    """When each arena buffer is alive, by step."""
+    return tuple(Interval(n, *ends) for n, ends in lifetimes(plan).items() if plan.buffers[n].storage == "arena")
+
+
+def lifetimes(plan: Plan) -> dict[str, tuple[int, int]]:
+    """The first step that uses a buffer or a region of it, and the last, of each whose memory is its own."""
     span: dict[str, tuple[int, int]] = {}
     for i, step in enumerate(plan.steps):
-        if isinstance(step, Free):
-            continue
-        for name in map(plan.memory, (*step.reads, *step.writes)):
-            if plan.buffers[name].storage == "arena":
-                first, _ = span.get(name, (i, i))
-                span[name] = (first, i)
-    return tuple(Interval(name, *ends) for name, ends in span.items())
+        if not isinstance(step, Free):
+            for name in map(plan.memory, (*step.reads, *step.writes)):
+                span[name] = (span[name][0] if name in span else i, i)
+    return span
 
 
 def pack(intervals: Sequence[Interval], nbytes: Mapping[str, int]) -> tuple[dict[str, int], int]:

@@ -38,9 +38,8 @@ def replace_random(graph: fx.Graph) -> int:
         with graph.inserting_before(node):
             seed = seeds.get(val.device)
             if seed is None:
-                seed = seeds[val.device] = graph.call_function(prims.seed, (val.device,))
-                seed.meta["val"] = val.new_empty((), dtype=torch.int64)
-                copy_place(node, seed)
+                found = val.new_empty((), dtype=torch.int64)
+                seed = seeds[val.device] = _call(graph, node, found, prims.seed, val.device)
             new = build(graph, node, seed, offset)
         offset += 1
         node.replace_all_uses_with(new)
@@ -77,9 +76,8 @@ def _draw(
     size = _size_argument(graph, node, val)
     # uniform numbers of half precision would round up to 1: they are drawn in float32
     drawn_dtype = torch.int64 if kind == "integer" else torch.float32
-    new = graph.call_function(prims.random, (size, seed, offset, kind, low, high, drawn_dtype, val.device))
-    new.meta["val"] = val.new_empty(val.shape, dtype=drawn_dtype)
-    copy_place(node, new)
+    drawn = val.new_empty(val.shape, dtype=drawn_dtype)
+    new = _call(graph, node, drawn, prims.random, size, seed, offset, kind, low, high, drawn_dtype, val.device)
     if dtype is not drawn_dtype:
         return _to(graph, node, new, dtype, "uniform" if kind == "uniform" else "")
     return new
@@ -89,14 +87,8 @@ def _to(graph: fx.Graph, node: fx.Node, x: fx.Node, dtype: torch.dtype, kind: st
     val = x.meta["val"]
     if kind == "uniform" and dtype in (torch.bfloat16, torch.float16):
         top = 1.0 - math.ldexp(1.0, -8 if dtype is torch.bfloat16 else -11)
-        clamped = graph.call_function(aten.clamp_max.default, (x, top))
-        clamped.meta["val"] = val
-        copy_place(node, clamped)
-        x = clamped
-    new = graph.call_function(aten._to_copy.default, (x,), {"dtype": dtype})
-    new.meta["val"] = val.new_empty(val.shape, dtype=dtype)
-    copy_place(node, new)
-    return new
+        x = _call(graph, node, val, aten.clamp_max.default, x, top)
+    return _call(graph, node, val.new_empty(val.shape, dtype=dtype), aten._to_copy.default, x, dtype=dtype)
 
 
 def _size_argument(graph: fx.Graph, node: fx.Node, val: torch.Tensor) -> list[Any]:
@@ -107,17 +99,9 @@ def _size_argument(graph: fx.Graph, node: fx.Node, val: torch.Tensor) -> list[An
     for arg in node.args:
         if isinstance(arg, (list, tuple)):
             return list(arg)
-    sizes: list[Any] = []
     extents: Sequence[Any] = val.shape
-    for d, s in enumerate(extents):
-        if isinstance(s, int):
-            sizes.append(s)
-            continue
-        size = graph.call_function(aten.sym_size.int, (first, d))
-        size.meta["val"] = s
-        copy_place(node, size)
-        sizes.append(size)
-    return sizes
+    return [s if isinstance(s, int) else _call(graph, node, s, aten.sym_size.int, first, d)
+            for d, s in enumerate(extents)]  # fmt: skip
 
 
 def _integers(graph: fx.Graph, node: fx.Node, seed: fx.Node, offset: int) -> fx.Node:
@@ -133,14 +117,15 @@ def _bernoulli(graph: fx.Graph, node: fx.Node, seed: fx.Node, offset: int) -> fx
     p = node.args[1] if node.target is aten.bernoulli.p and len(node.args) > 1 else x
     drawn = _draw(graph, node, seed, offset, "uniform", torch.float32)
     compare = aten.lt.Tensor if isinstance(p, fx.Node) else aten.lt.Scalar
-    below = graph.call_function(compare, (drawn, p))
-    below.meta["val"] = drawn.meta["val"].to(torch.bool)
-    copy_place(node, below)
+    below = _call(graph, node, drawn.meta["val"].to(torch.bool), compare, drawn, p)
     return _to(graph, node, below, node.meta["val"].dtype)
 
 
-def copy_place(source: fx.Node, to: fx.Node) -> None:
-    """Give a node that a pass made the user's line, module and checkpoint tags of its original."""
+def _call(graph: fx.Graph, source: fx.Node, val: Any, target: Any, *args: Any, **kwargs: Any) -> fx.Node:
+    """A new node that gives `val`, with the user's line, module and checkpoint tags of the one that it comes from."""
+    new = graph.call_function(target, args, kwargs)
+    new.meta["val"] = val
     for key in ("stack_trace", "nn_module_stack", "partitioner_tag", "recompute", "ac_graph_id", "seq_nr"):
-        if key in source.meta and not (key == "recompute" and to.target is prims.seed):
-            to.meta[key] = source.meta[key]
+        if key in source.meta and not (key == "recompute" and target is prims.seed):
+            new.meta[key] = source.meta[key]
+    return new

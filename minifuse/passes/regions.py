@@ -9,11 +9,13 @@ from __future__ import annotations
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
-from minifuse.ir.index import ONE, ZERO, Atom, Axis, Expr, FloorDiv, Mod
+from minifuse.ir.index import ONE, ZERO, Atom, Axis, Expr
 from minifuse.ir.kernel import Kernel, Param, Store
 from minifuse.ir.plan import Buffer, Launch
 from minifuse.ir.shape import contiguous_strides, linearize, product
 from minifuse.ir.value import IndexOf, Load, Op, Value, topological
+
+from .schedule import digits, divisions
 
 Box = tuple[tuple[Expr, Expr], ...]
 """The first coordinate and one past the last, a dimension."""
@@ -199,23 +201,14 @@ def _digits(exprs: Iterable[Expr]) -> tuple[tuple[Expr, ...], Expr]:
     """Expressions with each axis that one of them divides cut in two axes, the high and the low digit."""
     found = tuple(exprs)
     for _ in range(16):
-        cut = next((c for e in found for c in _divided(e)), None)
+        cut = next((c for e in found for c in divisions(e)), None)
         if cut is None:
             break
         axis, width = cut
-        digits = Axis(f"{axis.name}h", axis.size // width).expr * width + Axis(f"{axis.name}l", width).expr
-        env: dict[Atom, Expr] = {axis: digits}
+        high, low = digits(axis, width)
+        env: dict[Atom, Expr] = {axis: high.expr * width + low.expr}
         found = tuple(e.substitute(env) for e in found)
     return found[:-1], found[-1]
-
-
-def _divided(e: Expr) -> Iterable[tuple[Axis, Expr]]:
-    for mono, _ in e.terms:
-        for a in mono:
-            if isinstance(a, (FloorDiv, Mod)):
-                yield from _divided(a.num)
-                if isinstance(a.num.atom, Axis) and not a.den.axes() and (a.num.atom.size % a.den) is ZERO:
-                    yield a.num.atom, a.den
 
 
 def covers(piece: Piece, buffer: Buffer) -> bool:

@@ -16,7 +16,7 @@ from minifuse.ir.index import ONE, ZERO, Axis, Expr, FloorDiv, Mod, as_expr
 from minifuse.ir.kernel import Check, Kernel, Loop, Param, Schedule, Store, rewrite
 from minifuse.ir.plan import Buffer, Launch, Plan, Step
 from minifuse.ir.shape import product
-from minifuse.ir.value import COLUMN_CHUNK, LANES, Cast, IndexOf, Load, Op, Random, Reduce, Scan, Value, topological
+from minifuse.ir.value import COLUMN_CHUNK, LANES, Cast, Load, Op, Random, Reduce, Scan, Value, topological
 from minifuse.passes.context import CompileContext
 from minifuse.passes.split import Tree, closed, divide, halves
 
@@ -77,10 +77,8 @@ def index_exprs(kernel: Kernel) -> Iterable[Expr]:
     for v in kernel.values():
         if isinstance(v, Load):
             yield params[v.param].offset(v.index)
-        elif isinstance(v, IndexOf):
-            yield v.expr
-        elif isinstance(v, Random):
-            yield v.index
+        else:
+            yield from v.exprs
     for s in kernel.stores:
         yield params[s.param].offset(s.index)
 
@@ -88,15 +86,12 @@ def index_exprs(kernel: Kernel) -> Iterable[Expr]:
 def split_axes(kernel: Kernel) -> Kernel:
     """Cut an axis that offsets divide by a constant: `j // 64` and `j % 64` become two axes."""
     for _ in range(8):
-        cut: tuple[Axis, int] | None = None
-        for e in index_exprs(kernel):
-            cut = next((c for c in _divisions(e) if c[0] not in kernel.ordered), None)
-            if cut is not None:
-                break
+        cuts = (cut for e in index_exprs(kernel) for cut in divisions(e))
+        cut = next(((a, width) for a, width in cuts if width.is_const and a not in kernel.ordered), None)
         if cut is None:
             return kernel
         axis, width = cut
-        high, low = Axis(f"{axis.name}h", axis.size // width), Axis(f"{axis.name}l", width)
+        high, low = digits(axis, width)
         names = {a.name for a in kernel.axes}
         if high.name in names or low.name in names:
             return kernel
@@ -106,19 +101,25 @@ def split_axes(kernel: Kernel) -> Kernel:
     return kernel
 
 
-def _divisions(e: Expr) -> Iterable[tuple[Axis, int]]:
+def digits(axis: Axis, width: Expr) -> tuple[Axis, Axis]:
+    """The two axes that one is, the last of them of this width."""
+    return Axis(f"{axis.name}h", axis.size // width), Axis(f"{axis.name}l", width)
+
+
+def divisions(e: Expr) -> Iterable[tuple[Axis, Expr]]:
+    """The axes that an expression divides, each by a size that divides its own."""
     for mono, _ in e.terms:
         for a in mono:
             if isinstance(a, (FloorDiv, Mod)):
                 axis = a.num.atom
-                if isinstance(axis, Axis) and a.den.is_const and (axis.size % a.den) is ZERO:
-                    yield axis, a.den.value
-                yield from _divisions(a.num)
+                if isinstance(axis, Axis) and not a.den.axes() and (axis.size % a.den) is ZERO:
+                    yield axis, a.den
+                yield from divisions(a.num)
 
 
 def collapse(kernel: Kernel) -> Kernel:
     """Join two axes that every access walks as one long axis."""
-    spaces = [r.space for r in kernel.body] + [r.axes | {r.over} for r in kernel.reductions]
+    spaces = kernel.spaces
     joined = True
     while joined:
         joined = False
@@ -135,7 +136,7 @@ def collapse(kernel: Kernel) -> Kernel:
                 env = {outer: axis.expr // inner.size, inner: axis.expr % inner.size}
                 axes = tuple(axis if a is outer else a for a in kernel.axes if a is not inner)
                 kernel = replace(kernel, axes=axes, body=rewrite(kernel.body, env))
-                spaces = [r.space for r in kernel.body] + [r.axes | {r.over} for r in kernel.reductions]
+                spaces = kernel.spaces
                 joined = True
                 break
             if joined:
@@ -213,18 +214,13 @@ def choose(kernel: Kernel, hint: Hint) -> Schedule:
     """The loops of a kernel, from its strides and extents."""
     reductions = list(kernel.reductions)
     reduced = {r.over: r for r in reductions}
-    spaces = [r.space for r in kernel.body] + [r.axes | {r.over} for r in reductions]
-    common = frozenset.intersection(*spaces) if spaces else frozenset()
-    grid = [a for a in kernel.axes if a in common and a not in kernel.ordered]
-    weight = unit_weights(kernel, hint)
+    weight, stride = unit_weights(kernel, hint), main_strides(kernel, hint)
+    grid = sorted(common(kernel), key=lambda a: (-stride.get(a, 0), a.name))
     lane = lane_axis(kernel, reduced, weight, hint)
     # What is scanned as a column runs inside of the lanes, each with a running result of its own.
     inside = [a for a in kernel.axes if any(s.over is a and s.lanes == 1 for s in kernel.scans)]
-    stride = main_strides(kernel, hint)
-    grid.sort(key=lambda a: (-stride.get(a, 0), a.name))
     rest = [a for a in kernel.axes if a not in grid and a is not lane and a not in inside]
-    rest.sort(key=lambda a: (_depth(a, reductions), -stride.get(a, 0), a.name))
-    loops: list[Loop] = []
+    rest.sort(key=lambda a: (-depth(a, reductions), -stride.get(a, 0), a.name))
     across = transposed_axis(grid, lane, weight) if not reduced else None
     lane_tile = 1
     if lane in grid:
@@ -236,11 +232,7 @@ def choose(kernel: Kernel, hint: Hint) -> Schedule:
             others = hint(product(a.size for a in grid if a is not lane))
             while inner_work and lane_tile > 64 and others * (hint(lane.size) // lane_tile) < MIN_PARALLEL:
                 lane_tile //= 2
-    for a in grid:
-        if a is across:
-            loops.append(Loop(a, "grid", TRANSPOSE_TILE))
-        elif a is not lane:
-            loops.append(Loop(a, "grid"))
+    loops = [Loop(a, "grid", TRANSPOSE_TILE if a is across else 1) for a in grid if a is not lane]
     if lane in grid and lane is not None and lane_tile > 1:
         loops.append(Loop(lane, "grid", lane_tile))
     if across is not None:
@@ -251,23 +243,33 @@ def choose(kernel: Kernel, hint: Hint) -> Schedule:
     return Schedule(tuple(loops))
 
 
+def common(kernel: Kernel) -> list[Axis]:
+    """The axes that every root and reduction runs over and none reduces or scans: those that can be a grid."""
+    spaces = kernel.spaces
+    shared = frozenset.intersection(*spaces) if spaces else frozenset()
+    return [a for a in kernel.axes if a in shared and a not in kernel.ordered]
+
+
 def chunk_steps(r: Reduce | None) -> list[int]:
     """Tile sizes, outermost first, of the loops that a reduction's chunks need."""
     if r is None:
         return []
-    steps, step = [], r.chunk
-    limit = r.over.size.value if r.over.size.is_const else 1 << 31
+    return tile_sizes(r.chunk, COLUMN_CHUNK, r.over.size.value if r.over.size.is_const else 1 << 31)
+
+
+def tile_sizes(step: int, factor: int, limit: int) -> list[int]:
+    """Steps below a limit, outermost first, each so many times the one inside."""
+    steps = []
     while step < limit:
         steps.append(step)
-        step *= COLUMN_CHUNK
-    return list(reversed(steps))
+        step *= factor
+    return steps[::-1]
 
 
-def _depth(axis: Axis, reductions: list[Reduce]) -> int:
-    """Reductions nest: an axis that is reduced after others were is an outer loop."""
-    return -max(
-        (1 for r in reductions if r.over is axis and any(isinstance(v, Reduce) for v in topological(r.args))), default=0
-    )
+def depth(axis: Axis, reductions: Iterable[Reduce]) -> int:
+    """1 for an axis that is reduced after others were, which is then an outer loop."""
+    mine = (r for r in reductions if r.over is axis)
+    return int(any(isinstance(v, Reduce) for r in mine for v in topological(r.args)))
 
 
 def _accesses(kernel: Kernel) -> Iterable[tuple[Param, Expr, int]]:

@@ -21,7 +21,7 @@ the running result of what lies before joins all of it. The running result of a 
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import replace
 from math import prod
 
@@ -34,9 +34,12 @@ from minifuse.options import Options
 from minifuse.passes.context import CompileContext
 from minifuse.passes.schedule import (
     Hint,
+    common,
+    depth,
     lane_axis,
     main_strides,
     scheduled,
+    tile_sizes,
     transposed_axis,
     unit_weights,
 )
@@ -85,8 +88,7 @@ def pieces(kernel: Kernel, name: str, hint: Hint, buffers: dict[str, Buffer]) ->
 
 def elements(kernel: Kernel, held: dict[Axis, int]) -> int:
     """Elements of the largest block that a program has at hand; no value varies over lanes that it has not."""
-    spaces = [r.space for r in kernel.body] + [r.axes | {r.over} for r in kernel.reductions]
-    spaces += [v.axes for v in kernel.values()]
+    spaces = [*kernel.spaces, *(v.axes for v in kernel.values())]
     return max((prod(n for a, n in held.items() if a in space) for space in spaces), default=1)
 
 
@@ -127,13 +129,8 @@ def tile_steps(r: Reduce | Scan, hint: Hint) -> list[int]:
     size, t = r.over.size, tree(r, hint)
     if t.lanes > 1:
         return [t.block] if size.value > t.block else []
-    steps, step, limit = [], t.block, size.value if size.is_const else hint(size)
-    while step < limit:
-        steps.append(step)
-        step *= COLUMN_BLOCK
-    if r.lanes > 1 and not steps:
-        steps = [t.block]
-    return list(reversed(steps))
+    steps = tile_sizes(t.block, COLUMN_BLOCK, size.value if size.is_const else hint(size))
+    return [t.block] if r.lanes > 1 and not steps else steps
 
 
 # -- splitting reductions ---------------------------------------------------------------------------
@@ -192,7 +189,7 @@ def _nested(kernel: Kernel, hint: Hint) -> list[Reduce]:
 
 def _rows_first(kernel: Kernel, hint: Hint) -> list[Reduce]:
     """The inner reductions of sums over several axes, where these have too few points to fill a GPU."""
-    grid = hint(product(a.size for a in _common(kernel)))
+    grid = hint(product(a.size for a in common(kernel)))
     if any(kernel.scans) or grid >= PROGRAMS or hint(product(a.size for a in kernel.axes)) < SPLIT_WORK * grid:
         return []
     found: dict[Reduce, None] = {}
@@ -210,7 +207,7 @@ def _splittable(kernel: Kernel, hint: Hint) -> list[Reduce]:
     if any(kernel.scans) or hint(product(a.size for a in kernel.axes)) < SPLIT_WORK:
         return []  # a block of a scan does not stand alone
     reductions = list(kernel.reductions)
-    grid = _common(kernel)
+    grid = common(kernel)
     for over in dict.fromkeys(r.over for r in reductions):
         mine = [r for r in reductions if r.over is over]
         if len({r.lanes for r in mine}) > 1 or any(len(r.args) > 1 for r in mine):
@@ -223,13 +220,6 @@ def _splittable(kernel: Kernel, hint: Hint) -> list[Reduce]:
     return []
 
 
-def _common(kernel: Kernel) -> list[Axis]:
-    """The axes that every root and reduction runs over and none reduces or scans: those that can be a grid."""
-    spaces = [r.space for r in kernel.body] + [r.axes | {r.over} for r in kernel.reductions]
-    common = frozenset.intersection(*spaces) if spaces else frozenset()
-    return [a for a in kernel.axes if a in common and a not in kernel.ordered]
-
-
 # -- choosing loops ---------------------------------------------------------------------------------
 def choose(kernel: Kernel, hint: Hint) -> Schedule:
     """The grid, the loops and the blocks of a kernel, from its strides and extents."""
@@ -240,10 +230,10 @@ def choose(kernel: Kernel, hint: Hint) -> Schedule:
     columns = {r.over: r for r in reductions if r.lanes == 1 and r.over not in rows}
     running = {s.over for s in scans.values() if s.lanes == 1}
     weight, stride = unit_weights(kernel, hint), main_strides(kernel, hint)
-    grid = sorted(_common(kernel), key=lambda a: (-stride.get(a, 0), a.name))
+    grid = sorted(common(kernel), key=lambda a: (-stride.get(a, 0), a.name))
     inner = [a for a in kernel.axes if a not in grid]
     # a column that is scanned runs inside of what walks its rows, each with a running result of its own
-    inner.sort(key=lambda a: (a in running, a not in columns, -_depth(a, reductions), -stride.get(a, 0), a.name))
+    inner.sort(key=lambda a: (a in running, a not in columns, -depth(a, reductions), -stride.get(a, 0), a.name))
     fast = lane_axis(kernel, {r.over: r for r in reductions}, weight, hint)
     loops: list[Loop] = []
     blocks: dict[Axis, int] = {}
@@ -303,13 +293,6 @@ def _tiles(
             tiles[a] = n
             room //= n
     return tiles
-
-
-def _depth(axis: Axis, reductions: Iterable[Reduce]) -> int:
-    """1 for an axis that is reduced after others were, which is then an outer loop."""
-    return max(
-        (1 for r in reductions if r.over is axis and any(isinstance(v, Reduce) for v in topological(r.args))), default=0
-    )
 
 
 def blocks(s: Schedule) -> dict[Axis, int]:

@@ -135,16 +135,17 @@ class Lease:
     @property
     def tensor(self) -> torch.Tensor:
         """The memory. Raises RuntimeError after the release."""
-        if self._piece is None:
-            raise RuntimeError("this lease has been released; its memory may serve another call")
-        return self._piece.tensor
+        return self._held().tensor
 
     @property
     def memo(self) -> weakref.WeakKeyDictionary[Any, Any]:
         """What users of this memory left to be found with it."""
+        return self._held().memo
+
+    def _held(self) -> _Piece:
         if self._piece is None:
             raise RuntimeError("this lease has been released; its memory may serve another call")
-        return self._piece.memo
+        return self._piece
 
     def release(self) -> None:
         piece, self._piece = self._piece, None

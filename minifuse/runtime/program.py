@@ -172,20 +172,15 @@ class Program:
 
     def make_frame(self, key: tuple[int, ...], layout: Layout, base: torch.Tensor) -> Frame:
         address = base.data_ptr()
-        pointers = []
-        for names in self.binding:
-            array = (ctypes.c_void_p * max(len(names), 1))()
-            for k, name in enumerate(names):
-                if name in layout.offsets:
-                    array[k] = address + layout.offsets[name]
-                elif name in self.constants:
-                    array[k] = self.constants[name].data_ptr()
-            pointers.append(array)
-        sizes = (ctypes.c_int64 * max(len(self.unit_symbols), 1))()
-        for k, name in enumerate(self.unit_symbols):
-            sizes[k] = layout.env.get(name, 0)
-        views = [self.arena_view(r, layout, base) for r in self.host.views]
-        return Frame(key, pointers, views, sizes)
+        places = {name: tensor.data_ptr() for name, tensor in self.constants.items()}
+        places |= {name: address + offset for name, offset in layout.offsets.items()}
+        pointers = [self.array(ctypes.c_void_p, [places.get(name, 0) for name in names]) for names in self.binding]
+        sizes = self.array(ctypes.c_int64, [layout.env.get(name, 0) for name in self.unit_symbols])
+        return Frame(key, pointers, [self.arena_view(r, layout, base) for r in self.host.views], sizes)
+
+    def array(self, kind: Any, items: list[int]) -> Any:
+        """Addresses or sizes as a run takes them."""
+        return (kind * max(len(items), 1))(*items)
 
     def arena_view(self, r: TensorRef, layout: Layout, base: torch.Tensor) -> torch.Tensor:
         buffer = self.plan.buffers[r.buffer]

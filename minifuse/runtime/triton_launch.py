@@ -40,7 +40,7 @@ from minifuse.passes.context import CompileContext
 
 from . import triton_interpret
 from .cache import DiskCache, write_atomically
-from .program import Frame, Layout, Program
+from .program import Frame, Program
 from .triton_batch import ALIGN, Tables
 
 ALIGNED = 15
@@ -308,23 +308,6 @@ def compiles(one: Launched, ctx: CompileContext, plan: Plan) -> bool:
     return True
 
 
-def compile_for(plan: Plan, ctx: CompileContext, target: Any) -> list[tuple[Launched, Any]]:
-    """Each distinct kernel of a scheduled plan, compiled for a GPU that need not be there (`compat.gpu_target`).
-
-    Raises what Triton raises where it refuses one; kernels that it cannot express are recorded and left out.
-    """
-    here = torch.device("cpu")
-    kernels = write_all(plan, here, ctx)
-    module = load_module(module_text(plan, kernels), ctx.options.cache_dir)
-    found: dict[str, tuple[Launched, Any]] = {}
-    for i, kernel in kernels.items():
-        step = plan.steps[i]
-        if kernel.name not in found and isinstance(step, Launch):
-            one = Launched(getattr(module, kernel.name), step, kernel, here)
-            found[kernel.name] = one, one.compile(one.usual(), target)
-    return list(found.values())
-
-
 # -- programs ---------------------------------------------------------------------------------------
 class TritonProgram(Program):
     """Runs a plan with Triton kernels: on a GPU over memory of PyTorch's caching allocator, on its current stream."""
@@ -394,17 +377,8 @@ class TritonProgram(Program):
                 self.flags.zero_()
                 self.fail(k, code)
 
-    def make_frame(self, key: tuple[int, ...], layout: Layout, base: torch.Tensor) -> Frame:
-        if not self.on_gpu:
-            return super().make_frame(key, layout, base)
-        address = base.data_ptr()
-        pointers = [[address + layout.offsets.get(name, 0) for name in names] for names in self.binding]
-        for names, row in zip(self.binding, pointers, strict=True):
-            for k, name in enumerate(names):
-                if name in self.constants:
-                    row[k] = self.constants[name].data_ptr()
-        sizes = [layout.env.get(name, 0) for name in self.unit_symbols]
-        return Frame(key, pointers, [self.arena_view(r, layout, base) for r in self.host.views], sizes)
+    def array(self, kind: Any, items: list[int]) -> Any:
+        return items if self.on_gpu else super().array(kind, items)
 
     def interpret(self, kernel: Kernel, tensors: list[torch.Tensor], sizes: dict[str, int]) -> None:
         """A kernel by torch operations; a number on the CPU that it reads is taken to the device."""

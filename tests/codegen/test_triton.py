@@ -19,7 +19,6 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from minifuse import compat
 from minifuse.codegen.triton import write_kernel
 from minifuse.codegen.triton_prelude import HEAD, SOURCES, helpers
 from minifuse.errors import MinifuseError
@@ -36,6 +35,7 @@ from minifuse.passes.memory import place
 from minifuse.records import RECORDS
 from minifuse.runtime import triton_launch
 from minifuse.runtime.triton_launch import Launched
+from tests.kernels.gpu import compile_for, gpu_target, kernel_resources
 
 pytest.importorskip("triton")
 CASES = Path(__file__).with_name("triton_cases.py")
@@ -101,34 +101,34 @@ def test_kernels_compile_for_a_gpu_and_spill_nothing(name: str, dtype: torch.dty
     function, shapes = FUNCTIONS[name]
     args = [torch.randn(shape).to(dtype).requires_grad_() for shape in shapes]
     for plan, ctx in plans(function, *args):
-        for _, kernel in triton_launch.compile_for(plan, ctx, compat.gpu_target(*H100)):
-            assert compat.kernel_resources(kernel)["spilled"] == 0
+        for _, kernel in compile_for(plan, ctx, gpu_target(*H100)):
+            assert kernel_resources(kernel)["spilled"] == 0
         assert not [d for d in ctx.decisions if d.rule == "interpreted"]
 
 
 def test_kernels_compile_for_an_amd_gpu() -> None:
     function, shapes = FUNCTIONS["layer norm"]
     for plan, ctx in plans(function, *(torch.randn(shape, requires_grad=True) for shape in shapes)):
-        for _, kernel in triton_launch.compile_for(plan, ctx, compat.gpu_target(*MI300)):
+        for _, kernel in compile_for(plan, ctx, gpu_target(*MI300)):
             assert "amdgcn" in kernel.asm
 
 
 def test_no_multiply_and_add_is_contracted() -> None:
     for plan, ctx in plans(lambda x, y: x * y + x, torch.randn(64, 64), torch.randn(64, 64)):
-        ((_, kernel),) = triton_launch.compile_for(plan, ctx, compat.gpu_target(*H100))
+        ((_, kernel),) = compile_for(plan, ctx, gpu_target(*H100))
         assert "fma" not in kernel.asm["ptx"]
 
 
 def test_a_row_takes_few_barriers_to_sum() -> None:
     # 3 by triton 3.9, 5 by 3.6
     for plan, ctx in plans(lambda x: x.sum(1), torch.randn(600, 4096)):
-        ((_, kernel),) = triton_launch.compile_for(plan, ctx, compat.gpu_target(*H100))
+        ((_, kernel),) = compile_for(plan, ctx, gpu_target(*H100))
         assert kernel.asm["ptx"].count("bar.sync") <= 5
 
 
 def test_one_kernel_serves_every_size() -> None:
     for plan, ctx in plans(lambda x: (x * 2).softmax(-1), torch.randn(60, 70), dynamic=True):
-        for one, kernel in triton_launch.compile_for(plan, ctx, compat.gpu_target(*H100)):
+        for one, kernel in compile_for(plan, ctx, gpu_target(*H100)):
             assert one.kernel.symbols
             assert kernel.asm["cubin"]
 
@@ -138,21 +138,21 @@ def test_a_batch_compiles_and_moves_16_bytes_at_a_time(target: tuple[str, Any, i
     """Of tensors that begin on 16 bytes, as those of an allocator do; others are a variant."""
     lists = [[torch.randn(s) for s in ((64, 48), (48,), (16, 48), (4096,))] for _ in range(2)]
     for plan, ctx in plans(lambda xs, ys: [x * 2 + y for x, y in zip(xs, ys, strict=True)], *lists):
-        ((one, kernel),) = triton_launch.compile_for(plan, ctx, compat.gpu_target(*target))
+        ((one, kernel),) = compile_for(plan, ctx, gpu_target(*target))
         assert len(one.step.sizes) == 4
-        other = one.compile(replace(one.usual(), aligned=False), compat.gpu_target(*target))
+        other = one.compile(replace(one.usual(), aligned=False), gpu_target(*target))
         wide = [("global_load_dwordx4", "amdgcn") if target is MI300 else ("ld.global.v4.b32", "ptx")][0]
         assert wide[0] in kernel.asm[wide[1]]
         assert wide[0] not in other.asm[wide[1]]
         if target is H100:
-            assert compat.kernel_resources(kernel)["spilled"] == 0
+            assert kernel_resources(kernel)["spilled"] == 0
 
 
 @pytest.mark.parametrize(("length", "dynamic", "barriers"), [(1024, False, 6), (40_000, False, 24), (4000, True, 30)])
 def test_a_scan_takes_few_barriers_and_spills_nothing(length: int, dynamic: bool, barriers: int) -> None:
     for plan, ctx in plans(lambda x: x.cumsum(1), torch.randn(600, length), dynamic=dynamic):
-        ((_, kernel),) = triton_launch.compile_for(plan, ctx, compat.gpu_target(*H100))
-        assert compat.kernel_resources(kernel)["spilled"] == 0
+        ((_, kernel),) = compile_for(plan, ctx, gpu_target(*H100))
+        assert kernel_resources(kernel)["spilled"] == 0
         assert kernel.asm["ptx"].count("bar.sync") <= barriers
 
 
@@ -173,7 +173,7 @@ def test_offsets_past_two_gigaelements_are_64_bits(body: str, tmp_path: Path) ->
     one = Launched(getattr(triton_launch.load_module(text, str(tmp_path)), written.name), step, written,
                    torch.device("cpu"))  # fmt: skip
     assert one.usual().wide
-    ttir = one.compile(one.usual(), compat.gpu_target(*H100)).asm["ttir"]
+    ttir = one.compile(one.usual(), gpu_target(*H100)).asm["ttir"]
     widths = re.findall(r"tt\.addptr .*?, tensor<[\dx]*x(i\d+)>|tt\.addptr .*?>, (i\d+)", ttir)
     assert widths
     assert {a or b for a, b in widths} == {"i64"}
@@ -207,7 +207,7 @@ def test_every_kernel_of_a_training_step_compiles(target: tuple[str, Any, int]) 
     model.loss_type = "ForCausalLM"
     tokens = torch.randint(0, 500, (4, 32))
     for plan, ctx in plans(lambda tokens: model(input_ids=tokens, labels=tokens).loss, tokens):
-        assert triton_launch.compile_for(plan, ctx, compat.gpu_target(*target))
+        assert compile_for(plan, ctx, gpu_target(*target))
         assert not [d for d in ctx.decisions if d.rule == "interpreted"]
 
 

@@ -11,11 +11,11 @@ from typing import Any
 import torch
 
 from benchmarks import models
-from minifuse import compat
 from minifuse.ir.plan import Launch, Plan
 from minifuse.passes.context import CompileContext
 from minifuse.records import RECORDS
 from minifuse.runtime import build, triton_launch
+from tests.kernels.gpu import gpu_target, kernel_resources
 from tests.models.check import check
 from tests.models.families import FAMILIES
 
@@ -87,11 +87,11 @@ def compiled(name: str, targets: list[str], claims: Path | None = None) -> tuple
                 one = triton_launch.Launched(getattr(module, kernel), step, kernels[i], here)
                 what = f"{target} {plan.name} {step.name} {kernel}"
                 try:
-                    made = one.compile(one.usual(), compat.gpu_target(*TARGETS[target]))
+                    made = one.compile(one.usual(), gpu_target(*TARGETS[target]))
                 except Exception as why:
                     problems.append(f"{what}: {type(why).__name__}: {str(why).strip()[-300:]}")
                     continue
-                spilled = compat.kernel_resources(made)["spilled"] if target == SPILLS else 0
+                spilled = kernel_resources(made)["spilled"] if target == SPILLS else 0
                 if spilled:
                     problems.append(f"{what}: {spilled} bytes spilled; {step.schedule}")
     return count, problems

@@ -33,7 +33,8 @@ OVERLAPPING: dict[str, Callable[[Tensor], Any]] = {
 @pytest.mark.parametrize("name", OVERLAPPING)
 def test_what_is_written_into_shared_memory_shows_at_each_element(name: str, dynamic: bool) -> None:
     check(OVERLAPPING[name], torch.arange(49.0).reshape(7, 7), exact=True, dynamic=dynamic)
-    assert externs()
+    # windows that are only looked at lie in memory, by the strides that they have in eager
+    assert bool(externs()) is (name != "seen through windows")
 
 
 def test_a_scatter_into_what_is_expanded_is_a_kernel() -> None:

@@ -34,23 +34,21 @@ def slice_backward(grad: Tensor, sizes: Any, dim: int, start: int, end: int, ste
     """The gradient of a slice is its padding with zeros."""
     if step != 1 or not isinstance(start, int) or start < 0:
         return aten.slice_scatter(grad.new_zeros(sizes), grad, dim, start, end, step)
-    pad = [0] * (2 * len(sizes))
-    dim %= len(sizes)
-    position = 2 * (len(sizes) - 1 - dim)
-    pad[position] = start
-    pad[position + 1] = sizes[dim] - start - grad.shape[dim]
-    return aten.constant_pad_nd(grad, pad)
+    return _padded(grad, sizes, dim % len(sizes), start)
 
 
 def select_backward(grad: Tensor, sizes: Any, dim: int, index: int) -> Tensor:
     """The gradient of a select is its padding with zeros."""
     dim %= len(sizes)
-    if index < 0:
-        index = index + sizes[dim]
+    return _padded(grad.unsqueeze(dim), sizes, dim, index + sizes[dim] if index < 0 else index)
+
+
+def _padded(grad: Tensor, sizes: Any, dim: int, before: Any) -> Tensor:
+    """Zeros of these sizes around what stands behind `before` of them along one dimension."""
     pad = [0] * (2 * len(sizes))
     position = 2 * (len(sizes) - 1 - dim)
-    pad[position], pad[position + 1] = index, sizes[dim] - index - 1
-    return aten.constant_pad_nd(grad.unsqueeze(dim), pad)
+    pad[position : position + 2] = before, sizes[dim] - before - grad.shape[dim]
+    return aten.constant_pad_nd(grad, pad)
 
 
 def weight_norm_backward(grad: Tensor, v: Tensor, g: Tensor, norms: Tensor, dim: int) -> tuple[Tensor, Tensor]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -34,13 +35,8 @@ def _fill(lo: Lowering, node: fx.Node, value: Any) -> View:
     return lo.emit(lambda _: Cast.of(val.dtype, number), val)
 
 
-@lowers(aten.full.default)
-def _full(lo: Lowering, node: fx.Node, shape: Any, value: Any, **kw: Any) -> View:
-    return _fill(lo, node, value)
-
-
-@lowers(aten.full_like.default)
-def _full_like(lo: Lowering, node: fx.Node, x: fx.Node, value: Any, **kw: Any) -> View:
+@lowers(aten.full.default, aten.full_like.default)
+def _full(lo: Lowering, node: fx.Node, like: Any, value: Any, **kw: Any) -> View:
     return _fill(lo, node, value)
 
 
@@ -49,14 +45,12 @@ def _scalar_tensor(lo: Lowering, node: fx.Node, value: Any, **kw: Any) -> View:
     return _fill(lo, node, value)
 
 
-@lowers(aten.zeros.default, aten.zeros_like.default, aten.new_zeros.default)
-def _zeros(lo: Lowering, node: fx.Node, *args: Any, **kw: Any) -> View:
-    return _fill(lo, node, 0)
+def _filled(value: int) -> Callable[..., View]:
+    return lambda lo, node, *args, **kw: _fill(lo, node, value)
 
 
-@lowers(aten.ones.default, aten.ones_like.default, aten.new_ones.default)
-def _ones(lo: Lowering, node: fx.Node, *args: Any, **kw: Any) -> View:
-    return _fill(lo, node, 1)
+lowers(aten.zeros.default, aten.zeros_like.default, aten.new_zeros.default)(_filled(0))
+lowers(aten.ones.default, aten.ones_like.default, aten.new_ones.default)(_filled(1))
 
 
 @lowers(
@@ -85,14 +79,9 @@ def _iota(lo: Lowering, node: fx.Node, start: Any, step: Any) -> View:
     return lo.emit(value, val)
 
 
-@lowers(aten.arange.start_step)
+@lowers(aten.arange.start_step, aten.arange.start)
 def _arange(lo: Lowering, node: fx.Node, start: Any, end: Any, step: Any = 1, **kw: Any) -> View:
     return _iota(lo, node, start, step)
-
-
-@lowers(aten.arange.start)
-def _arange_start(lo: Lowering, node: fx.Node, start: Any, end: Any, **kw: Any) -> View:
-    return _iota(lo, node, start, 1)
 
 
 @lowers(aten.arange.default)

@@ -22,11 +22,11 @@ def _by_name(reasons: dict[str, str]) -> dict[str, str]:
 
 # What is meant to go to ATen, by the operator without its overload.
 EXPECTED = _by_name({
-    _MATMUL: """mm bmm addmm baddbmm addbmm addmv mv dot vdot linear linear_backward matmul _addmm_activation
-        _scaled_mm _scaled_mm_v2 _grouped_mm _scaled_grouped_mm _int_mm _foreach_mm _weight_int4pack_mm
-        _weight_int4pack_mm_for_cpu _weight_int4pack_mm_with_scales_and_zeros _weight_int8pack_mm
-        _convert_weight_to_int4pack _convert_weight_to_int4pack_for_cpu _dyn_quant_matmul_4bit
-        _dyn_quant_pack_4bit_weight matmul_backward _trilinear _mixed_dtypes_linear _scaled_grouped_mm_v2""",
+    _MATMUL: """mm bmm addmm baddbmm addbmm addmv mv dot vdot linear linear_backward matmul _addmm_activation _scaled_mm
+        _scaled_mm_v2 _grouped_mm _scaled_grouped_mm _int_mm _foreach_mm _weight_int4pack_mm _weight_int4pack_mm_for_cpu
+        _weight_int4pack_mm_with_scales_and_zeros _weight_int8pack_mm _convert_weight_to_int4pack
+        _convert_weight_to_int4pack_for_cpu _dyn_quant_matmul_4bit _dyn_quant_pack_4bit_weight matmul_backward
+        _trilinear _mixed_dtypes_linear _scaled_grouped_mm_v2""",
     _CONVOLUTION: """convolution convolution_backward convolution_overrideable _convolution cudnn_convolution
         _slow_conv2d_forward _conv_depthwise2d conv_depthwise3d conv_tbc convolution_backward_overrideable
         slow_conv3d_forward slow_conv_dilated2d slow_conv_dilated3d slow_conv_transpose2d slow_conv_transpose3d
@@ -46,17 +46,15 @@ EXPECTED = _by_name({
 
 # What has no kernel, and why; the report counts these as fallbacks.
 FALLBACKS = _by_name({
-    "an order of data: sorting and selection are no arithmetic by element": """sort topk kthvalue mode median
-        nanmedian
+    "an order of data: sorting and selection are no arithmetic by element": """sort topk kthvalue mode median nanmedian
         searchsorted bucketize unique_consecutive unique_dim unique_dim_consecutive histogram _histogramdd_bin_edges
         _histogramdd_from_bin_cts _histogramdd_from_bin_tensors _unique _unique2 histc bincount""",
     "a size that depends on data": "nonzero nonzero_static masked_select repeat_interleave",
-    "linear algebra: LAPACK's": """linalg_lstsq _compute_linear_combination _linalg_det _linalg_eigh
-        _linalg_eigvals _linalg_slogdet _linalg_solve_ex
-        _linalg_svd cholesky cholesky_inverse cholesky_solve _cholesky_solve_helper geqrf linalg__powsum
-        linalg_cholesky_ex linalg_eig linalg_householder_product linalg_inv_ex linalg_ldl_factor_ex linalg_ldl_solve
-        linalg_lu linalg_lu_factor_ex linalg_lu_solve linalg_matrix_exp linalg_pinv linalg_qr linalg_solve_triangular
-        lu_unpack ormqr triangular_solve""",
+    "linear algebra: LAPACK's": """linalg_lstsq _compute_linear_combination _linalg_det _linalg_eigh _linalg_eigvals
+        _linalg_slogdet _linalg_solve_ex _linalg_svd cholesky cholesky_inverse cholesky_solve _cholesky_solve_helper
+        geqrf linalg__powsum linalg_cholesky_ex linalg_eig linalg_householder_product linalg_inv_ex linalg_ldl_factor_ex
+        linalg_ldl_solve linalg_lu linalg_lu_factor_ex linalg_lu_solve linalg_matrix_exp linalg_pinv linalg_qr
+        linalg_solve_triangular lu_unpack ormqr triangular_solve""",
     "a Fourier transform, and complex numbers: ATen's": """_fft_c2c _fft_c2r _fft_r2c complex polar angle _conj
         view_as_complex view_as_real""",
     "distances of all pairs: a matrix multiplication at heart": """_cdist_forward _cdist_backward _pdist_forward
@@ -64,17 +62,15 @@ FALLBACKS = _by_name({
     "a loss along paths of several lengths": "_ctc_loss _ctc_loss_backward",
     "a loss whose gradient ATen scatters": "multi_margin_loss_backward multilabel_margin_loss_backward",
     "a recurrence over steps of matrix multiplications: a tuned library's": """_cudnn_rnn miopen_rnn mkldnn_rnn_layer
-        mkldnn_rnn_layer_backward _thnn_fused_lstm_cell _thnn_fused_lstm_cell_backward_impl
-        _thnn_fused_gru_cell _thnn_fused_gru_cell_backward quantized_gru
-        quantized_lstm _pack_padded_sequence""",
+        mkldnn_rnn_layer_backward _thnn_fused_lstm_cell _thnn_fused_lstm_cell_backward_impl _thnn_fused_gru_cell
+        _thnn_fused_gru_cell_backward quantized_gru quantized_lstm _pack_padded_sequence""",
     "numbers drawn by rejection, or without repetition": """_sample_dirichlet _dirichlet_grad _standard_gamma_grad
-        binomial _standard_gamma poisson multinomial randperm
-        _philox_key_fold_in _philox_key_split""",
+        binomial _standard_gamma poisson multinomial randperm _philox_key_fold_in _philox_key_split""",
     "random numbers by torch's own generator, as asked": """bernoulli cauchy exponential geometric log_normal normal
         normal_functional rand rand_like randint randint_like randn randn_like uniform rrelu_with_noise_functional
         _fused_dropout native_dropout""",
-    "a special function: no vector library has it": """digamma erfinv gcd lcm i0 igamma igammac lgamma nextafter
-        frexp polygamma special_airy_ai special_bessel_j0 special_bessel_j1 special_bessel_y0 special_bessel_y1
+    "a special function: no vector library has it": """digamma erfinv gcd lcm i0 igamma igammac lgamma nextafter frexp
+        polygamma special_airy_ai special_bessel_j0 special_bessel_j1 special_bessel_y0 special_bessel_y1
         special_chebyshev_polynomial_t special_chebyshev_polynomial_u special_chebyshev_polynomial_v
         special_chebyshev_polynomial_w special_erfcx special_hermite_polynomial_h special_hermite_polynomial_he
         special_i0e special_i1 special_i1e special_laguerre_polynomial_l special_legendre_polynomial_p
@@ -85,8 +81,8 @@ FALLBACKS = _by_name({
         special_zeta""",
     "a gather whose gradient is a scatter of weighted neighbours": """grid_sampler_2d grid_sampler_2d_backward
         grid_sampler_3d grid_sampler_3d_backward upsample_bicubic2d upsample_bicubic2d_backward _upsample_bicubic2d_aa
-        _upsample_bicubic2d_aa_backward _upsample_bilinear2d_aa _upsample_bilinear2d_aa_backward
-        _upsample_lanczos2d_aa _upsample_lanczos2d_aa_backward""",
+        _upsample_bicubic2d_aa_backward _upsample_bilinear2d_aa _upsample_bilinear2d_aa_backward _upsample_lanczos2d_aa
+        _upsample_lanczos2d_aa_backward""",
     "rows of several lengths": """_embedding_bag _embedding_bag_backward _embedding_bag_forward_only
         _embedding_bag_per_sample_weights_backward _segment_reduce_backward segment_reduce
         _jagged_to_padded_dense_forward _padded_dense_to_jagged_forward _nested_tensor_from_tensor_list
@@ -110,8 +106,7 @@ FALLBACKS = _by_name({
     "the same memory as another dtype": "view view_copy",
     "lists with numbers that the host would have to read": "_foreach_addcdiv _foreach_addcmul _foreach_powsum",
     "torch has no shape function for it": "_fused_adam _fused_adamw _fused_sgd _fused_adagrad",
-    _BOOKKEEPING: """_add_relu _index_put_impl _masked_scale _pin_memory _resize_output lift resize _aminmax
-        _conj_copy
+    _BOOKKEEPING: """_add_relu _index_put_impl _masked_scale _pin_memory _resize_output lift resize _aminmax _conj_copy
         _conj_physical _copy_from _copy_from_and_resize _efficientzerotensor _foobar _fw_primal _fw_primal_copy
         _grid_sampler_2d_cpu_fallback _grid_sampler_2d_cpu_fallback_backward _logcumsumexp _make_dual _make_dual_copy
         _masked_softmax _masked_softmax_backward _neg_view _neg_view_copy _new_zeros_with_same_feature_meta
@@ -127,8 +122,7 @@ _BEGINNINGS = _by_name({
     "a layout that is not strided": """_sparse _nested sparse_ _to_sparse _coalesce _indices _values indices values
         ccol_ crow_ col_indices row_indices _convert_indices _cslt_ _spsolve hspmm resize_as_sparse copy_sparse
         to_padded_tensor""",
-    "a quantised tensor of torch's own kind": """_empty_affine _empty_per_channel _make_per_ dequantize
-        empty_quantized
+    "a quantised tensor of torch's own kind": """_empty_affine _empty_per_channel _make_per_ dequantize empty_quantized
         int_repr q_per_ quantize_ quantized_""",
     "another device's, or another library's layout": """_cudnn cudnn_ miopen_ mkldnn_ _mkldnn mps_ _mps _lstm_mps
         lstm_mps _triton to_mkldnn _philox""",

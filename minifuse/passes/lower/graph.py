@@ -343,11 +343,9 @@ class Lowering:
     def tree(self, arg: Any) -> Tree:
         if isinstance(arg, fx.Node):
             found = self.env[arg]
-            if isinstance(found, View):
-                return self.ref(found, arg.meta.get("val"))
             if isinstance(found, (tuple, list)):
                 return tuple(self.ref(x) if isinstance(x, View) else x for x in found)
-            return found
+            return self.ref(found, arg.meta.get("val")) if isinstance(found, View) else found
         if isinstance(arg, (list, tuple)):
             made = [self.tree(a) for a in arg]
             return tuple(made) if isinstance(arg, tuple) else made

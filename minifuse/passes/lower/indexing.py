@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING
 
 import torch
@@ -91,21 +91,33 @@ def _index(lo: Lowering, node: fx.Node, x: fx.Node, indices: Sequence[fx.Node | 
     views = {d: lo.view(i) for d, i in given}
     if any(v.buffer.device != table.buffer.device for v in views.values()):
         raise Unsupported("an index on another device")
-    rank = max(len(v.at) for v in views.values())
+    rank, first = joint_place(views)
+    where = lo.axes(lo.shape(node))
+    inner = where[first : first + rank]
+    coordinates, checks = computed(views, table.shape, inner, where[:first] + where[first + rank :])
+    return lo.emit(lambda _: gather_read(table, coordinates), node.meta["val"], checks=checks)
+
+
+def joint_place(views: Mapping[int, View]) -> tuple[int, int]:
+    """How many dimensions indices have together, and behind how many others they stand: their own where they are
+    neighbours, else none."""
     places = sorted(views)
     together = places == list(range(places[0], places[0] + len(places)))
-    first = places[0] if together else 0
-    where = lo.axes(lo.shape(node))
-    index_where = where[first : first + rank]
-    rest = iter(where[:first] + where[first + rank :])
+    return max(len(v.at) for v in views.values()), places[0] if together else 0
+
+
+def computed(
+    views: Mapping[int, View], shape: Sequence[Expr], inner: Sequence[Expr], others: Sequence[Expr]
+) -> tuple[list[Expr | Value], list[Check]]:
+    """Coordinates in a shape: those that indices say, at `inner`, with their checks, and the `others` in order."""
+    rest = iter(others)
     coordinates: list[Expr | Value] = []
     checks = []
-    for d in range(len(table.at)):
-        if d in views:
-            read = views[d].broadcast_read(index_where)
-            value, check = wrapped(read, table.shape[d], f"index out of bounds for dimension {d}")
-            coordinates.append(value)
-            checks.append(check)
-        else:
+    for d, size in enumerate(shape):
+        if d not in views:
             coordinates.append(next(rest))
-    return lo.emit(lambda _: gather_read(table, coordinates), node.meta["val"], checks=checks)
+            continue
+        value, check = wrapped(views[d].broadcast_read(inner), size, f"index out of bounds for dimension {d}")
+        coordinates.append(value)
+        checks.append(check)
+    return coordinates, checks

@@ -14,7 +14,7 @@ from minifuse.ir.kernel import Store
 from minifuse.ir.value import Cast, Const, IndexOf, Op, Value
 
 from .memory import refuse_overlap
-from .pointwise import Unsupported, check_fits, to_compute
+from .pointwise import Unsupported, check_fits, joined, to_compute
 from .registry import lowers
 from .view import View
 
@@ -51,7 +51,7 @@ def _cat(lo: Lowering, node: fx.Node, tensors: Sequence[fx.Node], dim: int = 0) 
                 inside.append(Op.of("ge", position, IndexOf.of(start)))
             if end is not begin:
                 inside.append(Op.of("lt", position, IndexOf.of(end)))
-            mask = inside[0] if len(inside) == 1 else Op.of("and", *inside)
+            mask = joined("and", inside)
             if v.shape[dim] is ONE:
                 at[dim] = ZERO
             read = v.read(at, mask, Const.of(0, v.buffer.dtype))
@@ -86,9 +86,7 @@ def _pad(lo: Lowering, node: fx.Node, x: fx.Node, pad: Sequence[Any], value: Any
                 tests.append(Op.of("ge", position, IndexOf.of(low)))
             if high is not ZERO:
                 tests.append(Op.of("lt", position, IndexOf.of(low + view.shape[d])))
-        mask: Value | None = None
-        for t in tests:
-            mask = t if mask is None else Op.of("and", mask, t)
+        mask = joined("and", tests) if tests else None
         for d, a in enumerate(view.at):
             if a.size is ONE and d in before:
                 index[d] = ZERO

@@ -58,21 +58,21 @@ def memory_of(node: fx.Node) -> int | None:
 
 def mutated_arguments(node: fx.Node) -> list[fx.Node]:
     """The arguments that a call writes into, by its schema."""
-    if not isinstance(node.target, compat.OpOverload):
+    if not isinstance(node.target, compat.OpOverload) or not node.target._schema.is_mutable:
         return []
-    found = []
-    for arg, spec in zip(node.args, node.target._schema.arguments, strict=False):
-        if spec.alias_info is not None and spec.alias_info.is_write and isinstance(arg, fx.Node):
-            found.append(arg)
-    return found
+    written = [(i, a.name) for i, a in enumerate(node.target._schema.arguments)
+               if a.alias_info is not None and a.alias_info.is_write]  # fmt: skip
+    found = [node.args[i] if i < len(node.args) else node.kwargs.get(name) for i, name in written]
+    return [arg for arg in found if isinstance(arg, fx.Node)]
 
 
-def source_line(node: fx.Node) -> str:
+def source_line(node: fx.Node, code: bool = True) -> str:
+    """The user's line that a node comes from: `model.py:41`, and the `code` there."""
     trace = node.meta.get("stack_trace")
     if not trace:
         return ""
     frames = re.findall(r'File "([^"]*)", line (\d+), in [^\n]*\n?\s*([^\n]*)', trace)
     if not frames:
         return ""
-    file, line, code = frames[-1]
-    return f"{file.rsplit('/', 1)[-1]}:{line} {code.strip()}".rstrip()
+    file, line, text = frames[-1]
+    return f"{file.rsplit('/', 1)[-1]}:{line} {text.strip() if code else ''}".rstrip()

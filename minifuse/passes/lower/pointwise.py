@@ -7,8 +7,9 @@ the lowerer rounds to the result's dtype. Eager rounds a half result once an ope
 
 from __future__ import annotations
 
+import functools
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 
 import torch
@@ -17,9 +18,6 @@ from minifuse import compat
 from minifuse.ir import dtypes
 from minifuse.ir.kernel import Check
 from minifuse.ir.value import Cast, Const, Op, Value, topological
-
-aten = torch.ops.aten
-prims = torch.ops.prims
 
 
 @dataclass(frozen=True)
@@ -288,128 +286,86 @@ def _relu6_like(x: Value, low: float = -1.0, high: float = 1.0) -> Value:
     return _clamp(x, low, high)
 
 
-ROWS: dict[compat.OpOverload, Row] = {
-    aten.add.Tensor: Row(_scaled("add")),
-    aten.add.Scalar: Row(_scaled("add")),
-    aten.sub.Tensor: Row(_scaled("sub")),
-    aten.sub.Scalar: Row(_scaled("sub")),
-    aten.rsub.Tensor: Row(_rsub),
-    aten.rsub.Scalar: Row(_rsub),
-    aten.mul.Tensor: Row(_mul),
-    aten.mul.Scalar: Row(_mul),
-    aten.div.Tensor: Row(_op("div")),
-    aten.div.Scalar: Row(_op("div")),
-    aten.div.Tensor_mode: Row(_div_mode),
-    aten.div.Scalar_mode: Row(_div_mode),
-    aten.floor_divide.default: Row(floor_divide),
-    aten.remainder.Tensor: Row(remainder),
-    aten.remainder.Scalar: Row(remainder),
-    aten.fmod.Tensor: Row(_fmod),
-    aten.fmod.Scalar: Row(_fmod),
-    aten.neg.default: Row(_op("neg")),
-    aten.abs.default: Row(_abs),
-    aten.sign.default: Row(_sign),
-    aten.sgn.default: Row(_sign),
-    aten.signbit.default: Row(_signbit, "keep"),
-    aten.reciprocal.default: Row(reciprocal),
-    aten.sqrt.default: Row(_op("sqrt")),
-    aten.rsqrt.default: Row(rsqrt),
-    aten.square.default: Row(_square),
-    aten.pow.Tensor_Scalar: Row(pow_scalar, scalars=(1,)),
-    aten.pow.Tensor_Tensor: Row(_pow_tensor),
-    aten.pow.Scalar: Row(_pow_tensor),
-    aten.sigmoid.default: Row(sigmoid),
-    aten.silu.default: Row(_silu),
-    aten.relu.default: Row(_relu),
-    aten.hardtanh.default: Row(_relu6_like, scalars=(1, 2)),
-    aten.floor.default: Row(_rounding("floor")),
-    aten.ceil.default: Row(_rounding("ceil")),
-    aten.trunc.default: Row(_rounding("trunc")),
-    aten.round.default: Row(_rounding("round")),
-    aten.maximum.default: Row(_op("maximum")),
-    aten.minimum.default: Row(_op("minimum")),
-    aten.fmax.default: Row(_nan_ignoring("maximum")),
-    aten.fmin.default: Row(_nan_ignoring("minimum")),
-    aten.clamp.default: Row(_clamp, scalars=(1, 2)),
-    aten.clamp.Tensor: Row(_clamp),
-    aten.clamp_min.default: Row(_clamp, scalars=(1,)),
-    aten.clamp_max.default: Row(lambda x, high: _clamp(x, None, high), scalars=(1,)),
-    aten.copysign.Tensor: Row(_op("copysign")),
-    aten.copysign.Scalar: Row(_op("copysign")),
-    aten.eq.Tensor: Row(_op("eq"), "common"),
-    aten.eq.Scalar: Row(_op("eq"), "common"),
-    aten.ne.Tensor: Row(_op("ne"), "common"),
-    aten.ne.Scalar: Row(_op("ne"), "common"),
-    aten.lt.Tensor: Row(_op("lt"), "common"),
-    aten.lt.Scalar: Row(_op("lt"), "common"),
-    aten.le.Tensor: Row(_op("le"), "common"),
-    aten.le.Scalar: Row(_op("le"), "common"),
-    aten.gt.Tensor: Row(_op("gt"), "common"),
-    aten.gt.Scalar: Row(_op("gt"), "common"),
-    aten.ge.Tensor: Row(_op("ge"), "common"),
-    aten.ge.Scalar: Row(_op("ge"), "common"),
-    aten.isnan.default: Row(_isnan, "keep"),
-    aten.isinf.default: Row(_isinf, "keep"),
-    aten.logical_and.default: Row(_logical("and"), "keep"),
-    aten.logical_or.default: Row(_logical("or"), "keep"),
-    aten.logical_xor.default: Row(_logical("xor"), "keep"),
-    aten.logical_not.default: Row(_logical("not"), "keep"),
-    aten.bitwise_and.Tensor: Row(_integer_only("and")),
-    aten.bitwise_and.Scalar: Row(_integer_only("and")),
-    aten.bitwise_or.Tensor: Row(_integer_only("or")),
-    aten.bitwise_or.Scalar: Row(_integer_only("or")),
-    aten.bitwise_xor.Tensor: Row(_integer_only("xor")),
-    aten.bitwise_xor.Scalar: Row(_integer_only("xor")),
-    aten.bitwise_not.default: Row(_integer_only("not")),
-    aten.bitwise_left_shift.Tensor: Row(_integer_only("shl")),
-    aten.bitwise_left_shift.Tensor_Scalar: Row(_integer_only("shl")),
-    aten.bitwise_right_shift.Tensor: Row(_integer_only("shr")),
-    aten.bitwise_right_shift.Tensor_Scalar: Row(_integer_only("shr")),
-    aten.__lshift__.Scalar: Row(_integer_only("shl")),
-    aten.__rshift__.Scalar: Row(_integer_only("shr")),
-    aten.__lshift__.Tensor: Row(_integer_only("shl")),
-    aten.__rshift__.Tensor: Row(_integer_only("shr")),
-    aten.where.self: Row(_where, "where"),
-    aten.where.ScalarSelf: Row(_where, "where"),
-    aten.where.ScalarOther: Row(_where, "where"),
-    aten.masked_fill.Scalar: Row(_masked_fill, "fill", scalars=(2,)),
-    aten.masked_fill.Tensor: Row(_masked_fill, "fill"),
-    aten.addcmul.default: Row(_addcmul),
-    aten.addcdiv.default: Row(_addcdiv),
-    aten.lerp.Scalar: Row(_lerp, scalars=(2,)),
-    aten.lerp.Tensor: Row(_lerp),
-    aten.threshold.default: Row(_threshold, scalars=(1, 2)),
-    aten.threshold_backward.default: Row(_threshold_backward, scalars=(2,)),
-    aten.clone.default: Row(_identity),
-    aten.lift_fresh_copy.default: Row(_identity),
-    aten.contiguous.default: Row(_identity),
-    aten._to_copy.default: Row(_identity),
-    aten.to.dtype: Row(_identity, scalars=(1, 2, 3, 4)),
-    prims.convert_element_type.default: Row(_identity, scalars=(1,)),
-    prims.device_put.default: Row(_identity, scalars=(1, 2)),
-}
-for _name in (
-    "exp exp2 expm1 log log2 log10 log1p sin cos tan asin acos atan sinh cosh tanh asinh acosh atanh erf erfc"
-).split():
-    ROWS[getattr(aten, _name).default] = Row(_op(_name))
-for _name in ("atan2", "hypot"):
-    ROWS[getattr(aten, _name).default] = Row(_op(_name))
-for _prim, _aten in (
-    ("add", "add.Tensor"), ("sub", "sub.Tensor"), ("mul", "mul.Tensor"), ("div", "div.Tensor"), ("neg", "neg.default"),
-    ("exp", "exp.default"), ("log", "log.default"), ("sqrt", "sqrt.default"), ("rsqrt", "rsqrt.default"),
-    ("tanh", "tanh.default"), ("abs", "abs.default"), ("maximum", "maximum.default"), ("minimum", "minimum.default"),
-    ("where", "where.self"), ("eq", "eq.Tensor"), ("ne", "ne.Tensor"), ("lt", "lt.Tensor"), ("le", "le.Tensor"),
-    ("gt", "gt.Tensor"), ("ge", "ge.Tensor"), ("erf", "erf.default"), ("cos", "cos.default"), ("sin", "sin.default"),
-    ("pow", "pow.Tensor_Tensor"), ("floor", "floor.default"), ("ceil", "ceil.default"), ("sign", "sign.default"),
-):  # fmt: skip
-    _packet, _overload = _aten.split(".")
-    ROWS[getattr(prims, _prim).default] = ROWS[getattr(getattr(aten, _packet), _overload)]
+def _overload(name: str) -> compat.OpOverload:
+    """The overload `namespace::name.overload`: ATen's where no namespace is said, the default one without a dot."""
+    namespace, _, rest = name.rpartition("::")
+    packet, _, overload = rest.partition(".")
+    return getattr(getattr(getattr(torch.ops, namespace or "aten"), packet), overload or "default")
+
+
+def _family(names: str, forms: str, row: Callable[[str], Row]) -> dict[str, Row]:
+    """A row for each name, of the overloads that `forms` makes of it."""
+    return {forms.format(name): row(name) for name in names.split()}
+
+
+# A row an operator: all overloads that mean it, and what it is.
+_TABLE: dict[str, Row] = {
+    "add.Tensor add.Scalar prims::add": Row(_scaled("add")),
+    "sub.Tensor sub.Scalar prims::sub": Row(_scaled("sub")),
+    "rsub.Tensor rsub.Scalar": Row(_rsub),
+    "mul.Tensor mul.Scalar prims::mul": Row(_mul),
+    "div.Tensor div.Scalar prims::div": Row(_op("div")),
+    "div.Tensor_mode div.Scalar_mode": Row(_div_mode),
+    "floor_divide": Row(floor_divide),
+    "remainder.Tensor remainder.Scalar remainder.Scalar_Tensor": Row(remainder),
+    "fmod.Tensor fmod.Scalar": Row(_fmod),
+    "abs prims::abs": Row(_abs),
+    "sign sgn prims::sign": Row(_sign),
+    "signbit": Row(_signbit, "keep"),
+    "reciprocal": Row(reciprocal),
+    "rsqrt prims::rsqrt": Row(rsqrt),
+    "square": Row(_square),
+    "pow.Tensor_Scalar": Row(pow_scalar, scalars=(1,)),
+    "pow.Tensor_Tensor pow.Scalar prims::pow": Row(_pow_tensor),
+    "sigmoid": Row(sigmoid),
+    "silu": Row(_silu),
+    "relu": Row(_relu),
+    "hardtanh": Row(_relu6_like, scalars=(1, 2)),
+    "fmax": Row(_nan_ignoring("maximum")),
+    "fmin": Row(_nan_ignoring("minimum")),
+    "clamp": Row(_clamp, scalars=(1, 2)),
+    "clamp.Tensor": Row(_clamp),
+    "clamp_min": Row(_clamp, scalars=(1,)),
+    "clamp_max": Row(lambda x, high: _clamp(x, None, high), scalars=(1,)),
+    "copysign.Tensor copysign.Scalar": Row(_op("copysign")),
+    "isnan": Row(_isnan, "keep"),
+    "isinf": Row(_isinf, "keep"),
+    "where.self where.ScalarSelf where.ScalarOther prims::where": Row(_where, "where"),
+    "masked_fill.Scalar": Row(_masked_fill, "fill", scalars=(2,)),
+    "masked_fill.Tensor": Row(_masked_fill, "fill"),
+    "addcmul": Row(_addcmul),
+    "addcdiv": Row(_addcdiv),
+    "lerp.Scalar": Row(_lerp, scalars=(2,)),
+    "lerp.Tensor": Row(_lerp),
+    "threshold": Row(_threshold, scalars=(1, 2)),
+    "threshold_backward": Row(_threshold_backward, scalars=(2,)),
+    "clone lift_fresh_copy contiguous _to_copy": Row(_identity),
+    "to.dtype": Row(_identity, scalars=(1, 2, 3, 4)),
+    "prims::convert_element_type": Row(_identity, scalars=(1,)),
+    "prims::device_put": Row(_identity, scalars=(1, 2)),
+    **_family("neg sqrt maximum minimum exp log sin cos tanh erf", "{0} prims::{0}", lambda name: Row(_op(name))),
+    **_family("exp2 expm1 log2 log10 log1p tan asin acos atan sinh cosh asinh acosh atanh erfc atan2 hypot", "{0}",
+              lambda name: Row(_op(name))),
+    **_family("eq ne lt le gt ge", "{0}.Tensor {0}.Scalar prims::{0}", lambda name: Row(_op(name), "common")),
+    **_family("floor ceil", "{0} prims::{0}", lambda name: Row(_rounding(name))),
+    **_family("trunc round", "{0}", lambda name: Row(_rounding(name))),
+    **_family("and or xor not", "logical_{0}", lambda name: Row(_logical(name), "keep")),
+    **_family("and or xor", "bitwise_{0}.Tensor bitwise_{0}.Scalar bitwise_{0}.Scalar_Tensor",
+              lambda name: Row(_integer_only(name))),
+    "bitwise_not": Row(_integer_only("not")),
+    "bitwise_left_shift.Tensor bitwise_left_shift.Tensor_Scalar bitwise_left_shift.Scalar_Tensor __lshift__.Scalar"
+    " __lshift__.Tensor": Row(_integer_only("shl")),
+    "bitwise_right_shift.Tensor bitwise_right_shift.Tensor_Scalar bitwise_right_shift.Scalar_Tensor __rshift__.Scalar"
+    " __rshift__.Tensor": Row(_integer_only("shr")),
+}  # fmt: skip
+ROWS: dict[compat.OpOverload, Row] = {_overload(name): row for names, row in _TABLE.items() for name in names.split()}
 
 DIVISIONS = frozenset({"truncdiv", "floordiv", "mod", "rem"})
 
-# A number before a tensor, where the order matters or torch has an overload of its own.
-for _name in "bitwise_and bitwise_or bitwise_xor bitwise_left_shift bitwise_right_shift remainder".split():
-    ROWS[getattr(aten, _name).Scalar_Tensor] = ROWS[getattr(aten, _name).Tensor]
+
+def joined(op: str, values: Iterable[Value]) -> Value:
+    """Values by an operator of two, from the first on."""
+    return functools.reduce(lambda a, b: Op.of(op, a, b), values)
 
 
 def to_compute(x: Value, dtype: torch.dtype) -> Value:

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from functools import reduce
 from itertools import product
 from math import prod
 from typing import TYPE_CHECKING, Any
@@ -21,7 +20,7 @@ from minifuse.ir.kernel import Store
 from minifuse.ir.shape import contiguous_strides, linearize
 from minifuse.ir.value import Cast, Const, IndexOf, Op, Value
 
-from .pointwise import Unsupported, to_compute
+from .pointwise import Unsupported, joined, to_compute
 from .reductions import reduce_values
 from .registry import STRUCTURAL, lowers
 from .view import View
@@ -134,10 +133,6 @@ def spots(windows: Sequence[Window]) -> Iterator[tuple[Expr, ...]]:
 
 def reads(windows: Sequence[Window], at: Sequence[Expr], ks: Sequence[Expr]) -> list[Place]:
     return [w.read(o, k) for w, o, k in zip(windows, at, ks, strict=True)]
-
-
-def joined(op: str, values: Sequence[Value]) -> Value:
-    return reduce(lambda a, b: Op.of(op, a, b), values)
 
 
 def summed(values: Sequence[Value]) -> Value:

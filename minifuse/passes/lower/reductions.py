@@ -10,12 +10,12 @@ from torch import fx
 
 from minifuse.ir import dtypes
 from minifuse.ir.index import ONE, ZERO, Axis, Expr
-from minifuse.ir.kernel import Check, Store
+from minifuse.ir.kernel import Store
 from minifuse.ir.shape import delinearize, product
 from minifuse.ir.value import LANES, Cast, Const, IndexOf, Op, Pick, Reduce, Value
 
 from .pointwise import Unsupported, to_compute, truth
-from .registry import STRUCTURAL, dims_of, lowers
+from .registry import dims_of, lowers
 from .view import View
 
 if TYPE_CHECKING:
@@ -62,43 +62,38 @@ def reduce_values(kind: str, values: tuple[Value, ...], axes: Sequence[tuple[Axi
     return list(values)
 
 
-def emit_reduction(
-    lo: Lowering,
-    node: fx.Node,
-    view: View,
-    dims: Any,
-    compute: Callable[[Value, list[tuple[Axis, int]]], list[tuple[Value, torch.Tensor, str]]],
-    check: Callable[[Value], Check] | None = None,
-) -> tuple[View, ...]:
-    """One kernel that reads a tensor once and stores the values that `compute` makes of it."""
-    rank = len(view.at)
+Compute = Callable[[Value, list[tuple[Axis, int]]], Sequence[Value]]
+
+
+def emit_reduction(lo: Lowering, view: View, dims: Any, compute: Compute) -> View | tuple[View, ...]:
+    """One kernel that reads a tensor once and stores the current node's result, or several: what `compute` makes of an
+    element and the axes."""
+    rank, result = len(view.at), lo.node.meta["val"]
     over = dims_of(dims, rank)
     where, axes = reduction_space(view, over)
-    made = compute(view.read(where), axes)
+    single = isinstance(result, torch.Tensor)
     stores: list[Store] = []
     views = []
-    for value, val, name in made:
-        buffer = lo.buffer(name, val, "arena", lo.dense_stride(val))
+    for i, (value, val) in enumerate(zip(compute(view.read(where), axes), [result] if single else result, strict=True)):
+        buffer = lo.buffer(lo.node.name if single else lo.result_name(i), val, "arena", lo.dense_stride(val))
         keep = len(buffer.shape) == rank
         at = [ZERO if d in over else w for d, w in enumerate(where) if keep or d not in over]
-        stores.append(Store(name, tuple(at), Cast.of(val.dtype, value)))
+        stores.append(Store(buffer.name, tuple(at), Cast.of(val.dtype, value)))
         views.append(View.whole(buffer))
-    lo.add_kernel(stores, node.name)
-    return tuple(views)
+    lo.add_kernel(stores, lo.node.name)
+    return views[0] if single else tuple(views)
 
 
-def _simple(kind: str, by: str = "result") -> Callable[..., View]:
+def _simple(kind: str, by: str = "result") -> Callable[..., Any]:
     """sum, prod, amax, amin, any, all: `by` says which dtype they accumulate in."""
 
-    def fn(lo: Lowering, node: fx.Node, x: fx.Node, dims: Any = None, keepdim: bool = False, **kw: Any) -> View:
-        val = node.meta["val"]
-
-        def compute(value: Value, axes: list[tuple[Axis, int]]) -> list[tuple[Value, torch.Tensor, str]]:
-            value = truth(value) if by == "truth" else to_compute(value, val.dtype)
-            return [(reduce_values(kind, (value,), axes)[0], val, node.name)]
+    def fn(lo: Lowering, node: fx.Node, x: fx.Node, dims: Any = None, *args: Any, **kw: Any) -> Any:
+        def compute(value: Value, axes: list[tuple[Axis, int]]) -> list[Value]:
+            value = truth(value) if by == "truth" else to_compute(value, node.meta["val"].dtype)
+            return reduce_values(kind, (value,), axes)
 
         _nonempty(lo, x, dims, kind)
-        return emit_reduction(lo, node, lo.view(x), dims, compute)[0]
+        return emit_reduction(lo, lo.view(x), dims, compute)
 
     return fn
 
@@ -111,54 +106,28 @@ def _nonempty(lo: Lowering, x: fx.Node, dims: Any, kind: str) -> None:
                 raise Unsupported(f"{kind} over a dimension that may be empty")
 
 
-for _target, _kind, _by in (
-    (aten.sum.dim_IntList, "sum", "result"),
-    (aten.sum.default, "sum", "result"),
-    (aten.prod.default, "prod", "result"),
-    (aten.prod.dim_int, "prod", "result"),
-    (aten.amax.default, "max", "result"),
-    (aten.amin.default, "min", "result"),
-    (aten.any.default, "any", "truth"),
-    (aten.any.dim, "any", "truth"),
-    (aten.any.dims, "any", "truth"),
-    (aten.all.default, "all", "truth"),
-    (aten.all.dim, "all", "truth"),
-    (aten.all.dims, "all", "truth"),
-):
-    STRUCTURAL[_target] = _simple(_kind, _by)
+lowers(aten.sum.dim_IntList, aten.sum.default, prims.sum.default)(_simple("sum"))
+lowers(aten.prod.default, aten.prod.dim_int)(_simple("prod"))
+lowers(aten.amax.default, aten.max.default, prims.amax.default)(_simple("max"))
+lowers(aten.amin.default, aten.min.default)(_simple("min"))
+lowers(aten.any.default, aten.any.dim, aten.any.dims)(_simple("any", "truth"))
+lowers(aten.all.default, aten.all.dim, aten.all.dims)(_simple("all", "truth"))
 
 
-@lowers(aten.max.default)
-def _max_all(lo: Lowering, node: fx.Node, x: fx.Node) -> View:
-    return _simple("max")(lo, node, x)
-
-
-@lowers(aten.min.default)
-def _min_all(lo: Lowering, node: fx.Node, x: fx.Node) -> View:
-    return _simple("min")(lo, node, x)
-
-
-@lowers(prims.sum.default)
-def _prims_sum(lo: Lowering, node: fx.Node, x: fx.Node, dims: Any, *, output_dtype: Any = None) -> View:
-    return _simple("sum")(lo, node, x, dims)
-
-
-@lowers(prims.amax.default)
-def _prims_amax(lo: Lowering, node: fx.Node, x: fx.Node, dims: Any, *, output_dtype: Any = None) -> View:
-    return _simple("max")(lo, node, x, dims)
+def count_of(view: View, dims: Any) -> Expr:
+    """How many elements a reduction over some dimensions takes together."""
+    return product(view.shape[d] for d in dims_of(dims, len(view.at)))
 
 
 @lowers(aten.mean.dim, aten.mean.default)
-def _mean(lo: Lowering, node: fx.Node, x: fx.Node, dims: Any = None, keepdim: bool = False, **kw: Any) -> View:
-    val = node.meta["val"]
+def _mean(lo: Lowering, node: fx.Node, x: fx.Node, dims: Any = None, keepdim: bool = False, **kw: Any) -> Any:
     view = lo.view(x)
-    count = product(view.shape[d] for d in dims_of(dims, len(view.at)))
 
-    def compute(value: Value, axes: list[tuple[Axis, int]]) -> list[tuple[Value, torch.Tensor, str]]:
-        total = reduce_values("sum", (to_compute(value, val.dtype),), axes)[0]
-        return [(Op.of("div", total, count_value(count, total.dtype)), val, node.name)]
+    def compute(value: Value, axes: list[tuple[Axis, int]]) -> list[Value]:
+        total = reduce_values("sum", (to_compute(value, node.meta["val"].dtype),), axes)[0]
+        return [Op.of("div", total, count_value(count_of(view, dims), total.dtype))]
 
-    return emit_reduction(lo, node, lo.view(x), dims, compute)[0]
+    return emit_reduction(lo, view, dims, compute)
 
 
 def count_value(count: Expr, dtype: torch.dtype) -> Value:
@@ -182,38 +151,21 @@ def variance(value: Value, axes: list[tuple[Axis, int]], count: Expr, correction
     return Op.of("div", squares, left), Op.of("add", first, off)
 
 
-@lowers(aten.var.correction, aten.std.correction, prims.var.default)
+@lowers(aten.var.correction, aten.std.correction, prims.var.default, aten.var_mean.correction)
 def _var(
     lo: Lowering, node: fx.Node, x: fx.Node, dims: Any = None, correction: Any = 1, keepdim: bool = False, **kw: Any
-) -> View:
-    val = node.meta["val"]
-    view = lo.view(x)
-    count = product(view.shape[d] for d in dims_of(dims, len(view.at)))
+) -> Any:
+    view, val, both = lo.view(x), node.meta["val"], node.target is aten.var_mean.correction
     correction = _literal(1 if correction is None else correction)
 
-    def compute(value: Value, axes: list[tuple[Axis, int]]) -> list[tuple[Value, torch.Tensor, str]]:
-        var, _ = variance(to_compute(value, val.dtype), axes, count, correction)
+    def compute(value: Value, axes: list[tuple[Axis, int]]) -> list[Value]:
+        value = to_compute(value, (val[0] if both else val).dtype)
+        var, mean = variance(value, axes, count_of(view, dims), correction)
         if node.target is aten.std.correction:
             var = Op.of("sqrt", var)
-        return [(var, val, node.name)]
+        return [var, mean] if both else [var]
 
-    return emit_reduction(lo, node, lo.view(x), dims, compute)[0]
-
-
-@lowers(aten.var_mean.correction)
-def _var_mean(
-    lo: Lowering, node: fx.Node, x: fx.Node, dims: Any = None, *, correction: Any = 1, keepdim: bool = False
-) -> tuple[View, ...]:
-    vals = node.meta["val"]
-    view = lo.view(x)
-    count = product(view.shape[d] for d in dims_of(dims, len(view.at)))
-    correction = _literal(1 if correction is None else correction)
-
-    def compute(value: Value, axes: list[tuple[Axis, int]]) -> list[tuple[Value, torch.Tensor, str]]:
-        pair = variance(to_compute(value, vals[0].dtype), axes, count, correction)
-        return [(v, val, lo.result_name(i)) for i, (v, val) in enumerate(zip(pair, vals, strict=True))]
-
-    return emit_reduction(lo, node, lo.view(x), dims, compute)
+    return emit_reduction(lo, view, dims, compute)
 
 
 def _literal(x: Any) -> float:
@@ -222,49 +174,29 @@ def _literal(x: Any) -> float:
     raise Unsupported("a symbolic number where a literal is needed")
 
 
-def _arg_reduction(kind: str, lo: Lowering, node: fx.Node, x: fx.Node, dim: Any, outputs: str) -> tuple[View, ...]:
-    """max and min with indices, argmax, argmin; over all dimensions where dim is None."""
-    vals = node.meta["val"] if isinstance(node.meta["val"], (tuple, list)) else (node.meta["val"],)
-    _nonempty(lo, x, dim, kind)
-    view = lo.view(x)
-    if dim is None:
-        view, dim = view.reshape((product(view.shape),)), 0
-    if dtypes.row(view.buffer.dtype).dtype is torch.bool:
-        raise Unsupported(f"{kind} of bools")
+def _arg_reduction(kind: str, part: slice) -> Callable[..., Any]:
+    """max and min with indices, argmax, argmin: a `part` of (value, index), over all dimensions where dim is None."""
 
-    def compute(value: Value, axes: list[tuple[Axis, int]]) -> list[tuple[Value, torch.Tensor, str]]:
-        value = to_compute(value, value.dtype)
-        index: Value = IndexOf.of(axes[0][0].expr) if axes else Const.of(0, torch.int64)
-        value, index = reduce_values(kind, (value, index), axes)
-        made = {"value": value, "index": index}
-        single = len(vals) == 1
-        return [
-            (made[part], val, node.name if single else lo.result_name(i))
-            for i, (part, val) in enumerate(zip(outputs.split(), vals, strict=True))
-        ]
+    def fn(lo: Lowering, node: fx.Node, x: fx.Node, dim: Any = None, keepdim: bool = False) -> Any:
+        if dim is None and keepdim:
+            raise Unsupported(f"{kind} over everything with keepdim")
+        _nonempty(lo, x, dim, kind)
+        view = lo.view(x)
+        if dim is None:
+            view, dim = view.reshape((product(view.shape),)), 0
+        if dtypes.row(view.buffer.dtype).dtype is torch.bool:
+            raise Unsupported(f"{kind} of bools")
 
-    return emit_reduction(lo, node, view, dim, compute)
+        def compute(value: Value, axes: list[tuple[Axis, int]]) -> list[Value]:
+            index: Value = IndexOf.of(axes[0][0].expr) if axes else Const.of(0, torch.int64)
+            return reduce_values(kind, (to_compute(value, value.dtype), index), axes)[part]
+
+        return emit_reduction(lo, view, dim, compute)
+
+    return fn
 
 
-@lowers(aten.max.dim)
-def _max_dim(lo: Lowering, node: fx.Node, x: fx.Node, dim: int, keepdim: bool = False) -> tuple[View, ...]:
-    return _arg_reduction("argmax", lo, node, x, dim, "value index")
-
-
-@lowers(aten.min.dim)
-def _min_dim(lo: Lowering, node: fx.Node, x: fx.Node, dim: int, keepdim: bool = False) -> tuple[View, ...]:
-    return _arg_reduction("argmin", lo, node, x, dim, "value index")
-
-
-@lowers(aten.argmax.default)
-def _argmax(lo: Lowering, node: fx.Node, x: fx.Node, dim: Any = None, keepdim: bool = False) -> View:
-    if dim is None and keepdim:
-        raise Unsupported("argmax over everything with keepdim")
-    return _arg_reduction("argmax", lo, node, x, dim, "index")[0]
-
-
-@lowers(aten.argmin.default)
-def _argmin(lo: Lowering, node: fx.Node, x: fx.Node, dim: Any = None, keepdim: bool = False) -> View:
-    if dim is None and keepdim:
-        raise Unsupported("argmin over everything with keepdim")
-    return _arg_reduction("argmin", lo, node, x, dim, "index")[0]
+lowers(aten.max.dim)(_arg_reduction("argmax", slice(2)))
+lowers(aten.min.dim)(_arg_reduction("argmin", slice(2)))
+lowers(aten.argmax.default)(_arg_reduction("argmax", slice(1, 2)))
+lowers(aten.argmin.default)(_arg_reduction("argmin", slice(1, 2)))

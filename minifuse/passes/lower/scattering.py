@@ -14,7 +14,7 @@ from minifuse.ir.kernel import Check, Store
 from minifuse.ir.shape import delinearize, product
 from minifuse.ir.value import Cast, Const, IndexOf, Load, Op, Value, topological
 
-from .indexing import wrapped
+from .indexing import computed, joint_place, wrapped
 from .pointwise import Unsupported
 from .registry import lowers
 from .view import View
@@ -23,7 +23,10 @@ if TYPE_CHECKING:
     from .graph import Lowering
 
 aten = torch.ops.aten
-_REDUCES = {"sum": "add", "add": "add", "prod": "mul", "multiply": "mul", "amax": "maximum", "amin": "minimum"}
+# The mode of a store by what torch calls it.
+_REDUCES = {
+    "sum": "add", "add": "add", "prod": "mul", "multiply": "mul", "amax": "maximum", "amin": "minimum", "last": "last",
+}  # fmt: skip
 
 
 def _scatter(
@@ -120,23 +123,12 @@ def _index_put(
         return _put_by_mask(lo, val, table, views, new, accumulate)
     if not views:
         raise Unsupported("index_put without an index")
-    rank = max(len(v.at) for v in views.values())
+    rank, first = joint_place(views)
     padded = [(ONE,) * (rank - len(v.at)) + v.shape for v in views.values()]
     over, inner = _one_axis([next((s for s in sizes if s is not ONE), ONE) for sizes in zip(*padded, strict=True)])
-    places = sorted(views)
-    together = places == list(range(places[0], places[0] + len(places)))
-    first = places[0] if together else 0
-    others = iter(lo.axes([s for d, s in enumerate(table.shape) if d not in views], "c"))
-    rest = {d: next(others) for d in range(len(table.at)) if d not in views}
-    given = [rest[d] for d in rest if d < first]
-    given += [*inner, *(rest[d] for d in rest if d >= first)]
-    at: list[Expr | Value] = []
-    checks = []
-    for d, size in enumerate(table.shape):
-        if d in views:
-            place, check = wrapped(views[d].broadcast_read(inner), size, f"index out of bounds for dimension {d}")
-            checks.append(check)
-        at.append(place if d in views else rest[d])
+    others = lo.axes([s for d, s in enumerate(table.shape) if d not in views], "c")
+    given = [*others[:first], *inner, *others[first:]]
+    at, checks = computed(views, table.shape, inner, others)
     mode = "add" if accumulate else "last"
     return _scatter(lo, val, x, at, new.broadcast_read(given), mode, over, checks)
 
@@ -156,8 +148,18 @@ def _put_by_mask(
     return lo.emit(value, val)
 
 
-def _along(lo: Lowering, node: fx.Node, x: fx.Node, dim: int, index: fx.Node, src: Any, mode: str) -> View:
-    """scatter, scatter_add, scatter_reduce: along one dimension, at `index`, whose shape is the part of `src` taken."""
+@lowers(
+    aten.scatter.src, aten.scatter.value, aten.scatter.reduce, aten.scatter.value_reduce, aten.scatter_add.default,
+    aten.scatter_reduce.two,
+)  # fmt: skip
+def _scatter_along(
+    lo: Lowering, node: fx.Node, x: fx.Node, dim: int, index: fx.Node, src: Any, reduce: str = "", *,
+    include_self: bool = True,
+) -> View:  # fmt: skip
+    """Along one dimension, at `index`, whose shape is the part of `src` taken."""
+    mode = _REDUCES.get(reduce or ("add" if node.target is aten.scatter_add.default else "last"))
+    if mode is None or not include_self:
+        raise Unsupported(f"scatter_reduce by {reduce}" + ("" if include_self else " without what is there"))
     table, at, val = lo.view(x), lo.view(index), node.meta["val"]
     if ZERO in at.shape:  # of as many dimensions as it likes
         return lo.emit(lambda where: Cast.of(val.dtype, table.read(where)), val)
@@ -173,30 +175,3 @@ def _along(lo: Lowering, node: fx.Node, x: fx.Node, dim: int, index: fx.Node, sr
         raise Unsupported(f"a scatter of {src!r}")
     coordinates: list[Expr | Value] = [position if d == dim else w for d, w in enumerate(where)]
     return _scatter(lo, val, x, coordinates, Cast.of(val.dtype, given), mode, where[dim], [check])
-
-
-@lowers(aten.scatter.src, aten.scatter.value)
-def _scatter_last(lo: Lowering, node: fx.Node, x: fx.Node, dim: int, index: fx.Node, src: Any) -> View:
-    return _along(lo, node, x, dim, index, src, "last")
-
-
-@lowers(aten.scatter.reduce, aten.scatter.value_reduce)
-def _scatter_joined(
-    lo: Lowering, node: fx.Node, x: fx.Node, dim: int, index: fx.Node, src: Any, *, reduce: str
-) -> View:
-    return _along(lo, node, x, dim, index, src, _REDUCES[reduce])
-
-
-@lowers(aten.scatter_add.default)
-def _scatter_add(lo: Lowering, node: fx.Node, x: fx.Node, dim: int, index: fx.Node, src: fx.Node) -> View:
-    return _along(lo, node, x, dim, index, src, "add")
-
-
-@lowers(aten.scatter_reduce.two)
-def _scatter_reduce(
-    lo: Lowering, node: fx.Node, x: fx.Node, dim: int, index: fx.Node, src: fx.Node, reduce: str, *,
-    include_self: bool = True,
-) -> View:  # fmt: skip
-    if reduce not in _REDUCES or not include_self:
-        raise Unsupported(f"scatter_reduce by {reduce}" + ("" if include_self else " without what is there"))
-    return _along(lo, node, x, dim, index, src, _REDUCES[reduce])

@@ -14,7 +14,7 @@ from minifuse.ir.value import Cast, Const, IndexOf, Op, Value
 
 from .memory import refuse_overlap
 from .nodes import is_dense
-from .pointwise import Unsupported
+from .pointwise import Unsupported, joined
 from .registry import dims_of, lowers
 from .view import View, placeholders
 
@@ -237,12 +237,9 @@ def _as_strided_scatter(
         tests = [] if place.is_nonneg() else [("ge", place, ZERO)]
         tests += [("lt", a, n) for a, n in zip(at, part.shape, strict=True) if not (n - 1 - a).is_nonneg()]
         tests += [] if linearize(at, steps) is place else [("eq", linearize(at, steps), place)]
-        mask: Value | None = None
-        for name, a, b in tests:
-            test = Op.of(name, IndexOf.of(a), IndexOf.of(b))
-            mask = test if mask is None else Op.of("and", mask, test)
-        if mask is None:
+        if not tests:
             return Cast.of(val.dtype, part.read(at))
+        mask = joined("and", (Op.of(name, IndexOf.of(a), IndexOf.of(b)) for name, a, b in tests))
         inner = Cast.of(val.dtype, part.read(at, mask, Const.of(0, part.buffer.dtype)))
         return Op.of("where", mask, inner, Cast.of(val.dtype, view.read(where)))
 

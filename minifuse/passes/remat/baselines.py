@@ -17,10 +17,7 @@ class SaveAll:
     name: str = field(default="save_all", init=False)
 
     def plan(self, problem: Problem) -> RematPlan:
-        def keep(v: Value) -> bool:
-            return v.phase == "forward" or v.kind == "symbol"
-
-        return _plan(problem, keep, self.name)
+        return _plan(problem, lambda v: v.phase == "forward" or v.kind == "symbol", self.name)
 
 
 @dataclass(frozen=True)
@@ -30,10 +27,7 @@ class RecomputeAll:
     name: str = field(default="recompute_all", init=False)
 
     def plan(self, problem: Problem) -> RematPlan:
-        def keep(v: Value) -> bool:
-            return v.tag == "must_save" or _runs_once(problem, v)
-
-        return _plan(problem, keep, self.name)
+        return _plan(problem, lambda v: v.tag == "must_save" or _runs_once(problem, v), self.name)
 
 
 def _runs_once(problem: Problem, v: Value) -> bool:

@@ -15,6 +15,7 @@ from torch.utils.flop_counter import flop_registry
 from minifuse import compat
 from minifuse.ir import device as devices
 from minifuse.ir import dtypes, ops
+from minifuse.passes.lower.nodes import mutated_arguments, source_line
 
 from .problem import Problem, Value
 
@@ -210,7 +211,7 @@ def build_problem(
     groups = group_of or {}
     primals = [n for n in graph.nodes if n.op == "placeholder" and not compat.is_tangent(n)]
     parameters = {n for i, n in enumerate(primals) if i in static_inputs}
-    overwritten = {t for n in graph.nodes if n not in graph.after_tangents for t in _written(n)}
+    overwritten = {t for n in graph.nodes if n not in graph.after_tangents for t in mutated_arguments(n)}
     overwritten |= {p for p in primals if _is_copied_first(p)}
     storage: dict[fx.Node, fx.Node] = {}
     stored: dict[fx.Node, bool] = {}
@@ -247,7 +248,7 @@ def build_problem(
                 savable=_savable(n, kind) and n not in overwritten,
                 stored=stored[n],
                 tag=tag,
-                where=_where(n),
+                where=source_line(n, code=False),
             )
         )
     return Problem(
@@ -303,19 +304,6 @@ def _savable(n: fx.Node, kind: str) -> bool:
     if kind in ("input", "constant"):
         return True
     return isinstance(val, torch.Tensor) and not is_effect(n)
-
-
-def _written(n: fx.Node) -> list[fx.Node]:
-    """The arguments that an in-place operator overwrites."""
-    schema = schema_of(n)
-    if schema is None or not schema.is_mutable:
-        return []
-    written = []
-    for i, a in enumerate(schema.arguments):
-        value = n.args[i] if i < len(n.args) else n.kwargs.get(a.name)
-        if a.alias_info is not None and a.alias_info.is_write and isinstance(value, fx.Node):
-            written.append(value)
-    return written
 
 
 def _flops(n: fx.Node, kind: str) -> float:
@@ -384,13 +372,3 @@ def _copies(n: fx.Node, graph: JointGraph, groups: Mapping[str, int]) -> int:
     """Kernels of the backward that read it, each of which would compute it."""
     readers = {groups.get(u.name, u.name) for u in n.users if u in graph.live_backward or u in graph.either}
     return max(1, len(readers)) if groups else 1
-
-
-def _where(n: fx.Node) -> str:
-    trace = n.meta.get("stack_trace") or ""
-    lines = [line.strip() for line in trace.splitlines() if line.strip().startswith("File ")]
-    if not lines:
-        return ""
-    file, _, rest = lines[-1].removeprefix("File ").partition(", line ")
-    name = file.strip('"').rsplit("/", 1)[-1]
-    return f"{name}:{rest.partition(',')[0]}"
