@@ -150,7 +150,7 @@ def unify(
         target = c.substitute(to_second)  # type: ignore[arg-type]
         if free or image is not target:
             return Refusal("different rows", "one writes at {left}, the other reads at {right}",
-                           {"left": p, "right": c})  # fmt: skip
+                           {"left": _sized(p), "right": _sized(c)})  # fmt: skip
     if to_second:
         to_first = {a: e.substitute(to_second) for a, e in to_first.items()}  # type: ignore[arg-type]
     for images, axes in ((to_first, first), (to_second, second)):
@@ -226,6 +226,11 @@ def _digit_by_digit(p: Expr, c: Expr, first: Substitution, second: Substitution)
     if any(a.size is not b.size for a, b in new.items()) or any(_used(b, first) for b in new.values()):
         return None
     return {a: b.expr for a, b in new.items()}
+
+
+def _sized(e: Expr) -> Expr | str:
+    """An index, with its extent where it is a loop: two may differ in nothing else."""
+    return f"{e} < {e.atom.size}" if isinstance(e.atom, Axis) else e
 
 
 def _used(axis: Axis, images: Substitution) -> bool:
