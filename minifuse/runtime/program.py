@@ -172,7 +172,7 @@ class Program:
 
     def make_frame(self, key: tuple[int, ...], layout: Layout, base: torch.Tensor) -> Frame:
         address = base.data_ptr()
-        places = {name: tensor.data_ptr() for name, tensor in self.constants.items()}
+        places = {name: x.data_ptr() for name, x in self.constants.items() if isinstance(x, torch.Tensor)}
         places |= {name: address + offset for name, offset in layout.offsets.items()}
         pointers = [self.array(ctypes.c_void_p, [places.get(name, 0) for name in names]) for names in self.binding]
         sizes = self.array(ctypes.c_int64, [layout.env.get(name, 0) for name in self.unit_symbols])
