@@ -121,6 +121,9 @@ class Group:
             elif isinstance(v, Load):
                 if v.param not in inlined:
                     reads.setdefault(v.param, {})[v.index] = None
+                if v.mask is not None:
+                    self.cost += ops.MASKED_COST
+                    self.instructions += ops.MASKED_COST * extent(v.axes)
             elif isinstance(v, Reduce):
                 self.add_fold(v)
             elif isinstance(v, Scan):
@@ -258,6 +261,23 @@ class Group:
                 f._replace(needs=f.needs - {name} | gone.needs, nested=f.nested or gone.sums) if name in f.needs else f
                 for f in self.folds
             )
+
+    def passes(self) -> int:
+        """How often a row is walked that is not held: once a reduction that needs another one, and once for what is
+        stored along it behind the last."""
+        depth: dict[Value | str, int] = {}
+        most = 1
+        for root in self.tree.flatten():
+            for v in topological(root.values):
+                below = max((depth[a] for a in v.args), default=0)
+                if isinstance(v, Load):
+                    below = max(below, depth.get(v.param, 0))
+                depth[v] = below + (isinstance(v, Reduce) and not isinstance(v.args[0], Reduce))
+            found = max((depth[v] for v in root.values), default=0)
+            if isinstance(root, Store):
+                depth[root.param] = found
+            most = max(most, found + (not root.space.isdisjoint(self.reduced)))
+        return most
 
     # -- its body ------------------------------------------------------------------------------------
     def body(self) -> tuple[tuple[Root, ...], dict[str, Store]]:

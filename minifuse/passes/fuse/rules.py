@@ -15,6 +15,7 @@ from minifuse.ir.index import Axis, Expr
 from minifuse.ir.lazy import lazy
 from minifuse.ir.plan import Plan
 
+from .chunks import SMALL_WORK, by_chunks
 from .cost import Saving, saving
 from .graph import Graph, TooFarError
 from .group import Group, grid_axes, innermost
@@ -22,12 +23,12 @@ from .unify import Equation, Refusal, Unified, along, image, unify
 
 MAX_BUFFERS = 28
 MAX_VALUES = 600
-MIN_GRID, ROWS_A_UNIT, COLUMNS_A_ROW = 32, 4, 64
-SMALL_WORK = 16_384
+MIN_GRID, COLUMNS_A_ROW = 32, 64
 CHEAP = 24.0
+# Bytes of a row that a kernel keeps between its passes, of so many an element; and passes that are ever made.
+HOLD_BYTES, ROW_ITEM, MOST_PASSES = 131_072, 4, 8
 NEAR_STEPS = 24
 LONG_BYTES = 65_536
-MAX_COLUMNS = 32_768
 NUMBERS = 64
 
 Facts = Mapping[str, Any]
@@ -347,7 +348,7 @@ def _parallelism(c: Candidate) -> Facts | None:
              if max(c.extent(axes) for axes in s) > SMALL_WORK]  # fmt: skip
     if not heavy:
         return None
-    left, least = rows(w.grid), min(MIN_GRID, ROWS_A_UNIT * c.graph.device.units, max(heavy))
+    left, least = rows(w.grid), min(MIN_GRID, max(heavy))
     return {"left": left, "before": max(heavy)} if left < least else None
 
 
@@ -382,6 +383,19 @@ def _recomputes(c: Candidate) -> Facts | None:
     return None
 
 
+def _walked_again(c: Candidate) -> Facts | None:
+    """What feeds a row that is too long to be held is computed in each pass over the row."""
+    w, a, b, rate = c.walk, c.a, c.b, c.graph.device.vector
+    if w is None or a.reduced or not b.reduced or MOST_PASSES * a.cost * w.work <= c.saving.seconds * rate:
+        return None
+    walked = image(a.axes, c.unified.first)
+    if walked.isdisjoint(w.reduced) or ROW_ITEM * c.extent(w.reduced) <= HOLD_BYTES:
+        return None
+    times = b.passes()
+    seconds = (times - 1) * a.cost * c.extent(walked) / rate
+    return {"name": a.name, "times": times} if seconds > c.saving.seconds else None
+
+
 def _lengthens(c: Candidate) -> Facts | None:
     """One kernel runs when both can and when the earlier of the two is needed: what the earlier one reads waits for the
     later one's inputs, what the later one writes waits for its own readers. Bytes that wait over more than a few steps
@@ -414,37 +428,6 @@ def first_use(c: Candidate, g: Group, but: Group) -> int | None:
     return min((rank[s] for s in g.succs if s != but.id), default=rank[g.id])
 
 
-def by_chunks(c: Candidate, how: Unified) -> bool:
-    """Whether column sums ride along with what walks the same data row by row: a launch over chunks of rows does
-    both, and one behind it joins the chunks' sums (`passes.split`)."""
-    a, b = c.a, c.b
-    if not (a.splits and b.splits and (a.folds or b.folds)):
-        return False
-    parts = ((a, b, how.first), (b, a, how.second))
-    trees = {(y, lanes) for g, _, env in parts for x, lanes in g.ordered for y in image([x], env)}
-    columns = {x for x, lanes in trees if lanes == 1}
-    if len(columns) != 1 or any(x in columns for x, lanes in trees if lanes > 1):
-        return False
-    (over,) = columns
-    if c.extent({over}) < c.graph.least_rows:
-        return False
-    work = 0
-    for g, other, env in parts:
-        late = not other.summed.isdisjoint(g.reads)
-        roots = [(s.space, n in g.summed) for n, s in g.stored.items()]
-        for space, summed in [*roots, *((s, False) for s in (*g.checks, *g.begun))]:
-            walked = image(space, env)
-            work = max(work, c.extent(walked))
-            if (over in walked) == (late or summed):
-                return False
-        for f in g.folds:
-            walked = image(f.space, env)
-            work = max(work, c.extent(walked))
-            if late or over not in walked or f.lanes == 1 and c.extent(walked - {over}) > MAX_COLUMNS:
-                return False
-    return work > SMALL_WORK
-
-
 RULES: tuple[Rule, ...] = (
     Rule("too many buffers", "A kernel touches at most 28 buffers.",
          "{found} buffers, at most {limit}", _buffers, False),
@@ -473,12 +456,14 @@ RULES: tuple[Rule, ...] = (
          "one reduces a row and the other a column along one axis", _different_trees),
     Rule("chunks", "Column sums that ride along with rows, chunk by chunk, take in what fits their chunks.",
          "{name} sums columns by chunks of rows, and could not with the other", _chunked),
-    Rule("loses parallelism", "A large kernel keeps 32 independent rows (64 columns are one), or four a core.",
+    Rule("loses parallelism", "A large kernel keeps at least 32 independent rows; 64 columns are one.",
          "{left} independent rows of {before}", _parallelism, False),
     Rule("unshared loop", "A large kernel keeps its loops that can run in parallel.",
          "{name} runs over {lost}, which the other does not have", _unshared_loop),
     Rule("recomputes", "What costs more than 24 instructions runs once an element.",
          "{name} would run {times} times", _recomputes, False),
+    Rule("walked again", "What feeds a row that is too long to be held costs less in each pass than it saves.",
+         "{name} would be computed in {times} passes over a row", _walked_again, False),
     Rule("lengthens memory", "No fusion holds bytes over more than 24 steps that no dying input pays for.",
          "{waiting_bytes} more would wait over {steps} steps", _lengthens, False),
 )  # fmt: skip
