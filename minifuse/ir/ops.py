@@ -23,8 +23,8 @@ from . import dtypes
 
 # Instructions of a Philox4x32-10 draw: ten rounds of two wide products and four xors, vectorised.
 RANDOM_COST = 40.0
-# Of a load where a mask holds: its places are looked at one by one.
-MASKED_COST = 8.0
+# Of a load where a mask holds: the mask, and a vector filled in part.
+MASKED_COST = 2.0
 
 
 @dataclass(frozen=True)
