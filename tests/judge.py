@@ -3,7 +3,12 @@
 from __future__ import annotations
 
 import copy
+import json
+import os
+import subprocess
+import sys
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -18,6 +23,21 @@ def compiled(fn: Any, options: dict[str, Any] | None = None, **kw: Any) -> Any:
     torch._dynamo.reset()
     RECORDS.clear()
     return torch.compile(fn, backend="minifuse", options={"verify": True, **(options or {})}, **kw)
+
+
+def in_tritons_interpreter(module: str, cache: Path, *args: str) -> str:
+    """What a module prints in a process of its own in which Triton's kernels are interpreted: that is settled before
+    triton is imported."""
+    env = {**os.environ, "TRITON_INTERPRET": "1", "MINIFUSE_CACHE_DIR": str(cache)}
+    done = subprocess.run([sys.executable, "-m", module, *args], cwd=Path(__file__).parents[1], env=env,
+                          capture_output=True, text=True, timeout=1200)  # fmt: skip
+    assert done.returncode == 0, done.stdout + done.stderr[-3000:]
+    return done.stdout
+
+
+def outcomes_in_triton(module: str, cache: Path) -> dict[str, str]:
+    """By case, what a module that prints its cases as JSON found wrong in Triton's interpreter."""
+    return json.loads(in_tritons_interpreter(module, cache))  # type: ignore[no-any-return]
 
 
 def twin(x: Any) -> Any:

@@ -3,11 +3,7 @@
 from __future__ import annotations
 
 import ast
-import json
-import os
 import re
-import subprocess
-import sys
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -35,6 +31,7 @@ from minifuse.passes.memory import place
 from minifuse.records import RECORDS
 from minifuse.runtime import triton_launch
 from minifuse.runtime.triton_launch import Launched
+from tests.judge import outcomes_in_triton
 from tests.kernels.gpu import compile_for, gpu_target, kernel_resources
 
 pytest.importorskip("triton")
@@ -47,13 +44,7 @@ H100, MI300 = ("cuda", 90, 32), ("hip", "gfx942", 64)
 @pytest.fixture(scope="module")
 def outcomes(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
     """What each case of `triton_cases` found wrong, from one process that interprets."""
-    env = {**os.environ, "TRITON_INTERPRET": "1", "MINIFUSE_CACHE_DIR": str(tmp_path_factory.mktemp("cache"))}
-    done = subprocess.run(
-        [sys.executable, "-m", "tests.codegen.triton_cases"],
-        cwd=CASES.parents[2], env=env, capture_output=True, text=True, timeout=1200,
-    )  # fmt: skip
-    assert done.returncode == 0, done.stderr[-3000:]
-    return json.loads(done.stdout)  # type: ignore[no-any-return]
+    return outcomes_in_triton("tests.codegen.triton_cases", tmp_path_factory.mktemp("cache"))
 
 
 @pytest.mark.parametrize("name", NAMES)

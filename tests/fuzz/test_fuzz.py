@@ -2,15 +2,11 @@
 
 from __future__ import annotations
 
-import os
-import subprocess
-import sys
-from pathlib import Path
-
 import pytest
 import torch
 
 from minifuse.passes.lower.pointwise import ROWS
+from tests.judge import in_tritons_interpreter
 
 from .check import BATCH, check, expect, shrink
 from .fusible import fusible
@@ -43,21 +39,7 @@ def test_a_thousand_graphs_of_what_fuses_are_the_same_bits_fused_and_unfused(bat
 
 def test_a_sample_of_them_runs_in_tritons_interpreter(tmp_path):
     pytest.importorskip("triton")
-    command = [
-        sys.executable,
-        "-m",
-        "tests.fuzz",
-        "--fusible",
-        "--target",
-        "triton",
-        "--count",
-        "20",
-        "--seed",
-        "420000",
-    ]
-    env = {**os.environ, "TRITON_INTERPRET": "1", "MINIFUSE_CACHE_DIR": str(tmp_path)}
-    done = subprocess.run(command, cwd=Path(__file__).parents[2], env=env, capture_output=True, text=True, timeout=900)
-    assert done.returncode == 0, done.stdout + done.stderr[-3000:]
+    in_tritons_interpreter("tests.fuzz", tmp_path, *"--fusible --target triton --count 20 --seed 420000".split())
 
 
 @pytest.mark.parametrize("seed", END_TO_END)

@@ -3,9 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
-import subprocess
-import sys
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -24,7 +21,7 @@ from minifuse.ir.verify import VerificationError, verify_plan
 from minifuse.passes import join
 from minifuse.passes.fuse.log import JOINED
 from minifuse.passes.memory import arena_intervals
-from tests.judge import check, compiled, externs, kernels, records, same
+from tests.judge import check, compiled, externs, kernels, outcomes_in_triton, records, same
 
 aten = torch.ops.aten
 ROOT = Path(__file__).resolve().parents[2]
@@ -223,11 +220,7 @@ def test_sizes_of_regions_follow_the_call() -> None:
 def interpreted(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
     """What Triton's interpreter, in a process of its own, has differently from eager, by case."""
     pytest.importorskip("triton")
-    env = {**os.environ, "TRITON_INTERPRET": "1", "MINIFUSE_CACHE_DIR": str(tmp_path_factory.mktemp("cache"))}
-    done = subprocess.run([sys.executable, "-m", "tests.passes.test_join"], cwd=ROOT, env=env, capture_output=True,
-                          text=True, timeout=1200)  # fmt: skip
-    assert done.returncode == 0, done.stderr[-3000:]
-    return json.loads(done.stdout)  # type: ignore[no-any-return]
+    return outcomes_in_triton("tests.passes.test_join", tmp_path_factory.mktemp("cache"))
 
 
 SMALL = [name for name in CASES if name not in ("large", "taken over")]

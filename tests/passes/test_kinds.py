@@ -4,9 +4,6 @@ like it that is refused, with the rule that refuses it."""
 from __future__ import annotations
 
 import json
-import os
-import subprocess
-import sys
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,7 +15,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 import minifuse
-from tests.judge import check, compiled, same
+from tests.judge import check, compiled, outcomes_in_triton, same
 
 ROOT = Path(__file__).parents[2]
 Function = Callable[..., Any]
@@ -132,11 +129,7 @@ def test_a_graph_like_it_is_refused_by_a_rule(name: str) -> None:
 def interpreted(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
     """What Triton's interpreter, in a process of its own, has differently from eager, by kind."""
     pytest.importorskip("triton")
-    env = {**os.environ, "TRITON_INTERPRET": "1", "MINIFUSE_CACHE_DIR": str(tmp_path_factory.mktemp("cache"))}
-    done = subprocess.run([sys.executable, "-m", "tests.passes.test_kinds"], cwd=ROOT, env=env, capture_output=True,
-                          text=True, timeout=1200)  # fmt: skip
-    assert done.returncode == 0, done.stderr[-3000:]
-    return json.loads(done.stdout)  # type: ignore[no-any-return]
+    return outcomes_in_triton("tests.passes.test_kinds", tmp_path_factory.mktemp("cache"))
 
 
 @pytest.mark.parametrize("name", KINDS)

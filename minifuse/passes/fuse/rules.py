@@ -14,6 +14,7 @@ from typing import Any, NamedTuple
 from minifuse.ir.index import Axis, Expr
 from minifuse.ir.lazy import lazy
 from minifuse.ir.plan import Plan
+from minifuse.passes.schedule import HOLD_BYTES
 
 from .chunks import SMALL_WORK, by_chunks
 from .cost import Saving, saving
@@ -25,8 +26,8 @@ MAX_BUFFERS = 28
 MAX_VALUES = 600
 MIN_GRID, COLUMNS_A_ROW = 32, 64
 CHEAP = 24.0
-# Bytes of a row that a kernel keeps between its passes, of so many an element; and passes that are ever made.
-HOLD_BYTES, ROW_ITEM, MOST_PASSES = 131_072, 4, 8
+# Bytes that an element of a row takes while a kernel holds it between its passes; passes that are ever made.
+ROW_ITEM, MOST_PASSES = 4, 8
 NEAR_STEPS = 24
 LONG_BYTES = 65_536
 NUMBERS = 64
