@@ -162,8 +162,9 @@ class _Run:
             return tuple(
                 torch.full(shape, fill, dtype=a.dtype, device=self.device) for a, fill in zip(args, fills, strict=False)
             )
-        found = row.meaning(*(a.expand(shape) for a in args), dim)
-        return found if isinstance(found, tuple) else (found,)
+        # torch's order of summation depends on strides, and a kernel's loops must not change a bit
+        found = row.meaning(*(a.expand(shape).movedim(dim, -1).contiguous() for a in args), -1)
+        return tuple(x.movedim(-1, dim) for x in (found if isinstance(found, tuple) else (found,)))
 
     def _scan(self, v: Scan) -> torch.Tensor:
         meaning, dim = ops.REDUCTIONS[v.kind].scan, self.dims[v.over]
