@@ -1,7 +1,8 @@
 """What a kernel takes and what one kernel saves against two, in bytes and in seconds of a device.
 
 The model is the roofline's: a kernel takes its launch, and the longer of moving its bytes and of issuing its
-instructions. A buffer moves at the rate of the level of memory that holds it between two kernels.
+instructions. A buffer moves at the rate of the level of memory that holds it between two kernels, in lines: what an
+access skips within a line takes as long as what it touches.
 """
 
 from __future__ import annotations
@@ -23,10 +24,11 @@ class Saving(NamedTuple):
 
 
 def moving(graph: Graph, g: Group) -> float:
-    """Seconds to read and write each buffer of a group once."""
+    """Seconds to read and write what a group touches of each buffer once."""
     if g.moving < 0:
-        seconds, writes = graph.seconds, g.writes
-        g.moving = sum([seconds[n] for n in writes]) + sum([seconds[n] for n in g.reads if n not in writes])
+        writes = g.writes
+        g.moving = sum([graph.moved(n, (at,)).seconds for n, at in writes.items()])
+        g.moving += sum([graph.moved(n, at).seconds for n, at in g.reads.items() if n not in writes])
     return g.moving
 
 
@@ -53,14 +55,17 @@ def saving(graph: Graph, a: Group, b: Group) -> Saving:
         if name not in (small.reads if stored else reads):
             continue
         if not stored and name not in small.writes:
-            times = 1
+            parts = [min(graph.moved(name, small.reads[name]), graph.moved(name, reads[name]))]
         elif name in mutated:
             nbytes += 1  # a reader and the writer of an input: worth trying
             continue
         else:
-            times = 2 if graph.only_between(name, a, b) else 1
-        nbytes += times * graph.bytes[name]
-        memory += times * graph.seconds[name]
+            writer, reader = (large, small) if stored else (small, large)
+            parts = [graph.moved(name, reader.reads[name])]
+            if graph.only_between(name, a, b):
+                parts.append(graph.moved(name, (writer.writes[name],)))
+        nbytes += sum([m.nbytes for m in parts])
+        memory += sum([m.seconds for m in parts])
     if not nbytes:
         return Saving(0, 0.0)
     apart = alone(graph, a) + alone(graph, b)

@@ -3,12 +3,16 @@
 from __future__ import annotations
 
 import heapq
+from collections.abc import Collection
 from copy import copy
 from math import prod
+from typing import NamedTuple
 
+from minifuse.ir import dtypes
 from minifuse.ir.device import DeviceModel
-from minifuse.ir.index import Axis
+from minifuse.ir.index import Axis, Expr
 from minifuse.ir.plan import Extern, Free, Join, Launch, Plan, Step, TensorRef
+from minifuse.ir.value import Index, index_axes
 from minifuse.passes.memory import mentioned, unknown_at_start
 
 from .group import Group, Tree
@@ -18,6 +22,15 @@ from .unify import Unified
 LOOKED_AT = 2_000
 # The version of a group that is in the graph no more.
 GONE = -1
+# What memory gives at once: an access that skips within it takes as long as one that does not.
+LINE_BYTES = 64
+
+
+class Moved(NamedTuple):
+    """What accesses of one buffer move: the bytes of its elements, and seconds for the lines that these are in."""
+
+    nbytes: int
+    seconds: float
 
 
 class TooFarError(Exception):
@@ -42,6 +55,7 @@ class Graph:
         self.seconds = {name: device.seconds(n) for name, n in self.bytes.items()}
         self.devices = {b.device for b in plan.buffers.values()}
         self.extents: dict[frozenset[Axis], int] = {}
+        self.moves: dict[tuple[str, tuple[Index, ...]], Moved] = {}
         self.kept = {o.buffer for o in plan.outputs if isinstance(o, TensorRef)} | set(plan.mutated)
         self.lost = 0
         self.groups: dict[int, Group] = {}
@@ -261,6 +275,30 @@ class Graph:
         if found is None:
             found = self.extents[axes] = prod(self.plan.hint(x.size) for x in axes)
         return found
+
+    def moved(self, name: str, places: Collection[tuple[Index, ...]]) -> Moved:
+        """What a kernel moves of a buffer that it accesses at some places, each of which runs over some elements."""
+        if len(places) == 1:
+            (place,) = places
+            found = self.moves.get((name, place))
+            if found is None:
+                found = self.moves[name, place] = self.move(name, place)
+            return found
+        each = [self.moved(name, (place,)) for place in places]
+        return Moved(min(sum(m.nbytes for m in each), self.bytes[name]),
+                     min(sum(m.seconds for m in each), self.seconds[name]))  # fmt: skip
+
+    def move(self, name: str, place: tuple[Index, ...]) -> Moved:
+        buffer, whole = self.buffers[name], self.bytes[name]
+        item = dtypes.itemsize(buffer.dtype)
+        nbytes = self.extent(index_axes(place)) * item
+        if nbytes >= whole:
+            return Moved(whole, self.seconds[name])
+        steps = [abs(self.plan.hint(c * stride))
+                 for i, stride in zip(place, buffer.stride, strict=True) if isinstance(i, Expr)
+                 for c in map(i.coefficient, i.axes()) if c is not None]  # fmt: skip
+        lines = nbytes * min(max(min(steps, default=LINE_BYTES), 1), max(LINE_BYTES // item, 1))
+        return Moved(nbytes, self.seconds[name] * min(lines, whole) / whole)
 
     # -- questions -------------------------------------------------------------------------------
     def only_between(self, name: str, a: Group, b: Group) -> bool:

@@ -10,7 +10,7 @@ from minifuse.ir.value import index_axes
 
 from .body import NotInvertible, forward
 from .cost import alone, moving, taken
-from .graph import Graph
+from .graph import Graph, Moved
 from .group import Group
 from .rules import CHEAP, MAX_VALUES
 from .unify import Refusal
@@ -129,12 +129,13 @@ def duplicate(search: Search, a: Group, b: Group) -> bool:
         return False
     readers = [graph.groups[r] for r in sorted(graph.readers[name] - {a.id})]
     uses = sum(len(r.reads.get(name, ())) for r in readers)
-    if a.cost * uses > CHEAP and uses > 1 or uses > MAX_USES:
+    if a.cost * uses > CHEAP and uses > 1 or uses > MAX_USES or any(r.fixed for r in readers):
         return False
     if any(r.size + a.size > MAX_VALUES or r.reduced and a.size > MAX_IN_REDUCTION for r in readers):
         return False
-    before = graph.bytes[name] * (1 + len(readers)) + sum(graph.bytes[n] for n in a.reads)
-    after = sum(graph.bytes[n] for r in readers for n in a.reads if n not in r.reads)
+    before = graph.bytes[name] + sum(graph.moved(name, r.reads[name]).nbytes for r in readers)
+    before += sum(graph.moved(n, at).nbytes for n, at in a.reads.items())
+    after = sum(more(graph, a, r, name).nbytes for r in readers)
     if after >= before or any(refusal(search, a, r) is not None for r in readers) or slower(graph, a, readers, name):
         return False
     for reader in readers:
@@ -152,11 +153,21 @@ def slower(graph: Graph, a: Group, readers: list[Group], name: str) -> bool:
     then = 0.0
     for r in readers:
         now += alone(graph, r)
-        more = sum(graph.seconds[n] for n in a.reads if n not in r.reads)
-        points = sum(graph.extent(index_axes(index)) for index in r.reads[name])
-        memory = moving(graph, r) + more - graph.seconds[name]
-        then += taken(graph, memory, r.instructions + a.cost * points)
+        memory = moving(graph, r) + more(graph, a, r, name).seconds - graph.moved(name, r.reads[name]).seconds
+        then += taken(graph, memory, r.instructions + a.cost * points(graph, r, name))
     return then > now
+
+
+def points(graph: Graph, reader: Group, name: str) -> int:
+    """How many elements of a buffer a group reads, one at each point of each place."""
+    return sum(graph.extent(index_axes(index)) for index in reader.reads[name])
+
+
+def more(graph: Graph, a: Group, reader: Group, name: str) -> Moved:
+    """What a reader of `name` moves besides to compute it itself: its share of what a reads."""
+    share = min(points(graph, reader, name) / max(graph.extent(a.stored[name].space), 1), 1.0)
+    each = [graph.moved(n, at) for n, at in a.reads.items() if n not in reader.reads]
+    return Moved(int(share * sum(m.nbytes for m in each)), share * sum(m.seconds for m in each))
 
 
 def into(search: Search, a: Group, reader: Group, reason: str, saved: int | None = None) -> None:
