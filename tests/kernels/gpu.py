@@ -25,15 +25,21 @@ def gpu_target(backend: str, arch: int | str, warp_size: int) -> Any:
 def kernel_resources(compiled: Any) -> dict[str, int]:
     """Registers and spilled bytes a thread, and shared bytes a program, of a kernel compiled for NVIDIA. 3.6-3.9.
 
-    Triton's metadata has no registers: `cuobjdump`, which its wheel holds, reads them from the binary.
+    Triton's metadata has none: the assembler, which its wheel holds, reports them. A stack is no spill: the sine of
+    libdevice has an array there for large arguments.
     """
-    tool = Path(importlib.import_module("triton.backends.nvidia").__file__).parent / "bin" / "cuobjdump"
-    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
-        file.write(compiled.asm["cubin"])
-        file.flush()
-        text = subprocess.run([str(tool), "-res-usage", file.name], capture_output=True, text=True, check=True).stdout
-    found = {name: int(re.search(rf"{name}:(\d+)", text)[1]) for name in ("REG", "STACK", "LOCAL")}  # type: ignore[index]
-    return {"registers": found["REG"], "spilled": found["STACK"] + found["LOCAL"], "shared": compiled.metadata.shared}
+    ptx = compiled.asm["ptx"]
+    folder = Path(importlib.import_module("triton.backends.nvidia").__file__).parent / "bin"
+    tool = next(t for t in (folder / "ptxas-blackwell", folder / "ptxas") if t.exists())
+    (arch,) = re.findall(r"^\.target (sm_\w+)", ptx, re.MULTILINE)
+    with tempfile.TemporaryDirectory() as made:
+        source = Path(made, "kernel.ptx")
+        source.write_text(ptx)
+        command = [str(tool), "-v", f"--gpu-name={arch}", str(source), "-o", f"{made}/kernel.cubin"]
+        text = subprocess.run(command, capture_output=True, text=True, check=True).stderr
+    (registers,) = re.findall(r"Used (\d+) registers", text)
+    spills = re.findall(r"(\d+) bytes spill", text)
+    return {"registers": int(registers), "spilled": sum(map(int, spills)), "shared": compiled.metadata.shared}
 
 
 def compile_for(plan: Plan, ctx: CompileContext, target: Any) -> list[tuple[Launched, Any]]:
