@@ -107,8 +107,8 @@ class Graph:
         if self.options.debug_dir is not None:
             self.captured[stage] = gm.print_readable(print_output=False)
 
-    def context(self, stage: str) -> CompileContext:
-        ctx = CompileContext(f"{self.name}_{stage}", stage, self.options)
+    def context(self, stage: str, gm: fx.GraphModule) -> CompileContext:
+        ctx = CompileContext(f"{self.name}_{stage}", stage, self.options, device=model_of(gm, self.options))
         if self.remat is not None and stage in ("forward", "backward"):
             ctx.stages["remat"] = self.remat.stages.get("remat")
             if stage == "forward":
@@ -178,9 +178,8 @@ class Graph:
 
     def compile(self, gm: fx.GraphModule, stage: str, strides: dict[int, tuple[Any, ...]]) -> Boxed:
         with _compiling:
-            ctx = self.context(stage)
+            ctx = self.context(stage, gm)
             self.keep(stage, gm)
-            ctx.device = model_of(gm, self.options)
             gm.graph.eliminate_dead_code()
             if target_of(gm, self.options) == "c" and toolchain.find(self.options.precise) is None:
                 warn_no_compiler()
@@ -264,7 +263,8 @@ def model_of(gm: fx.GraphModule, options: Options) -> DeviceModel:
     gpu = gpu_of(gm)
     if gpu is None:
         return cpu_model(options.cache_dir)
-    return devices.named(torch.cuda.get_device_name(gpu)) or devices.DEVICES["H100"]
+    name = torch.cuda.get_device_name(gpu) if torch.cuda.is_available() else ""
+    return devices.named(name) or devices.DEVICES["H100"]
 
 
 def report_fallbacks(plan: Plan, ctx: CompileContext) -> None:

@@ -166,7 +166,7 @@ class _Recorder(Graph):
         return forward, backward
 
     def compile(self, gm: fx.GraphModule, stage: str, strides: dict[int, tuple[Any, ...]]) -> Boxed:
-        ctx = self.context(stage)
+        ctx = self.context(stage, gm)
         self.keep(stage, gm)
         gm.graph.eliminate_dead_code()
         self.found.plans[stage] = make_plan(gm.graph, ctx, strides)

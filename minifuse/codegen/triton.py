@@ -21,6 +21,7 @@ from minifuse.ir.plan import Launch
 from minifuse.ir.shape import cdiv
 from minifuse.ir.text import kernel_hash
 from minifuse.ir.value import Cast, Load, Op, Random, Reduce, Scan, Value
+from minifuse.passes.pressure import live_words
 from minifuse.passes.schedule_triton import blocks, elements, grid_size, power_of_2, problem
 
 from .looptree import Fold, build
@@ -427,6 +428,6 @@ def write_kernel(launch: Launch) -> TritonKernel:
     printer = Printer(kernel, loops, dialect, tree)
     text = printer.write(name)
     symbols = tuple(sorted(s.name for s in kernel.symbols() - launch.own))
-    count = warps(elements(kernel, dialect.blocks))
+    count = warps(elements(kernel, dialect.blocks), live_words(kernel.body, dialect.blocks))
     return TritonKernel(name, text, symbols, grid_size(schedule), count, dialect.extents, tuple(printer.messages),
                         launch.batched, tuple(dialect.own))  # fmt: skip

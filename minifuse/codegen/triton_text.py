@@ -15,6 +15,8 @@ from minifuse.ir.value import Const, IndexOf, Load, Reduce, Scan, Value
 LIMIT = (1 << 31) - (1 << 16)
 """Extents from here on need 64 bits: lanes may run past the end of an axis by less than 2**16."""
 INLINE_CHARS = 88
+THREAD_WORDS, MOST_WARPS = 224, 16
+"""What values may take of a thread's 255 registers, the rest being addresses; and the warps of the largest program."""
 
 
 def extents_of(kernel: Kernel) -> tuple[Expr, ...]:
@@ -112,8 +114,10 @@ def _unwrap(found: re.Match[str]) -> str:
     return f"= {found[1]}"
 
 
-def warps(elements: int) -> int:
-    """Warps of a program: four float32 a thread, 16 bytes, up to 32 of them, so that a row fits registers."""
-    if elements <= 4096:
-        return min(max(elements // 128, 1), 4)
-    return 8 if elements <= 8192 else 16
+def warps(elements: int, words: int) -> int:
+    """Warps of a program: four float32 a thread, 16 bytes, up to 32 of them, so that a row fits registers; more where
+    so many words that are alive at once would not."""
+    count = min(max(elements // 128, 1), 4) if elements <= 4096 else 8 if elements <= 8192 else 16
+    while count < MOST_WARPS and words > count * 32 * THREAD_WORDS:
+        count *= 2
+    return count

@@ -24,7 +24,8 @@ class DeviceModel:
 
     `levels` go from the smallest to main memory. `flops` is what matrix products reach at the dtype that training uses,
     `vector` the elementwise instructions/s of generated code, `launch` the seconds that starting one kernel or extern
-    costs, `units` how many cores or multiprocessors share the work of a kernel.
+    costs, `units` how many cores or multiprocessors share the work of a kernel, `registers` the 32-bit registers of one
+    of them that a row is held in (0 where it is held in memory).
     """
 
     name: str
@@ -33,6 +34,7 @@ class DeviceModel:
     vector: float
     launch: float
     units: int
+    registers: int = 0
 
     @property
     def dram(self) -> float:
@@ -54,13 +56,16 @@ class DeviceModel:
         return cls(**{**data, "levels": tuple(Level(**level) for level in data["levels"])})
 
 
-def _gpu(name: str, units: int, l2: float, l2_rate: float, dram: float, flops: float, vector: float) -> DeviceModel:
+def _gpu(
+    name: str, units: int, l2: float, l2_rate: float, dram: float, flops: float, vector: float, registers: int = 65_536
+) -> DeviceModel:
     levels = (Level("L2", l2, l2_rate), Level("HBM", UNBOUNDED, dram))
-    return DeviceModel(name, levels, flops, vector, launch=3e-6, units=units)
+    return DeviceModel(name, levels, flops, vector, launch=3e-6, units=units, registers=registers)
 
 
 # Vendors' peaks: dense bf16 tensor-core flops, and fp32 lanes times boost clock for `vector` (an fma counts once).
-# Rates of caches and the launch are round figures of the right size, not data sheets'.
+# Rates of caches and the launch are round figures of the right size, not data sheets'. Registers: 64K a multiprocessor
+# (CUDA C++ Programming Guide, "Compute Capabilities"); 4 times 512 of 64 lanes (AMD CDNA3 ISA reference, 2024).
 _ROWS = (
     # Two AVX-512 cores of a server: a warm copy of 64 MB takes 2.8 ms; one vector instruction a cycle and core.
     DeviceModel("cpu", (Level("L2", 2e6, 1.5e11), Level("L3", 3e7, 1e11), Level("DRAM", UNBOUNDED, 4e10)),
@@ -75,7 +80,7 @@ _ROWS = (
     _gpu("B200", 148, 1.26e8, 1.0e13, 7.7e12, 2.25e15, 3.75e13),
     # AMD Instinct MI300X datasheet (2023): 304 CUs, 256 MB Infinity Cache at 17.2 TB/s, 5.3 TB/s, 1307 TFLOP/s bf16,
     # 163.4 TFLOP/s fp32.
-    _gpu("MI300X", 304, 2.56e8, 1.72e13, 5.3e12, 1.307e15, 8.17e13),
+    _gpu("MI300X", 304, 2.56e8, 1.72e13, 5.3e12, 1.307e15, 8.17e13, 131_072),
 )  # fmt: skip
 DEVICES: dict[str, DeviceModel] = {row.name: row for row in _ROWS}
 CPU = DEVICES["cpu"]

@@ -60,12 +60,16 @@ def test_cpu_tensors_need_the_interpreter() -> None:
 
 
 # -- for a GPU that is not there --------------------------------------------------------------------
-def plans(function: Callable[..., Any], *args: Any, dynamic: bool = False) -> Iterator[tuple[Plan, CompileContext]]:
-    """The scheduled plans of a function, and of its backward where an argument requires a gradient."""
+def plans(
+    function: Callable[..., Any], *args: Any, dynamic: bool = False, device: str = "cpu"
+) -> Iterator[tuple[Plan, CompileContext]]:
+    """The scheduled plans of a function, and of its backward where an argument requires a gradient; `device` names the
+    model that prices them."""
     torch._dynamo.reset()
     RECORDS.clear()
     with mock.patch.object(scattering, "_scatter", side_effect=Unsupported("ATen's on a GPU")):
-        result = torch.compile(function, backend="minifuse", options={"target": "interpret"}, dynamic=dynamic)(*args)
+        options = {"target": "interpret", "device_model": device}
+        result = torch.compile(function, backend="minifuse", options=options, dynamic=dynamic)(*args)
         loss = result if isinstance(result, Tensor) else result[0]
         if loss.requires_grad:
             loss.float().square().sum().backward()
@@ -95,6 +99,28 @@ def test_kernels_compile_for_a_gpu_and_spill_nothing(name: str, dtype: torch.dty
         for _, kernel in compile_for(plan, ctx, gpu_target(*H100)):
             assert kernel_resources(kernel)["spilled"] == 0
         assert not [d for d in ctx.decisions if d.rule == "interpreted"]
+
+
+def scaled_by_all(*xs: Tensor) -> Tensor:
+    total = sum(x.square().sum(1, keepdim=True) for x in xs)
+    return sum(x * total for x in xs)  # type: ignore[return-value]
+
+
+@pytest.mark.parametrize(
+    ("count", "length", "device", "kernels", "spills"),
+    [(8, 4096, "H100", 1, False), (2, 16_384, "H100", 1, False), (4, 16_384, "H100", 2, False),
+     (4, 16_384, "cpu", 1, True)],
+)  # fmt: skip
+def test_rows_that_registers_do_not_hold_are_not_fused(
+    count: int, length: int, device: str, kernels: int, spills: bool
+) -> None:
+    """By the estimate, which the assembler bears out: it takes what is not asked of registers, and spills it."""
+    ((plan, ctx),) = plans(scaled_by_all, *(torch.randn(64, length) for _ in range(count)), device=device)
+    spilled = [kernel_resources(made)["spilled"] for _, made in compile_for(plan, ctx, gpu_target(*H100))]
+    assert len(spilled) == kernels
+    assert any(spilled) is spills
+    (record,) = RECORDS
+    assert any(d.rule == "spills" for d in record.decisions) is (kernels > 1)
 
 
 def test_kernels_compile_for_an_amd_gpu() -> None:

@@ -9,13 +9,17 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
+from math import prod
 from typing import Any, NamedTuple
 
 from minifuse.ir.index import Axis, Expr
 from minifuse.ir.lazy import lazy
 from minifuse.ir.plan import Plan
+from minifuse.passes.pressure import live_words
 from minifuse.passes.schedule import HOLD_BYTES
+from minifuse.passes.schedule_triton import ROW_BLOCK, power_of_2
 
+from .body import forward
 from .chunks import SMALL_WORK, by_chunks
 from .cost import Saving, saving
 from .graph import Graph, TooFarError
@@ -397,6 +401,21 @@ def _walked_again(c: Candidate) -> Facts | None:
     return {"name": a.name, "times": times} if seconds > c.saving.seconds else None
 
 
+def _spills(c: Candidate) -> Facts | None:
+    """A GPU holds a row in registers from its first reduction to what is stored behind the last."""
+    room, w = c.graph.device.registers, c.walk
+    if not room or w is None or not w.reduced:
+        return None
+    blocks = {x: power_of_2(c.extent({x})) for x, lanes in _trees(c) if lanes > 1}
+    row = prod(blocks.values())
+    if row > ROW_BLOCK or row * (c.a.size + c.b.size) <= room:
+        return None
+    both = c.a.copy()
+    both.join(c.b, c.unified)
+    words = live_words(forward(*both.body(), c.graph.plan.mutated), blocks)
+    return {"words": words, "limit": room, "row": row} if words > room else None
+
+
 def _lengthens(c: Candidate) -> Facts | None:
     """One kernel runs when both can and when the earlier of the two is needed: what the earlier one reads waits for the
     later one's inputs, what the later one writes waits for its own readers. Bytes that wait over more than a few steps
@@ -465,6 +484,8 @@ RULES: tuple[Rule, ...] = (
          "{name} would run {times} times", _recomputes, False),
     Rule("walked again", "What feeds a row that is too long to be held costs less in each pass than it saves.",
          "{name} would be computed in {times} passes over a row", _walked_again, False),
+    Rule("spills", "What is alive at once of a row that a GPU holds fits the registers of one multiprocessor.",
+         "{words} numbers of rows of {row} would be alive at once, in {limit} registers", _spills, False),
     Rule("lengthens memory", "No fusion holds bytes over more than 24 steps that no dying input pays for.",
          "{waiting_bytes} more would wait over {steps} steps", _lengthens, False),
 )  # fmt: skip
