@@ -14,7 +14,6 @@ from typing import Any, NamedTuple
 from minifuse.ir.index import Axis, Expr
 from minifuse.ir.lazy import lazy
 from minifuse.ir.plan import Plan
-from minifuse.passes.schedule import HOLD_BYTES
 
 from .chunks import SMALL_WORK, by_chunks
 from .cost import Saving, saving
@@ -26,8 +25,8 @@ MAX_BUFFERS = 28
 MAX_VALUES = 600
 MIN_GRID, COLUMNS_A_ROW = 32, 64
 CHEAP = 24.0
-# Bytes that an element of a row takes while a kernel holds it between its passes; passes that are ever made.
-ROW_ITEM, MOST_PASSES = 4, 8
+# Passes over a row that are ever made.
+MOST_PASSES = 8
 NEAR_STEPS = 24
 LONG_BYTES = 65_536
 NUMBERS = 64
@@ -390,14 +389,14 @@ def _walked_again(c: Candidate) -> Facts | None:
     if w is None or a.reduced or not b.reduced or MOST_PASSES * a.cost * w.work <= c.saving.seconds * rate:
         return None
     walked = image(a.axes, c.unified.first)
-    if walked.isdisjoint(w.reduced) or ROW_ITEM * c.extent(w.reduced) <= HOLD_BYTES:
+    if walked.isdisjoint(w.reduced) or c.graph.holds(w.reduced):
         return None
     times = b.passes()
     seconds = (times - 1) * a.cost * c.extent(walked) / rate
     return {"name": a.name, "times": times} if seconds > c.saving.seconds else None
 
 
-def _lengthens(c: Candidate) -> Facts | None:
+def lengthens(c: Candidate) -> Facts | None:
     """One kernel runs when both can and when the earlier of the two is needed: what the earlier one reads waits for the
     later one's inputs, what the later one writes waits for its own readers. Bytes that wait over more than a few steps
     must be paid for by others that die earlier."""
@@ -466,5 +465,5 @@ RULES: tuple[Rule, ...] = (
     Rule("walked again", "What feeds a row that is too long to be held costs less in each pass than it saves.",
          "{name} would be computed in {times} passes over a row", _walked_again, False),
     Rule("lengthens memory", "No fusion holds bytes over more than 24 steps that no dying input pays for.",
-         "{waiting_bytes} more would wait over {steps} steps", _lengthens, False),
+         "{waiting_bytes} more would wait over {steps} steps", lengthens, False),
 )  # fmt: skip
