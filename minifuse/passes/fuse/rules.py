@@ -219,7 +219,8 @@ def _buffers(c: Candidate) -> Facts | None:
     a, b = c.a, c.b
     if len(a.reads) + len(b.reads) + len(a.writes) + len(b.writes) <= MAX_BUFFERS:
         return None
-    found = len({*a.reads, *b.reads, *a.writes, *b.writes})
+    stored = {n for n in (*a.writes, *b.writes) if not c.graph.only_between(n, a, b)}
+    found = len(stored.union(a.external, b.external) - ({*a.writes, *b.writes} - stored))
     return {"found": found, "limit": MAX_BUFFERS} if found > MAX_BUFFERS else None
 
 
@@ -431,7 +432,8 @@ def first_use(c: Candidate, g: Group, but: Group) -> int | None:
 RULES: tuple[Rule, ...] = (
     Rule("too many buffers", "A kernel touches at most 28 buffers.",
          "{found} buffers, at most {limit}", _buffers, False),
-    Rule("too large", "A kernel has at most 600 values.", "{found} values, at most {limit}", _values, False),
+    Rule("too large", "A kernel is made of at most 600 values, the loads between its operators counted.",
+         "{found} values, at most {limit}", _values, False),
     Rule("devices", "A kernel runs on one device.", "on {devices}", _devices),
     Rule("cycle", "No step may lie between the two: one that needs the first and that the second needs.",
          "another step between them depends on one and feeds the other", _cycle),
