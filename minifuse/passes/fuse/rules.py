@@ -461,7 +461,7 @@ RULES: tuple[Rule, ...] = (
     Rule("loses parallelism", "A large kernel keeps at least 32 independent rows; 64 columns are one.",
          "{left} independent rows of {before}", _parallelism, False),
     Rule("unshared loop", "A large kernel keeps its loops that can run in parallel.",
-         "{name} runs over {lost}, which the other does not have", _unshared_loop),
+         "{name} runs over {lost}, which the other does not have", _unshared_loop, False),
     Rule("recomputes", "What costs more than 24 instructions runs once an element.",
          "{name} would run {times} times", _recomputes, False),
     Rule("walked again", "What feeds a row that is too long to be held costs less in each pass than it saves.",
