@@ -212,7 +212,7 @@ def _cycle(c: Candidate) -> Facts | None:
 
 
 def _too_far(c: Candidate) -> Facts | None:
-    return {"steps": abs(c.graph.rank[c.a.id] - c.graph.rank[c.b.id])} if c.cyclic is None else None
+    return {"steps": abs(c.graph.rank[c.a.id] - c.graph.rank[c.b.id]) - 1} if c.cyclic is None else None
 
 
 def _buffers(c: Candidate) -> Facts | None:
