@@ -7,7 +7,8 @@ import itertools
 from collections import deque
 from dataclasses import dataclass
 
-from minifuse.ir.plan import Extern, Join
+from minifuse.ir.decision import Decision
+from minifuse.ir.plan import Extern, Join, Plan
 from minifuse.passes.context import CompileContext
 from minifuse.passes.fuse.log import entries, read
 from minifuse.passes.fuse.rules import Candidate
@@ -36,7 +37,7 @@ class WhyNot:
 
     def __str__(self) -> str:
         if self.together:
-            return f"{self.first} and {self.second} are one kernel"
+            return f"{self.first} and {self.second} are one kernel{self.words and ': '}{self.words}"
         about = "" if {*self.between} == {self.first, self.second} else f" ({self.between[0]} + {self.between[1]})"
         return f"{self.first} and {self.second} are apart: {self.rule}{about}: {self.words}"
 
@@ -44,31 +45,26 @@ class WhyNot:
 def why_not(record: Record, first: str, second: str) -> WhyNot:
     """Why two FX nodes of a compiled graph are not in one kernel.
 
-    Neighbours are asked the rules directly; else the shortest way from one to the other through what they read and
-    write is walked, and the first pair on it that cannot be one kernel is the answer.
+    Neighbours, and what the user forces, are asked the rules directly; else the shortest way from one to the other
+    through what they read and write is walked, and the first pair on it that cannot be one kernel is the answer. Where
+    other steps lie between two neighbours, the way is through them.
 
     Raises ValueError: a node that is in no kernel and no extern of the graph (a view, say), with near names.
     """
     plan = record.stages.get("join", record.stages["lower"])
     search = Search(plan, CompileContext(record.name, record.stage, record.options, device=record.device))
-    search.replay(read(entries(record.decisions, record.name)))
+    log = read(entries(record.decisions, record.name))
+    search.replay(log)
+    pair = (first, second)
     starts, ends = holding(search, first), holding(search, second)
     if starts & ends:
-        return WhyNot(first, second, "", "", (first, second))
-    way = shortest(search, starts, ends)
-    found = along(search, way, first, second)
-    if found is not None and found.rule == "cycle":  # what lies between
-        around = shortest(search, starts, ends, direct=False)
-        found = along(search, around, first, second) or found
-    if found is not None:
-        return found
+        return WhyNot(first, second, "", "", pair)
+    if batched(record, first, second):
+        return WhyNot(first, second, "", "one launch over tensors of their own", pair)
+    way = forced(search, starts, ends) or shortest(search, starts, ends)
     if not way:
-        return WhyNot(first, second, "nothing shared", "no buffer leads from one to the other", (first, second))
-    fuel = record.options.fusion_fuel
-    words = (
-        f"fuel ended after {fuel} fusions" if fuel is not None else "no rule forbids it; the search took others first"
-    )
-    return WhyNot(first, second, "not reached", words, (first, second))
+        return WhyNot(first, second, "nothing shared", "no buffer leads from one to the other", pair)
+    return along(search, way, first, second) or WhyNot(first, second, "not reached", unreached(record, len(log)), pair)
 
 
 def along(search: Search, way: list[int], first: str, second: str) -> WhyNot | None:
@@ -80,19 +76,50 @@ def along(search: Search, way: list[int], first: str, second: str) -> WhyNot | N
             if groups[i].fixed:
                 step = search.graph.steps[i]
                 assert isinstance(step, (Extern, Join))
-                words = "the pieces of a join are written in place, and what reads the whole comes after"
+                words = f"the pieces of {named(search, i)} are written in place, and what reads the whole comes after"
                 if isinstance(step, Extern):
                     words = f"{step.target} runs by ATen, {step.reason}"
                 return WhyNot(first, second, "extern" if isinstance(step, Extern) else "join", words, pair)
         earlier, later = sorted((groups[a], groups[b]), key=lambda g: g.first)
         c = Candidate(search.graph, earlier, later)
-        broken = search.verdict(c, search.rules)
-        if broken is not None:
+        broken = search.verdict(c, search.asked(c))
+        if broken is not None and broken[0].name == "cycle":  # what lies between
+            found = along(search, shortest(search, {a}, {b}, direct=False), first, second)
+            if found is not None:
+                return found
+        elif broken is not None:
             rule, facts = broken
-            return WhyNot(first, second, rule.name, rule.reason.format_map(facts), pair)
-        if len(way) == 2 and c.saving.nbytes <= 0:
+            return WhyNot(first, second, rule.name, Decision(rule.name, pair, False, rule.reason, facts).words, pair)
+        elif len(way) == 2 and c.saving.nbytes <= 0 and not forced(search, {a}, {b}):
             return WhyNot(first, second, "nothing shared", "one kernel would move no byte less than two", pair)
     return None
+
+
+def forced(search: Search, starts: set[int], ends: set[int]) -> list[int]:
+    """The first two groups that the user's rules fuse whether or not they share a buffer; empty where none do."""
+    groups = search.graph.groups
+    for a, b in itertools.product(sorted(starts), sorted(ends)):
+        c = Candidate(search.graph, *sorted((groups[a], groups[b]), key=lambda g: g.first))
+        if any(f.names and f.matches(c) for f in search.forced):
+            return [a, b]
+    return []
+
+
+def batched(record: Record, first: str, second: str) -> bool:
+    """Whether one launch runs the kernels of both for several tensors."""
+    plans = [p for p in record.stages.values() if isinstance(p, Plan)]
+    found = (launch for launch in plans[-1].launches if len(launch.sizes) > 1)
+    return any({first, second} <= {*launch.kernel.origins} for launch in found)
+
+
+def unreached(record: Record, fusions: int) -> str:
+    """Why two that no rule keeps apart are apart."""
+    options = record.options
+    if options.fusion_fuel is not None and fusions >= options.fusion_fuel:
+        return f"fuel ended after {options.fusion_fuel} fusions"
+    if options.fusion_log:
+        return "no rule forbids it; the fusion log does not have it"
+    return "no rule forbids it; the search chose others, or gave up on what they share"
 
 
 def holding(search: Search, node: str) -> set[int]:

@@ -1,4 +1,4 @@
-"""Fusion seen from outside: rules of a user's own, logs that replay, and why two nodes are apart."""
+"""Fusion seen from outside: rules of a user's own, and logs that replay."""
 
 from __future__ import annotations
 
@@ -17,6 +17,7 @@ from torch._dynamo.exc import BackendCompilerFailed
 
 import minifuse
 from minifuse.passes.fuse import RULES, Candidate, Rule, forbid, force
+from minifuse.passes.fuse.log import unnumbered
 from tests.judge import check, compiled, kernels, same
 
 X = torch.randn(64, 96)
@@ -140,48 +141,36 @@ def test_an_edited_log_is_obeyed_where_it_is_legal_and_refused_where_not() -> No
     assert {sin, relu} <= next(w for w in written() if relu in w) | {sin}
 
 
+@pytest.mark.parametrize(
+    ("run", "first", "second", "rule", "words"),
+    [
+        (lambda x: x.sin() + x.cos(), "sin", "cos", "inline", "cos reads nothing that sin stores"),
+        (lambda x: x.sum(1, keepdim=True) * x, "sum_1", "mul", "inline", "sum_1 reduces, checks, or touches"),
+        (lambda x: x.add_(1).sin(), "add", "sin", "inline", "add reduces, checks, or touches what is overwritten"),
+        (lambda x: x.sin().cos(), "sin", "cos", "forbidden", "forbidden by the user: cos"),
+    ],
+)
+def test_what_a_log_would_inline_is_refused_with_its_reason(
+    run: Callable[..., Any], first: str, second: str, rule: str, words: str
+) -> None:
+    options: dict[str, Any] = {"fusion_rules": [forbid("cos")] if rule == "forbidden" else []}
+    compiled(run, {**options, "fusion_fuel": 0})(X.clone())
+    launches = report().unfused.launches
+    names = {n: next(step.name for step in launches if n in step.kernel.origins) for n in (first, second)}
+    entry = {"rule": "inline", "graph": unnumbered(report().name), "first": names[first], "second": names[second]}
+    same(compiled(run, {**options, "fusion_log": [entry]})(X.clone()), run(X.clone()), tolerance=1e-5)
+    refused = next(d for d in report().decisions if not d.taken)
+    assert refused.rule == rule and words in refused.words
+
+
 @pytest.mark.parametrize("log", [3, "missing.json", [{"rule": "fuse"}], [{"rule": "melt", "graph": "g"}]])
 def test_what_is_no_log_is_an_error(log: Any) -> None:
     with pytest.raises(BackendCompilerFailed, match="fusion_log"):
         compiled(chain, {"fusion_log": log})(X)
 
 
-# -- why not ------------------------------------------------------------------------------------------
 def square(x: Tensor, y: Tensor) -> Tensor:
     return (x.sin() @ y).cos()
-
-
-WHY: dict[str, tuple[Callable[..., Any], Callable[..., Any], tuple[str, str]]] = {
-    # rule: what it keeps apart, the same without the obstacle, the nodes
-    "extern": (square, lambda x, y: (x.sin() * y).cos(), ("sin", "cos")),
-    "nothing shared": (lambda x, y: (x.sin(), y.cos()), lambda x, y: (x.sin(), x.cos()), ("sin", "cos")),
-    "two orders": (lambda x, y: (x.cumsum(0), x.cumsum(1)), lambda x, y: (x.cumsum(0), x.sin().cumsum(0)),
-                   ("cumsum", "cumsum_1")),
-    "partial rows": (lambda x, y: (x.sin(), x[:, 1:].cos()), lambda x, y: (x.sin(), x.cos()), ("sin", "cos")),
-    "extern: beside a shared buffer": (lambda x, y: x.sin() + x.sin() @ y, lambda x, y: x.sin() + y, ("sin", "add")),
-    "scattered": (lambda x, y: (x.sin().index_add(0, torch.arange(64) // 2, y[:64]), x.cos()),
-                  lambda x, y: (x.sin() + y[:64, :96], x.cos()), ("sin", "cos")),
-}  # fmt: skip
-
-
-@pytest.mark.parametrize("case", WHY)
-def test_why_two_nodes_are_apart_and_that_it_is_true(case: str) -> None:
-    apart, together, nodes = WHY[case]
-    rule = case.split(":")[0]
-    x, y = torch.randn(64, 64), torch.randn(64, 64)
-    check(apart, x, y, tolerance=1e-4)
-    why = report().why_not(*nodes)
-    assert (why.rule, why.together) == (rule, False) and rule in str(why)
-    check(together, x, y, tolerance=1e-4)
-    known = {n for launch in report().plan.launches for n in launch.kernel.origins}
-    assert report().why_not(*(n if n in known else "add" for n in nodes)).together
-
-
-def test_why_not_knows_fuel_and_unknown_names() -> None:
-    compiled(chain, {"fusion_fuel": 0})(X)
-    assert report().why_not("sin", "add").rule == "not reached"
-    with pytest.raises(ValueError, match=r"computed by no kernel.*near: sin"):
-        report().why_not("sinn", "add")
 
 
 def test_every_operator_on_its_own_says_why() -> None:

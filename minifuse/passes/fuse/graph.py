@@ -14,12 +14,15 @@ from minifuse.ir.index import Axis, Expr
 from minifuse.ir.plan import Extern, Free, Join, Launch, Plan, Step, TensorRef
 from minifuse.ir.value import Index, index_axes
 from minifuse.passes.memory import mentioned, unknown_at_start
+from minifuse.passes.schedule import HOLD_BYTES
 
 from .group import Group, Tree
 from .unify import Unified
 
 # Groups looked at between two before they count as too far apart to tell.
 LOOKED_AT = 2_000
+# Bytes that an element of a row takes while a kernel holds it between its passes.
+ROW_ITEM = 4
 # The version of a group that is in the graph no more.
 GONE = -1
 # What memory gives at once: an access that skips within it takes as long as one that does not.
@@ -299,6 +302,10 @@ class Graph:
                  for c in map(i.coefficient, i.axes()) if c is not None]  # fmt: skip
         lines = nbytes * min(max(min(steps, default=LINE_BYTES), 1), max(LINE_BYTES // item, 1))
         return Moved(nbytes, self.seconds[name] * min(lines, whole) / whole)
+
+    def holds(self, row: frozenset[Axis]) -> bool:
+        """Whether a kernel holds a row over these axes between its passes."""
+        return ROW_ITEM * self.extent(row) <= HOLD_BYTES
 
     # -- questions -------------------------------------------------------------------------------
     def only_between(self, name: str, a: Group, b: Group) -> bool:

@@ -11,8 +11,8 @@ from minifuse.ir.value import index_axes
 from .body import NotInvertible, forward
 from .cost import alone, moving, taken
 from .graph import Graph, Moved
-from .group import Group
-from .rules import CHEAP, MAX_VALUES
+from .group import Group, innermost
+from .rules import CHEAP, MAX_VALUES, Candidate, lengthens
 from .unify import Refusal
 
 if TYPE_CHECKING:
@@ -133,6 +133,8 @@ def duplicate(search: Search, a: Group, b: Group) -> bool:
         return False
     if any(r.size + a.size > MAX_VALUES or r.reduced and a.size > MAX_IN_REDUCTION for r in readers):
         return False
+    if len(readers) == 1 and lengthens(Candidate(graph, a, b)) is not None:
+        return False
     before = graph.bytes[name] + sum(graph.moved(name, r.reads[name]).nbytes for r in readers)
     before += sum(graph.moved(n, at).nbytes for n, at in a.reads.items())
     after = sum(more(graph, a, r, name).nbytes for r in readers)
@@ -154,8 +156,19 @@ def slower(graph: Graph, a: Group, readers: list[Group], name: str) -> bool:
     for r in readers:
         now += alone(graph, r)
         memory = moving(graph, r) + more(graph, a, r, name).seconds - graph.moved(name, r.reads[name]).seconds
-        then += taken(graph, memory, r.instructions + a.cost * points(graph, r, name))
+        times = sum(runs(graph, a, r, index_axes(at)) for at in r.reads[name])
+        then += taken(graph, memory, r.instructions + a.cost * times)
     return then > now
+
+
+def runs(graph: Graph, a: Group, reader: Group, axes: frozenset[Axis]) -> int:
+    """How often a group computes, in all, a's value over these axes: in each pass over a row that is too long to be
+    held and, if it is not cheap, at each point of loops whose vectors run along one of them."""
+    space = axes
+    if a.cost > CHEAP and innermost(reader, graph.buffers, graph.bytes) in axes:
+        space = max((s for s in reader.spaces if axes <= s), key=graph.extent, default=axes)
+    long = not axes.isdisjoint(reader.reduced) and not graph.holds(reader.reduced)
+    return graph.extent(space) * (reader.passes() if long else 1)
 
 
 def points(graph: Graph, reader: Group, name: str) -> int:

@@ -16,7 +16,6 @@ from minifuse.ir.index import Axis, Expr
 from minifuse.ir.lazy import lazy
 from minifuse.ir.plan import Plan
 from minifuse.passes.pressure import live_words
-from minifuse.passes.schedule import HOLD_BYTES
 from minifuse.passes.schedule_triton import ROW_BLOCK, power_of_2
 
 from .body import forward
@@ -30,8 +29,8 @@ MAX_BUFFERS = 28
 MAX_VALUES = 600
 MIN_GRID, COLUMNS_A_ROW = 32, 64
 CHEAP = 24.0
-# Bytes that an element of a row takes while a kernel holds it between its passes; passes that are ever made.
-ROW_ITEM, MOST_PASSES = 4, 8
+# Passes over a row that are ever made.
+MOST_PASSES = 8
 NEAR_STEPS = 24
 LONG_BYTES = 65_536
 NUMBERS = 64
@@ -217,14 +216,15 @@ def _cycle(c: Candidate) -> Facts | None:
 
 
 def _too_far(c: Candidate) -> Facts | None:
-    return {"steps": abs(c.graph.rank[c.a.id] - c.graph.rank[c.b.id])} if c.cyclic is None else None
+    return {"steps": abs(c.graph.rank[c.a.id] - c.graph.rank[c.b.id]) - 1} if c.cyclic is None else None
 
 
 def _buffers(c: Candidate) -> Facts | None:
     a, b = c.a, c.b
     if len(a.reads) + len(b.reads) + len(a.writes) + len(b.writes) <= MAX_BUFFERS:
         return None
-    found = len({*a.reads, *b.reads, *a.writes, *b.writes})
+    stored = {n for n in (*a.writes, *b.writes) if not c.graph.only_between(n, a, b)}
+    found = len(stored.union(a.external, b.external) - ({*a.writes, *b.writes} - stored))
     return {"found": found, "limit": MAX_BUFFERS} if found > MAX_BUFFERS else None
 
 
@@ -394,7 +394,7 @@ def _walked_again(c: Candidate) -> Facts | None:
     if w is None or a.reduced or not b.reduced or MOST_PASSES * a.cost * w.work <= c.saving.seconds * rate:
         return None
     walked = image(a.axes, c.unified.first)
-    if walked.isdisjoint(w.reduced) or ROW_ITEM * c.extent(w.reduced) <= HOLD_BYTES:
+    if walked.isdisjoint(w.reduced) or c.graph.holds(w.reduced):
         return None
     times = b.passes()
     seconds = (times - 1) * a.cost * c.extent(walked) / rate
@@ -416,7 +416,7 @@ def _spills(c: Candidate) -> Facts | None:
     return {"words": words, "limit": room, "row": row} if words > room else None
 
 
-def _lengthens(c: Candidate) -> Facts | None:
+def lengthens(c: Candidate) -> Facts | None:
     """One kernel runs when both can and when the earlier of the two is needed: what the earlier one reads waits for the
     later one's inputs, what the later one writes waits for its own readers. Bytes that wait over more than a few steps
     must be paid for by others that die earlier."""
@@ -451,7 +451,8 @@ def first_use(c: Candidate, g: Group, but: Group) -> int | None:
 RULES: tuple[Rule, ...] = (
     Rule("too many buffers", "A kernel touches at most 28 buffers.",
          "{found} buffers, at most {limit}", _buffers, False),
-    Rule("too large", "A kernel has at most 600 values.", "{found} values, at most {limit}", _values, False),
+    Rule("too large", "A kernel is made of at most 600 values, the loads between its operators counted.",
+         "{found} values, at most {limit}", _values, False),
     Rule("devices", "A kernel runs on one device.", "on {devices}", _devices),
     Rule("cycle", "No step may lie between the two: one that needs the first and that the second needs.",
          "another step between them depends on one and feeds the other", _cycle),
@@ -479,7 +480,7 @@ RULES: tuple[Rule, ...] = (
     Rule("loses parallelism", "A large kernel keeps at least 32 independent rows; 64 columns are one.",
          "{left} independent rows of {before}", _parallelism, False),
     Rule("unshared loop", "A large kernel keeps its loops that can run in parallel.",
-         "{name} runs over {lost}, which the other does not have", _unshared_loop),
+         "{name} runs over {lost}, which the other does not have", _unshared_loop, False),
     Rule("recomputes", "What costs more than 24 instructions runs once an element.",
          "{name} would run {times} times", _recomputes, False),
     Rule("walked again", "What feeds a row that is too long to be held costs less in each pass than it saves.",
@@ -487,5 +488,5 @@ RULES: tuple[Rule, ...] = (
     Rule("spills", "What is alive at once of a row that a GPU holds fits the registers of one multiprocessor.",
          "{words} numbers of rows of {row} would be alive at once, in {limit} registers", _spills, False),
     Rule("lengthens memory", "No fusion holds bytes over more than 24 steps that no dying input pays for.",
-         "{waiting_bytes} more would wait over {steps} steps", _lengthens, False),
+         "{waiting_bytes} more would wait over {steps} steps", lengthens, False),
 )  # fmt: skip

@@ -224,10 +224,14 @@ class Search:
                 return rule, facts
         return None
 
+    def asked(self, c: Candidate) -> Sequence[Rule]:
+        """The rules for a candidate: where the user forces it, those of meaning."""
+        forced = any(f.matches(c) for f in self.forced)
+        return [r for r in self.rules if r.legal] if forced else self.rules
+
     def consider(self, c: Candidate) -> bool:
         a, b = c.a, c.b
-        forced = any(f.matches(c) for f in self.forced)
-        broken = self.verdict(c, [r for r in self.rules if r.legal] if forced else self.rules)
+        broken = self.verdict(c, self.asked(c))
         if broken is None:
             self.accept(c, "saves {saved_bytes} of traffic")
             return True

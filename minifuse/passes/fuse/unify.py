@@ -24,8 +24,22 @@ def image(axes: Iterable[Axis], env: Mapping[Axis, Expr]) -> frozenset[Axis]:
     return frozenset().union(*(env[x].axes() if x in env else {x} for x in axes))
 
 
+class Places(NamedTuple):
+    """Indices that a refusal is about: shown with the extents of their loops, for two may differ in nothing else."""
+
+    at: Sequence[Expr]
+
+    def __str__(self) -> str:
+        words = []
+        for e in self.at:
+            loops = ", ".join(f"{a} < {a.size}" for a in sorted(e.axes(), key=str))
+            words.append(loops if isinstance(e.atom, Axis) else f"{e} ({loops})" if loops else str(e))
+        return ", ".join(words)
+
+
 class Refusal(NamedTuple):
-    """Why two kernels stay apart: the rule, a template of words, and the values that broke it."""
+    """Why two kernels stay apart: the rule, a template of words where they are not the rule's, and the values that
+    broke it."""
 
     rule: str
     reason: str
@@ -128,8 +142,7 @@ def unify(
             if known is None:
                 to_first[axis] = c
             elif known is not c:
-                return Refusal("different rows", "axis {axis} is {left} and {right} at once",
-                               {"axis": axis, "left": known, "right": c})  # fmt: skip
+                return _differ(known, c)
         else:
             later.append((p, c))
     own: dict[Axis, Axis] = {}
@@ -149,18 +162,18 @@ def unify(
         image = p.substitute({a: to_first.get(a, a.expr) for a in p.axes()})
         target = c.substitute(to_second)  # type: ignore[arg-type]
         if free or image is not target:
-            return Refusal("different rows", "one writes at {left}, the other reads at {right}",
-                           {"left": _sized(p), "right": _sized(c)})  # fmt: skip
+            return _differ(p, c)
     if to_second:
         to_first = {a: e.substitute(to_second) for a, e in to_first.items()}  # type: ignore[arg-type]
     for images, axes in ((to_first, first), (to_second, second)):
         placed = [(a, images[a]) for a in axes if a in images]
         if not mixed_radix(placed):
-            return Refusal("partial rows", "{images} does not run over the whole of {axes}",
-                           {"images": [e for _, e in placed], "axes": [a for a, _ in placed]})  # fmt: skip
+            found = {"images": Places([e for _, e in placed]), "axes": Places([a.expr for a, _ in placed])}
+            return Refusal("partial rows", "", found)
     kept = {a for a in second if a not in to_second}
-    if mixed := {a for e in to_second.values() for a in e.axes()} & kept:
-        return Refusal("different rows", "{axis} would be two loops in one", {"axis": sorted(map(str, mixed))})
+    for axis, e in to_second.items():
+        if not kept.isdisjoint(e.axes()):
+            return _differ(e, axis.expr)
     taken = {a for e in to_first.values() for a in e.axes()}
     free_second = [a for a in second if a not in taken and a not in to_second]
 
@@ -228,9 +241,8 @@ def _digit_by_digit(p: Expr, c: Expr, first: Substitution, second: Substitution)
     return {a: b.expr for a, b in new.items()}
 
 
-def _sized(e: Expr) -> Expr | str:
-    """An index, with its extent where it is a loop: two may differ in nothing else."""
-    return f"{e} < {e.atom.size}" if isinstance(e.atom, Axis) else e
+def _differ(left: Expr, right: Expr) -> Refusal:
+    return Refusal("different rows", "", {"left": Places([left]), "right": Places([right])})
 
 
 def _used(axis: Axis, images: Substitution) -> bool:
