@@ -75,14 +75,20 @@ def schedule(plan: Plan, ctx: CompileContext) -> Plan:
 
 
 def pieces(kernel: Kernel, name: str, hint: Hint, buffers: dict[str, Buffer]) -> list[Kernel]:
-    """The kernels that one launch becomes: one where it can be, else one a root that is split in turn."""
+    """The kernels that one launch becomes: one where it can be, else one a root, and one for what a root reduces before
+    it reduces again, each split in turn."""
     found: list[Kernel] = []
     for k in split(kernel, name, hint, buffers):
-        if len(k.body) == 1 or set(k.reads) & set(k.writes) or problem(k, choose(k, hint)) is None:
+        parts: Sequence[Kernel] = ()
+        if not set(k.reads) & set(k.writes) and problem(k, choose(k, hint)) is not None:
+            if len(k.body) > 1:
+                parts = [closed(replace(k, body=(root,))) for root in k.body]
+            elif inner := _reduced_first(k):
+                parts = _inner_first(k, inner, f"{name}_first", hint, buffers)
+        for n, part in enumerate(parts):
+            found += pieces(part, f"{name}_{n}", hint, buffers)
+        if not parts:
             found.append(k)
-            continue
-        for n, root in enumerate(k.body):
-            found += pieces(closed(replace(k, body=(root,))), f"{name}_{n}", hint, buffers)
     return found
 
 
@@ -173,6 +179,13 @@ def _inner_first(
     after = rewrite(kernel.body, None, lambda v: results.get(v))
     last = closed(Kernel(kernel.axes, tuple(params.values()), after, kernel.origins))
     return [*split(first, f"{name}_a", hint, buffers), *split(last, f"{name}_b", hint, buffers)]
+
+
+def _reduced_first(kernel: Kernel) -> list[Reduce]:
+    """The reductions of single values that need none before them, where another one needs theirs."""
+    needed = {v for r in kernel.reductions for v in topological(r.args) if isinstance(v, Reduce) and v is not r}
+    free = [r for r in kernel.reductions if not any(isinstance(v, Reduce) for v in topological(r.args))]
+    return [r for r in free if r in needed and len(r.args) == 1]
 
 
 def _nested(kernel: Kernel, hint: Hint) -> list[Reduce]:

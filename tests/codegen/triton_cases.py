@@ -250,6 +250,13 @@ def sizes_that_change() -> str:
 
 
 @case
+def sums_that_need_sums_over_fewer_axes() -> str:
+    x, y = torch.randn(1, 7, 30), torch.randn(5, 1, 30)
+    found = compiled(lambda x, y: F.cosine_similarity(x, y, dim=-1), dynamic=True)(x, y)
+    return same(found, F.cosine_similarity(x, y, dim=-1), ulps=8)
+
+
+@case
 def views_gathers_and_masks() -> str:
     table, at = torch.randn(20, 12), torch.randint(0, 20, (4, 6))
 
