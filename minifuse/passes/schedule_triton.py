@@ -75,8 +75,8 @@ def schedule(plan: Plan, ctx: CompileContext) -> Plan:
 
 
 def pieces(kernel: Kernel, name: str, hint: Hint, buffers: dict[str, Buffer]) -> list[Kernel]:
-    """The kernels that one launch becomes: one where it can be, else one a root, and one for what a root reduces before
-    it reduces again, each split in turn."""
+    """The kernels that one launch becomes: one where it can be, else one a root, and one for what a root reduces first,
+    each split in turn."""
     found: list[Kernel] = []
     for k in split(kernel, name, hint, buffers):
         parts: Sequence[Kernel] = ()
@@ -182,10 +182,12 @@ def _inner_first(
 
 
 def _reduced_first(kernel: Kernel) -> list[Reduce]:
-    """The reductions of single values that need none before them, where another one needs theirs."""
+    """The reductions of single values that need none before them, where another one needs theirs or the only root runs
+    over more axes than they do."""
+    (root,) = kernel.body
     needed = {v for r in kernel.reductions for v in topological(r.args) if isinstance(v, Reduce) and v is not r}
     free = [r for r in kernel.reductions if not any(isinstance(v, Reduce) for v in topological(r.args))]
-    return [r for r in free if r in needed and len(r.args) == 1]
+    return [r for r in free if (r in needed or r.axes < root.space) and len(r.args) == 1]
 
 
 def _nested(kernel: Kernel, hint: Hint) -> list[Reduce]:

@@ -250,10 +250,13 @@ def sizes_that_change() -> str:
 
 
 @case
-def sums_that_need_sums_over_fewer_axes() -> str:
-    x, y = torch.randn(1, 7, 30), torch.randn(5, 1, 30)
-    found = compiled(lambda x, y: F.cosine_similarity(x, y, dim=-1), dynamic=True)(x, y)
-    return same(found, F.cosine_similarity(x, y, dim=-1), ulps=8)
+def sums_beside_sums_over_fewer_axes() -> str:
+    x, y, v = torch.randn(1, 7, 30), torch.randn(5, 1, 30), torch.rand(30)
+
+    def f(x: Tensor, y: Tensor, v: Tensor) -> tuple[Tensor, ...]:
+        return F.cosine_similarity(x, y, dim=-1), (x - y).transpose(1, 2).sum(1) / v.sum()
+
+    return same(compiled(f, dynamic=True)(x, y, v), f(x, y, v), ulps=8)
 
 
 @case
