@@ -230,3 +230,14 @@ def test_what_is_too_large_for_the_exact_planner_is_fused_greedily_and_says_so()
 
     same(compiled(long, {"fusion": "exact"})(X), long(X), tolerance=1e-4)
     assert "at most 60" in next(d.words for d in report().decisions if d.rule == "exact")
+
+
+def test_a_number_that_is_stored_rides_along_with_a_kernel_that_computes_it_for_itself() -> None:
+    def clipped(x: Tensor) -> tuple[Tensor, Tensor]:
+        least = torch.full((), 0.25)
+        return torch.where(x > 0, x, least).exp(), least
+
+    check(clipped, X)
+    assert kernels() == 1
+    check(lambda x: clipped(x.repeat(64, 64)), X)
+    assert kernels() == 2, "a large kernel keeps its loops"

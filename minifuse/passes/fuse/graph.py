@@ -245,10 +245,10 @@ class Graph:
         a.preds.discard(b.id)
         del self.groups[b.id]
 
-    def bury(self, a: Group) -> None:
-        """Drop a kernel that nobody reads any more."""
+    def bury(self, a: Group) -> bool:
+        """Drop a kernel if nobody reads it any more; whether nobody did."""
         if any(n in self.kept or self.readers.get(n, set()) - {a.id} for n in a.writes) or a.checks:
-            return
+            return False
         for n in a.reads:
             self.readers[n].discard(a.id)
         for n in a.writes:
@@ -263,6 +263,7 @@ class Graph:
         a.version = GONE
         self.lost += 1
         del self.groups[a.id]
+        return True
 
     def copy(self) -> Graph:
         """A graph whose merges leave this one as it is."""

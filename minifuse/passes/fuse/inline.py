@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import itertools
+from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 from minifuse.ir.index import Axis, Expr
@@ -12,7 +14,7 @@ from .body import NotInvertible, forward
 from .cost import alone, moving, taken
 from .graph import Graph, Moved
 from .group import Group, innermost
-from .rules import CHEAP, MAX_VALUES, Candidate, lengthens
+from .rules import CHEAP, MAX_VALUES, NUMBERS, Candidate, lengthens
 from .unify import Refusal
 
 if TYPE_CHECKING:
@@ -23,19 +25,33 @@ MAX_USES = 8
 MAX_IN_REDUCTION = 60
 
 
-def constants(search: Search) -> None:
-    """Kernels that read nothing are computed where they are used."""
-    graph = search.graph
+def constants(search: Search) -> list[int]:
+    """Kernels that read nothing are computed where they are used. Gives those that also store it, where it is small."""
+    graph, stored = search.graph, list[int]()
     for g in list(graph.groups.values()):
         if g.fixed or g.reads or g.checks or not g.pure or g.cost > CHEAP:
             continue
         readers = {r: None for name in g.writes for r in sorted(graph.readers.get(name, ()))}
         for reader in [graph.groups[r] for r in readers]:
             if search.empty:
-                return
+                return stored
             if not stands_alone(search, g, reader) and refusal(search, g, reader) is None:
                 into(search, g, reader, "it reads nothing: computed where it is read")
-        graph.bury(g)
+        if not graph.bury(g) and sum(graph.bytes[n] for n in g.writes) < NUMBERS:
+            stored.append(g.id)
+    return stored
+
+
+def ride(search: Search, stored: Sequence[int]) -> None:
+    """Numbers that are stored for somebody else are stored by one of the kernels that computed them for itself."""
+    graph = search.graph
+    for g in [graph.groups[i] for i in stored if graph.at(i) == i and not graph.groups[i].version]:
+        users = (r for r in graph.groups.values() if r is not g and not r.fixed and g.nodes[0] in r.nodes)
+        for user in itertools.islice(users, MAX_USES):
+            c = Candidate(graph, *sorted((g, user), key=lambda x: x.first))
+            if not search.empty and search.verdict(c, search.rules) is None:
+                search.accept(c, "a number that is stored rides along")
+                break
 
 
 def stands_alone(search: Search, g: Group, reader: Group) -> bool:

@@ -122,7 +122,7 @@ class Search:
     def search(self) -> None:
         """Find what to fuse."""
         self.force()
-        inline.constants(self)
+        numbers = inline.constants(self)
         inline.gathered(self)
         if self.ctx.options.fusion == "exact":
             try:
@@ -136,6 +136,7 @@ class Search:
             for pair in self.alive(self.tried):
                 if self.tried.get(pair) != self.stamp(*pair):
                     self.push(*pair)
+        inline.ride(self, numbers)
 
     def alive(self, pairs: Iterable[tuple[int, int]]) -> Iterator[tuple[int, int]]:
         """The groups that pairs of groups are in now, each pair once, those that became one left out."""
