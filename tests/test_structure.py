@@ -19,7 +19,7 @@ LONGEST_FILE = 500
 WHOLE = 15_500
 # The design aims at 9,000 for the core; the two targets, the capture surface, an allocator and vector maths of our own,
 # scans, scatters, joins, batches and the lowering of all of core ATen take it past that.
-CORE = 14_690
+CORE = 14_720
 # Lines of code a folder may have; the policies of rematerialisation, `explain` and the command line are no core.
 BUDGETS = {"ir": 2_700, "passes": 7_300, "codegen": 2_750, "runtime": 1_400, "explain": 1_500}
 POLICIES = {"baselines", "policies", "mincut", "checkpoint", "optimal", "budget", "offload"}

@@ -241,3 +241,10 @@ def test_a_number_that_is_stored_rides_along_with_a_kernel_that_computes_it_for_
     assert kernels() == 1
     check(lambda x: clipped(x.repeat(64, 64)), X)
     assert kernels() == 2, "a large kernel keeps its loops"
+
+    def between(x: Tensor) -> tuple[Tensor, ...]:
+        least, most = torch.full((), 0.25), torch.full((), 0.5)
+        return torch.where(x > 0, least, most), least, most
+
+    check(between, X)
+    assert kernels() == 1

@@ -45,7 +45,10 @@ def constants(search: Search) -> list[int]:
 def ride(search: Search, stored: Sequence[int]) -> None:
     """Numbers that are stored for somebody else are stored by one of the kernels that computed them for itself."""
     graph = search.graph
-    for g in [graph.groups[i] for i in stored if graph.at(i) == i and not graph.groups[i].version]:
+    for i in stored:
+        g = graph.groups.get(i)
+        if g is None or g.version:
+            continue
         users = (r for r in graph.groups.values() if r is not g and not r.fixed and g.nodes[0] in r.nodes)
         for user in itertools.islice(users, MAX_USES):
             c = Candidate(graph, *sorted((g, user), key=lambda x: x.first))
