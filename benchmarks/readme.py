@@ -39,7 +39,9 @@ def figure(column: str, value: Any) -> str:
         return harness.ratio(value)
     if "bytes" in column or "peak" in column:
         return harness.megabytes(value)
-    return harness.seconds(value) if "compile" in column else f"{value:,.3g}"
+    if column in ("median distance", "worst"):
+        return f"{value:.2%}"
+    return harness.seconds(value) if column in ("greedy", "exact") or "compile" in column else f"{value:,.3g}"
 
 
 def table(name: str, result: dict[str, Any]) -> str:
