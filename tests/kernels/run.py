@@ -26,6 +26,8 @@ TARGETS: dict[str, tuple[str, Any, int]] = {
     "gfx942": ("hip", "gfx942", 64),
 }
 SPILLS = "cuda:90"
+# The plans are those that a GPU gets.
+OPTIONS = {"target": "triton", "device_model": "H100"}
 NAMES = [*(f"families/{name}" for name in FAMILIES), *(f"benchmarks/{name}" for name in models.MODELS)]
 Made = list[tuple[Plan, CompileContext]]
 
@@ -61,7 +63,7 @@ def plans(name: str) -> Made:
     triton_launch.build = interpreted
     try:
         torch._dynamo.reset()
-        step_of(name)(lambda model: torch.compile(model, backend="minifuse", options={"target": "triton"}))
+        step_of(name)(lambda model: torch.compile(model, backend="minifuse", options=OPTIONS))
     finally:
         triton_launch.build = before
     return found
@@ -108,6 +110,6 @@ def _claim(path: Path) -> bool:
 def exact(family: str, device: str = "cpu", draws: int = 4) -> list[str]:
     """What of a family's training step by Triton is further from float64 than eager may be, and what Triton did not
     express. The CPU needs TRITON_INTERPRET=1."""
-    found = check(family, draws, device, options={"target": "triton"})
+    found = check(family, draws, device, options=OPTIONS)
     problems = [f"{name}: {ratio:.2f} of what is allowed" for name, ratio in found.wrong.items()]
     return problems + [str(d) for r in RECORDS for d in r.decisions if d.rule == "interpreted"]
