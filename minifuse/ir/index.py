@@ -353,23 +353,29 @@ _UNBOUNDED = -(1 << 62)
 
 
 def _fold_remainders(live: list[tuple[Monomial, int]]) -> list[tuple[Monomial, int]]:
-    """`d*(x // d) + x % d` is `x`: undo a split that was put together again."""
-    mods = [(m, c, a) for m, c in live for a in m if isinstance(a, Mod)]
-    if not mods:
+    """`d*(x // d) + x % d` is `x`, `d*(x % (k*d) // d) + x % d` is `x % (k*d)`: undo a split put together again."""
+    if not (mods := [(m, c, a) for m, c in live for a in m if isinstance(a, Mod)]):
         return live
     terms = dict(live)
     for mono, coef, a in mods:
-        rest = list(mono)
-        rest.remove(a)
-        quotient = a.num // a.den
-        wanted = as_expr(coef) * Expr.of({tuple(rest): 1}) * a.den * quotient
-        if quotient.terms and all(terms.get(m) == c for m, c in wanted.terms) and mono in terms:
-            for m, _ in wanted.terms:
-                del terms[m]
-            del terms[mono]
-            whole = Expr.of(terms) + Expr.of({tuple(rest): coef}) * a.num
-            return list(whole.terms)
+        (rest := list(mono)).remove(a)
+        inner = [f.num for m, _ in live for f in m if isinstance(f, FloorDiv) and f.den is a.den and _digits(f.num, a)]
+        for number in (a.num, *inner):
+            quotient = number // a.den
+            wanted = Expr.of({tuple(rest): coef}) * a.den * quotient
+            if quotient.terms and all(terms.get(m) == c for m, c in wanted.terms) and mono in terms:
+                for m, _ in wanted.terms:
+                    del terms[m]
+                del terms[mono]
+                whole = Expr.of(terms) + Expr.of({tuple(rest): coef}) * number
+                return list(whole.terms)
     return live
+
+
+def _digits(m: Expr, low: Mod) -> bool:
+    """Whether a number is a remainder of the same one by a multiple of what the low digit is one by."""
+    known = isinstance(m.atom, Mod) and m.atom.num is low.num and m.atom.den.is_const and low.den.is_const
+    return known and m.atom.den.value % low.den.value == 0  # type: ignore[union-attr]
 
 
 def _min_value(e: Expr) -> int:

@@ -222,3 +222,9 @@ def test_rendering_uses_the_targets_own_division():
     text = e.render(lambda a: a.name.upper(), div="fd(", mod="fm(")
     assert "fd(J + 5, 7)" in text
     assert "fm(J + 5, 7)" in text
+
+
+def test_the_digits_of_a_remainder_are_put_together_again() -> None:
+    x = Axis("x", 128).expr
+    assert 8 * ((x % 64) // 8) + x % 8 is x % 64
+    assert 8 * ((x % 60) // 8) + x % 8 is not x % 60
