@@ -240,3 +240,32 @@ def test_a_weight_given_by_its_norm_has_its_gradient_in_kernels(dim: int) -> Non
     g = v.detach().norm(dim=[d for d in range(3) if d != dim], keepdim=True) + 1
     check(fn, v, g.requires_grad_(), tolerance=1e-5)
     assert not externs()
+
+
+def test_what_is_asked_for_its_shape_alone_is_no_kernel() -> None:
+    def fn(x: Tensor) -> Tensor:
+        return torch.ops.aten.full_like(x.exp() * 2, 3.0) + x
+
+    x = torch.randn(4, 6)
+    check(fn, x)
+    lowered = minifuse.capture(fn, x).plans["inference"].launches
+    assert {node for launch in lowered for node in launch.kernel.origins} == {"full_like", "add"}
+
+
+def test_a_result_that_nobody_reads_keeps_its_loops_while_kernels_merge() -> None:
+    """Of a mean that is computed again only its shape was needed: its loops were forgotten, and one took their name."""
+
+    def fn(x: Tensor, length: Tensor) -> tuple[Tensor, ...]:
+        mask = torch.arange(x.shape[1])[None] < length[:, None]
+        mean = (x * mask[..., None]).sum(1) / length[:, None].clamp(min=1)
+        slots = (length % 3)[:, None].expand_as(mean)
+        means = torch.zeros(3, x.shape[-1]).scatter_reduce(0, slots, mean, "mean", include_self=False)
+        return mean, means, x.new_zeros(4, x.shape[-1]).index_copy(0, torch.tensor([1, 3]), mean[:2])
+
+    x, length = torch.randn(4, 6, 5), torch.tensor([6, 3, 1, 4])
+    gradients = []
+    for run in (fn, compiled(fn, {"memory_budget": 0.05})):
+        leaf = x.clone().requires_grad_()
+        sum(out.sum() for out in run(leaf, length)).backward()
+        gradients.append(leaf.grad)
+    same(gradients[1], gradients[0])

@@ -215,7 +215,8 @@ class Graph:
         mixed = how.chunked
         a.join(b, how)
         self.absorb(a, b)
-        for name in [n for n in a.stored if n not in self.kept and self.readers.get(n, set()) <= {a.id}]:
+        # What nobody reads at all is left to the end: its loops are in the body until then.
+        for name in [n for n in a.stored if n not in self.kept and self.readers.get(n) == {a.id}]:
             if name not in self.plan.mutated and name not in a.scattered:
                 a.drop(name)
                 del self.writer[name]

@@ -30,6 +30,7 @@ from .memory import arguments
 from .nodes import is_alias, is_dense, is_effect, memory_of, mutated_arguments, names_symbol, source_line
 from .pointwise import ROWS, Unsupported, check_fits, division_checks, to_compute, truth
 from .structural import STRUCTURAL
+from .unread import without_unread
 from .view import View
 
 aten = torch.ops.aten
@@ -491,4 +492,4 @@ class Lowering:
 def lower(graph: fx.Graph, ctx: CompileContext, output_strides: dict[int, tuple[Any, ...]] | None = None) -> Plan:
     """The plan of a functional ATen graph, one kernel an operator. `output_strides` (by position)
     are eager's where they differ from the graph's own."""
-    return Lowering(graph, ctx).run(ctx.name, output_strides or {})
+    return without_unread(Lowering(graph, ctx).run(ctx.name, output_strides or {}))
