@@ -43,7 +43,7 @@ from minifuse.passes.schedule import (
     transposed_axis,
     unit_weights,
 )
-from minifuse.passes.split import Tree, closed, halves, new_buffer
+from minifuse.passes.split import Tree, closed, halves, new_buffer, results_of, splits
 
 ROW_BLOCK = 16_384
 COLUMN_BLOCK = 32
@@ -168,7 +168,7 @@ def _inner_first(
     stores: list[Root] = []
     results: dict[Value, Load] = {}
     params = {p.name: p for p in kernel.params}
-    for k, r in enumerate(inner):
+    for k, r in enumerate(v for found in inner for v in results_of(found)):
         rest = [a for a in kernel.axes if a in r.axes]
         at = tuple(a.expr for a in rest)
         buffer = new_buffer(f"{name}_whole{k}", r.dtype, rest, kernel, buffers)
@@ -225,7 +225,7 @@ def _splittable(kernel: Kernel, hint: Hint) -> list[Reduce]:
     grid = common(kernel)
     for over in dict.fromkeys(r.over for r in reductions):
         mine = [r for r in reductions if r.over is over]
-        if len({r.lanes for r in mine}) > 1 or any(len(r.args) > 1 for r in mine):
+        if len({r.lanes for r in mine}) > 1 or not all(map(splits, mine)):
             continue
         points = hint(product(a.size for a in grid))
         programs = points if mine[0].lanes > 1 else points // COLUMNS
