@@ -137,6 +137,8 @@ class CDialect:
             head = f"const int64_t {var} = {at}" + (f" * {loop.step};" if loop.step > 1 else ";")
             p.here.lines += [head, *lines]
             return
+        if loop.kind == "lane" and len(lines) == self.ragged(p):
+            return  # what it would read is read where it lies (`c_rows`)
         outer = p.previous(k)
         begin = "0" if outer is None else self.var(p, outer)
         step = LANES if loop.kind == "lane" else loop.step

@@ -1,8 +1,9 @@
 """Rows that C keeps: reductions that join several values pass twice over a chunk while it lies in the nearest cache.
 
-An element is stored in a row buffer where another reduction would fold it. When the chunk is complete one helper passes
-over it, first for the maximum or the mean and then for what is summed about it, so that an exponential is taken once an
-element. The chunks' results are joined in order, as all are.
+When the loop over a chunk is done a helper passes over the chunk's elements, first for the maximum or the mean and then
+for what is summed about it, so that memory is walked once and an exponential taken once an element. What lies in memory
+as it is reduced is read there; what is computed is stored in a row buffer where another reduction would fold it. The
+chunks' results are joined in order, as all are.
 """
 
 from __future__ import annotations
@@ -10,23 +11,21 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from minifuse.ir.index import ONE, Expr, as_expr
-from minifuse.ir.shape import cdiv, product
+from minifuse.ir.index import ONE, Expr
+from minifuse.ir.shape import product
+from minifuse.ir.value import LANES, Load, Value
 
-from .c_text import SCALAR, identities, register
+from .c_text import REGISTER, SCALAR, identities, register
 from .looptree import Fold
 
 if TYPE_CHECKING:
     from .c import CDialect
     from .printer import Printer
 
-STEP = 64
-"""Elements that a helper takes at a time, in four sums that do not wait for one another."""
-
 
 @dataclass(frozen=True)
 class Kept:
-    """The buffers of a chunk: one an argument, of `length` rows of `size` elements."""
+    """The buffers of a chunk: one an argument, of `length` rows of `size` elements; none where memory is read."""
 
     names: tuple[str, ...]
     length: int
@@ -36,26 +35,37 @@ class Kept:
 def keeps(fold: Fold) -> bool:
     """Whether a level of a reduction keeps what it folds: the innermost one of a row that joins several values."""
     r = fold.value
-    return fold.level == 0 and r.lanes > 1 and len(r.parts) > 1 and all(a.dtype is r.dtype for a in r.parts)
+    return fold.level == 0 and r.lanes > 1 and r.results > 1 and all(a.dtype is r.dtype for a in r.parts)
+
+
+def in_memory(d: CDialect, p: Printer, fold: Fold) -> Load | None:
+    """The argument, where it lies in memory one element behind the other."""
+    r, (x, *more) = fold.value, fold.value.args
+    if more or not isinstance(x, Load) or x.mask is not None or x.dtype in REGISTER or p.lane is not r.over:
+        return None
+    if d.deeper(p, fold) or any(isinstance(i, Value) for i in x.index):
+        return None
+    return x if p.param(x.param).offset(x.index).coefficient(r.over) is ONE else None
 
 
 def begin(d: CDialect, p: Printer, fold: Fold) -> tuple[str, ...]:
     """Declare the buffers and what the chunk's results are stored in, whose names it gives."""
     r = fold.value
     deeper = d.deeper(p, fold)
-    size = product(d.padded(p, a) for a in d.axes_below(p, deeper)) if deeper else ONE
+    size = product(d.padded(p, a) for a in d.axes_below(p, deeper))
     most = min(r.over.size.value, r.chunk) if r.over.size.is_const else r.chunk
-    length = -(-most // STEP) * STEP
+    length = -(-most // LANES) * LANES
     name = p.fresh("a")
-    d.kept[fold] = Kept(tuple(f"{name}_x{k}" for k in range(len(r.args))), length, size)
-    for buffer in d.kept[fold].names:
+    buffers = () if in_memory(d, p, fold) else tuple(f"{name}_x{k}" for k in range(len(r.args)))
+    d.kept[fold] = Kept(buffers, length, size)
+    for buffer in buffers:
         d.make_local(p, buffer, r.dtype, size * length)
     names = tuple(f"{name}_{k}" for k in range(r.results))
-    for n, start in zip(names, identities(r), strict=True):
+    for n, first in zip(names, identities(r), strict=True):
         if deeper:
             d.make_local(p, n, r.dtype, size)
         else:
-            p.line(f"{SCALAR[register(r.dtype)]} {n} = {start};")
+            p.line(f"{SCALAR[register(r.dtype)]} {n} = {first};")
     return names
 
 
@@ -68,7 +78,7 @@ def step(d: CDialect, p: Printer, fold: Fold) -> None:
     if below:
         at = f"({at}) * ({d.expr(kept.size)}) + {d.place(p, below)}"
     t = register(r.dtype)
-    for buffer, a in zip(kept.names, r.args, strict=True):
+    for buffer, a in zip(kept.names, r.args if kept.names else (), strict=True):
         value = d.vector(p, a) if lanes else p.name(a)
         p.line(f"*(u_{t}*)({buffer} + {at}) = {value};" if lanes else f"{buffer}[{at}] = {value};")
 
@@ -78,11 +88,15 @@ def end(d: CDialect, p: Printer, fold: Fold, names: tuple[str, ...]) -> None:
     r, kept = fold.value, d.kept[fold]
     t, count = register(r.dtype), f"{d.end(p, fold.loop)} - {start(d, p, fold)}"
 
-    def reduced(buffers: list[str], results: list[str]) -> str:
-        given = iter(buffers)
+    def reduced(rows: list[str], results: list[str]) -> str:
+        given = iter(rows)
         args = [next(given) if a in r.args else "0" for a in r.parts]
         return f"mf_row{r.kind}_{t}({', '.join([*args, count, *results])});"
 
+    if x := in_memory(d, p, fold):
+        at = d.place_of(p, p.param(x.param), x).base
+        p.line(f"{{ const int64_t {d.axis(r.over)} = {start(d, p, fold)}; {reduced([at], [f'&{n}' for n in names])} }}")
+        return
     if not d.deeper(p, fold):
         p.line(reduced(list(kept.names), [f"&{n}" for n in names]))
         return
@@ -103,25 +117,38 @@ def start(d: CDialect, p: Printer, fold: Fold) -> str:
 
 # -- the helpers --------------------------------------------------------------------------------------
 # An array that is 0 holds what an element is by itself: a weight of 1 in a softmax's sum, a count of 1 and no squares in
-# a norm. Arrays reach to the next multiple of 64 elements and are filled up there with what changes nothing.
+# a norm. Elements are taken 64 at a time, in four sums that do not wait for one another; what is left behind the last 64
+# is copied to where it can be filled up with what changes nothing.
 _FOUR = """
 #define MF_FOUR _Pragma("GCC unroll 4") for (int u = 0; u < 4; u++)
-#define MF_AT(x) (*(u_$T*)((x) + k + 16 * u))
-#define MF_SUM(a) mf_hreduce_add_$T(((a)[0] + (a)[1]) + ((a)[2] + (a)[3]))"""
+#define MF_ALL(x) (((x)[0] + (x)[1]) + ((x)[2] + (x)[3]))
+#define MF_BLOCKS for (int64_t k = 0; k < n; k += 64)"""
 HELPERS = {
+    "over": "MF $V mf_over_$T($V a, $V b) { MF_LANES a[l] = b[l] > a[l] ? b[l] : a[l]; return a; }",
+    "kept": "MF $V mf_kept_$T(const $R* p, int u) { return *(const u_$T*)(p + 16 * u); }",
+    "left": """
+MF void mf_left_$T($R* to, const $R* x, int64_t n, $R fill) {
+  if (x) for (int l = 0; l < 64; l++) to[l] = l < n % 64 ? x[n / 64 * 64 + l] : fill;
+}""",
     "rowsoftmax": _FOUR + """
-MF void mf_rowsoftmax_$T($R* x, $R* w, int64_t n, $R* most, $R* sum) {
+MF void mf_rowsoftmax_$T(const $R* x, const $R* w, int64_t n, $R* most, $R* sum) {
   const $R least = -($R)__builtin_inf();
-  const int64_t end = (n + 63) / 64 * 64;
-  for (int64_t k = n; k < end; k++) { x[k] = least; if (w) w[k] = 0; }
+  const int64_t whole = n / 64 * 64;
+  $R tx[64], tw[64]; mf_left_$T(tx, x, n, least); mf_left_$T(tw, w, n, 0);
   $V a[4]; MF_FOUR a[u] = mf_splat_$T(least);
-  for (int64_t k = 0; k < end; k += 64) MF_FOUR a[u] = mf_maximum_$T(a[u], MF_AT(x));
-  *most = mf_hreduce_maximum_$T(mf_maximum_$T(mf_maximum_$T(a[0], a[1]), mf_maximum_$T(a[2], a[3])));
-  const $V low = mf_splat_$T(*most == least ? 0 : *most);
+  MF_BLOCKS { const $R* v = k < whole ? x + k : tx; MF_FOUR a[u] = mf_over_$T(a[u], mf_kept_$T(v, u)); }
+  a[0] = mf_over_$T(mf_over_$T(a[0], a[1]), mf_over_$T(a[2], a[3]));
+  $R m = a[0][0]; for (int l = 1; l < 16; l++) m = a[0][l] > m ? a[0][l] : m;
+  const $V low = mf_splat_$T(m == least ? 0 : m);
   MF_FOUR a[u] = mf_splat_$T(0);
-  for (int64_t k = 0; k < end; k += 64)
-    MF_FOUR { $V e = mf_exp_$T(MF_AT(x) - low); a[u] += w ? e * MF_AT(w) : e; }
-  *sum = MF_SUM(a);
+  MF_BLOCKS {
+    const $R *v = k < whole ? x + k : tx, *s = k < whole ? w + k : tw;
+    MF_FOUR { $V e = mf_exp_$T(mf_kept_$T(v, u) - low); a[u] += w ? e * mf_kept_$T(s, u) : e; }
+  }
+  *sum = mf_hreduce_add_$T(MF_ALL(a));
+  /* Where infinity is not the reason, what is not a number came in and is the maximum too. */
+  if (*sum != *sum) for (int64_t k = 0; k < n; k++) m = x[k] != x[k] ? x[k] : m;
+  *most = m;
 }""",
     "softmax": """
 /* Joins maxima and sums; infinities that are equal have no difference. */
@@ -139,23 +166,33 @@ MF void mf_softmax_${T}_s($R* m, $R* s, $R w, $R t) {
   *m = mf_maximum_${T}_s(*m, w);
 }""",
     "rowwelford": _FOUR + """
-MF void mf_rowwelford_$T($R* c, $R* x, $R* q, int64_t n, $R* count, $R* mean, $R* squares) {
-  const int64_t end = (n + 63) / 64 * 64;
-  for (int64_t k = n; k < end; k++) { x[k] = 0; if (c) c[k] = 0; if (q) q[k] = 0; }
+MF void mf_rowwelford_$T(const $R* c, const $R* x, const $R* q, int64_t n, $R* count, $R* mean, $R* squares) {
+  const int64_t whole = n / 64 * 64;
+  $R tc[64], tx[64], tq[64]; mf_left_$T(tc, c, n, 0); mf_left_$T(tx, x, n, 0); mf_left_$T(tq, q, n, 0);
   $V a[4], b[4]; MF_FOUR a[u] = b[u] = mf_splat_$T(0);
-  for (int64_t k = 0; k < end; k += 64)
-    MF_FOUR { a[u] += c ? MF_AT(c) * MF_AT(x) : MF_AT(x); if (c) b[u] += MF_AT(c); }
-  *count = c ? MF_SUM(b) : n;
-  const $R all = *count > 1 ? *count : 1, first = MF_SUM(a) / all;
-  const $V centre = mf_splat_$T(first);
-  for (int64_t k = n; k < end; k++) x[k] = first;
-  MF_FOUR a[u] = b[u] = mf_splat_$T(0);
-  for (int64_t k = 0; k < end; k += 64)
+  MF_BLOCKS {
+    const $R *v = k < whole ? x + k : tx, *s = k < whole ? c + k : tc;
     MF_FOUR {
-      $V away = MF_AT(x) - centre, square = away * away;
-      a[u] += c ? MF_AT(c) * away : away; b[u] += c ? MF_AT(c) * square : square; if (q) b[u] += MF_AT(q);
+      $V y = mf_kept_$T(v, u);
+      if (c) { b[u] += mf_kept_$T(s, u); y *= mf_kept_$T(s, u); }
+      a[u] += y;
     }
-  const $R off = MF_SUM(a) / all, left = MF_SUM(b) - off * off * *count;
+  }
+  *count = c ? mf_hreduce_add_$T(MF_ALL(b)) : n;
+  const $R all = *count > 1 ? *count : 1, first = mf_hreduce_add_$T(MF_ALL(a)) / all;
+  const $V centre = mf_splat_$T(first);
+  mf_left_$T(tx, x, n, first);
+  MF_FOUR a[u] = b[u] = mf_splat_$T(0);
+  MF_BLOCKS {
+    const $R *v = k < whole ? x + k : tx, *s = k < whole ? c + k : tc, *t = k < whole ? q + k : tq;
+    MF_FOUR {
+      $V away = mf_kept_$T(v, u) - centre, square = away * away;
+      if (c) { away *= mf_kept_$T(s, u); square *= mf_kept_$T(s, u); }
+      a[u] += away; b[u] += square;
+      if (q) b[u] += mf_kept_$T(t, u);
+    }
+  }
+  const $R off = mf_hreduce_add_$T(MF_ALL(a)) / all, left = mf_hreduce_add_$T(MF_ALL(b)) - off * off * *count;
   *mean = first + off; *squares = left < 0 ? 0 : left;
 }""",
     "welford": """
@@ -173,4 +210,4 @@ MF void mf_welford_${T}_s($R* n, $R* m, $R* q, $R k, $R w, $R r) {
   $R all = *n + k, away = w - *m, part = k / (all > 1 ? all : 1);
   *q = *q + r + away * (away * (*n * part)); *m = *m + away * part; *n = all;
 }""",
-}
+}  # fmt: skip
