@@ -15,7 +15,7 @@ from minifuse.ir.index import ONE, Expr
 from minifuse.ir.shape import product
 from minifuse.ir.value import LANES, Load, Value
 
-from .c_text import REGISTER, SCALAR, identities, register
+from .c_text import AHEAD, REGISTER, SCALAR, identities, register, streams
 from .looptree import Fold
 
 if TYPE_CHECKING:
@@ -88,14 +88,16 @@ def end(d: CDialect, p: Printer, fold: Fold, names: tuple[str, ...]) -> None:
     r, kept = fold.value, d.kept[fold]
     t, count = register(r.dtype), f"{d.end(p, fold.loop)} - {start(d, p, fold)}"
 
-    def reduced(rows: list[str], results: list[str]) -> str:
+    def reduced(rows: list[str], results: list[str], ahead: int = 0) -> str:
         given = iter(rows)
         args = [next(given) if a in r.args else "0" for a in r.parts]
-        return f"mf_row{r.kind}_{t}({', '.join([*args, count, *results])});"
+        return f"mf_row{r.kind}_{t}({', '.join([*args, count, str(ahead), *results])});"
 
     if x := in_memory(d, p, fold):
-        at = d.place_of(p, p.param(x.param), x).base
-        p.line(f"{{ const int64_t {d.axis(r.over)} = {start(d, p, fold)}; {reduced([at], [f'&{n}' for n in names])} }}")
+        param = p.param(x.param)
+        at = d.place_of(p, param, x)
+        call = reduced([at.base], [f"&{n}" for n in names], AHEAD * streams(p, param, at.offset, d.streamed))
+        p.line(f"{{ const int64_t {d.axis(r.over)} = {start(d, p, fold)}; {call} }}")
         return
     if not d.deeper(p, fold):
         p.line(reduced(list(kept.names), [f"&{n}" for n in names]))
@@ -122,6 +124,7 @@ def start(d: CDialect, p: Printer, fold: Fold) -> str:
 _FOUR = """
 #define MF_FOUR _Pragma("GCC unroll 4") for (int u = 0; u < 4; u++)
 #define MF_ALL(x) (((x)[0] + (x)[1]) + ((x)[2] + (x)[3]))
+#define MF_AHEAD if (ahead) __builtin_prefetch((const char*)(v + 16 * u) + ahead);
 #define MF_BLOCKS for (int64_t k = 0; k < n; k += 64)"""
 HELPERS = {
     "over": "MF $V mf_over_$T($V a, $V b) { MF_LANES a[l] = b[l] > a[l] ? b[l] : a[l]; return a; }",
@@ -131,12 +134,15 @@ MF void mf_left_$T($R* to, const $R* x, int64_t n, $R fill) {
   if (x) for (int l = 0; l < 64; l++) to[l] = l < n % 64 ? x[n / 64 * 64 + l] : fill;
 }""",
     "rowsoftmax": _FOUR + """
-MF void mf_rowsoftmax_$T(const $R* x, const $R* w, int64_t n, $R* most, $R* sum) {
+MF void mf_rowsoftmax_$T(const $R* x, const $R* w, int64_t n, int64_t ahead, $R* most, $R* sum) {
   const $R least = -($R)__builtin_inf();
   const int64_t whole = n / 64 * 64;
   $R tx[64], tw[64]; mf_left_$T(tx, x, n, least); mf_left_$T(tw, w, n, 0);
   $V a[4]; MF_FOUR a[u] = mf_splat_$T(least);
-  MF_BLOCKS { const $R* v = k < whole ? x + k : tx; MF_FOUR a[u] = mf_over_$T(a[u], mf_kept_$T(v, u)); }
+  MF_BLOCKS {
+    const $R* v = k < whole ? x + k : tx;
+    MF_FOUR { MF_AHEAD a[u] = mf_over_$T(a[u], mf_kept_$T(v, u)); }
+  }
   a[0] = mf_over_$T(mf_over_$T(a[0], a[1]), mf_over_$T(a[2], a[3]));
   $R m = a[0][0]; for (int l = 1; l < 16; l++) m = a[0][l] > m ? a[0][l] : m;
   const $V low = mf_splat_$T(m == least ? 0 : m);
@@ -166,14 +172,14 @@ MF void mf_softmax_${T}_s($R* m, $R* s, $R w, $R t) {
   *m = mf_maximum_${T}_s(*m, w);
 }""",
     "rowwelford": _FOUR + """
-MF void mf_rowwelford_$T(const $R* c, const $R* x, const $R* q, int64_t n, $R* count, $R* mean, $R* squares) {
+MF void mf_rowwelford_$T(const $R* c, const $R* x, const $R* q, int64_t n, int64_t ahead, $R* count, $R* mean, $R* squares) {
   const int64_t whole = n / 64 * 64;
   $R tc[64], tx[64], tq[64]; mf_left_$T(tc, c, n, 0); mf_left_$T(tx, x, n, 0); mf_left_$T(tq, q, n, 0);
   $V a[4], b[4]; MF_FOUR a[u] = b[u] = mf_splat_$T(0);
   MF_BLOCKS {
     const $R *v = k < whole ? x + k : tx, *s = k < whole ? c + k : tc;
     MF_FOUR {
-      $V y = mf_kept_$T(v, u);
+      MF_AHEAD $V y = mf_kept_$T(v, u);
       if (c) { b[u] += mf_kept_$T(s, u); y *= mf_kept_$T(s, u); }
       a[u] += y;
     }
