@@ -118,9 +118,9 @@ def start(d: CDialect, p: Printer, fold: Fold) -> str:
 
 
 # -- the helpers --------------------------------------------------------------------------------------
-# An array that is 0 holds what an element is by itself: a weight of 1 in a softmax's sum, a count of 1 and no squares in
-# a norm. Elements are taken 64 at a time, in four sums that do not wait for one another; what is left behind the last 64
-# is copied to where it can be filled up with what changes nothing.
+# An array that is 0 holds what an element is by itself: a weight of 1 in a softmax's sum, a count of 1 and no squares
+# in a norm. Elements are taken 64 at a time, in four sums that do not wait for one another; what is left behind the
+# last 64 is copied to where it can be filled up with what changes nothing.
 _FOUR = """
 #define MF_FOUR _Pragma("GCC unroll 4") for (int u = 0; u < 4; u++)
 #define MF_ALL(x) (((x)[0] + (x)[1]) + ((x)[2] + (x)[3]))
@@ -172,7 +172,8 @@ MF void mf_softmax_${T}_s($R* m, $R* s, $R w, $R t) {
   *m = mf_maximum_${T}_s(*m, w);
 }""",
     "rowwelford": _FOUR + """
-MF void mf_rowwelford_$T(const $R* c, const $R* x, const $R* q, int64_t n, int64_t ahead, $R* count, $R* mean, $R* squares) {
+MF void mf_rowwelford_$T(const $R* c, const $R* x, const $R* q, int64_t n, int64_t ahead,
+                         $R* count, $R* mean, $R* squares) {
   const int64_t whole = n / 64 * 64;
   $R tc[64], tx[64], tq[64]; mf_left_$T(tc, c, n, 0); mf_left_$T(tx, x, n, 0); mf_left_$T(tq, q, n, 0);
   $V a[4], b[4]; MF_FOUR a[u] = b[u] = mf_splat_$T(0);

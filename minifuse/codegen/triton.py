@@ -30,7 +30,9 @@ from .triton_text import LIMIT, combine, extents_of, fixed, inline, literal, reg
 
 UNROLL = 8
 # what stands in a loop that is not unrolled: loops, stores, and what is done across threads
-_HEAVY = re.compile(r"^\s*(?:for |tl\.store)|\bmf_(?:scan|sum|prod|max|min|any|all|rowargmax|rowargmin|rowsoftmax|rowwelford)\(")
+_HEAVY = re.compile(
+    r"^\s*(?:for |tl\.store)|\bmf_(?:scan|sum|prod|max|min|any|all|rowargmax|rowargmin|rowsoftmax|rowwelford)\("
+)
 # tl.div_rn and tl.sqrt_rn are float32's; on float64 the plain operations round correctly
 F64 = {"div": "({0} / {1})", "sqrt": "tl.sqrt({0})"}
 LAST_INDEX = (1 << 63) - 1
@@ -380,8 +382,8 @@ class TritonDialect:
             args = tuple(p.name(a) for a in r.parts)
         if fold in self.parts:
             here = f"tl.arange(0, {self.parts[fold]}) == {r.over.name}_{fold.loop} // {p.loops[fold.loop].step}"
-            for a, n in zip(args, into, strict=True):
-                p.line(f"{n} = tl.where({here}, {a}, {n})")
+            for n, found in zip(into, args, strict=True):
+                p.line(f"{n} = tl.where({here}, {found}, {n})")
             return
         p.line(f"{', '.join(into)} = {combine(r, into, args)}")
 

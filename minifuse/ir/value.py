@@ -277,8 +277,8 @@ LANES = 16
 ROW_CHUNK = 4096
 COLUMN_CHUNK = 64
 LONG_ROW = 16_384
-"""The longest row that both targets hold between two passes: in a core's cache, in a program's registers. The statistics
-of a longer one, where its length is known, are found in one walk."""
+"""The longest row that both targets hold between two passes: in a core's cache, in a program's registers. The
+statistics of a longer one, where its length is known, are found in one walk."""
 
 
 class Reduce(Value):

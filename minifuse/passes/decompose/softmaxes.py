@@ -68,7 +68,7 @@ def decompositions(others: Mapping[Any, Callable[..., Any]]) -> dict[Any, Callab
         one = dim[0] if isinstance(dim, (list, tuple)) and len(dim) == 1 else dim
         if is_long(x, one):
             return logsumexp(x, one, keepdim)
-        return others[aten.logsumexp.default](x, dim, keepdim)  # type: ignore[no-any-return]
+        return others[aten.logsumexp.default](x, dim, keepdim)
 
     return {
         aten._softmax.default: along(aten._softmax.default, softmax),
