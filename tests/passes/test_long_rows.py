@@ -175,12 +175,12 @@ def test_special_rows_give_what_eager_gives(name: str, dtype: torch.dtype) -> No
 @pytest.mark.parametrize("name", [*SOFTMAXES, *NORMS])
 def test_long_rows_are_as_near_to_the_truth_as_eagers(name: str, length: int) -> None:
     fn = {**SOFTMAXES, **NORMS}[name]
-    x = torch.randn(18, length)
-    for x, least in ((x, 1e-6), (x + 1000, 3e-6)):
+    for mean, times, least in ((0, 2, 1e-6), (1000, 4, 3e-6)):  # a chunk's mean is rounded, and each that it joins
+        x = mean + torch.randn(18, length)
         truth = fn(x.double())
         scale = truth.abs().amax()
         found, eager = ((y - truth).abs().amax() / scale for y in (compiled(fn)(x), fn(x)))
-        assert found <= max(2 * eager, least)
+        assert found <= max(times * eager, least)
         assert kinds() == ({"softmax"} if name in SOFTMAXES else {"welford"})
 
 
