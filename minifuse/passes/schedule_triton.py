@@ -10,6 +10,7 @@ The tree of a reduction on this target, a function of its kind, its extent and i
   halves, then by neighbours, in the order that `triton_prelude.mf_sum` writes down.
 * A longer row is cut into blocks of `ROW_BLOCK`; their results are a row in turn. One whose length is
   not known until the call is cut into blocks of a size taken from its hint; their results are a column.
+* What joins several values passes twice over each block; the blocks' results are a row of partial results.
 * A column folds its elements in order, `COLUMN_BLOCK` at a time; the results are a column in turn.
 
 So a reduction with too few independent points for a GPU is split into a launch over the blocks of its
