@@ -30,7 +30,7 @@ from minifuse.ir.index import Axis, Expr
 from minifuse.ir.kernel import Kernel, Loop, Root, Schedule, Store, rewrite
 from minifuse.ir.plan import Buffer, Plan
 from minifuse.ir.shape import cdiv, product
-from minifuse.ir.value import LANES, Load, Reduce, Scan, Value, topological
+from minifuse.ir.value import LANES, Load, Pick, Reduce, Scan, Value, topological
 from minifuse.options import Options
 from minifuse.passes.context import CompileContext
 from minifuse.passes.schedule import (
@@ -210,8 +210,8 @@ def _rows_first(kernel: Kernel, hint: Hint) -> list[Reduce]:
         return []
     found: dict[Reduce, None] = {}
     for outer in kernel.reductions:
-        inner = outer.args[0]
-        if isinstance(inner, Reduce) and len(inner.args) == 1:
+        inner = outer.args[0].value if isinstance(outer.args[0], Pick) else outer.args[0]
+        if isinstance(inner, Reduce) and splits(inner):
             # a mean that the inner one needs, over an axis that this one walks, comes first
             before = [v for v in topological(inner.args) if isinstance(v, Reduce) and v.over in inner.axes]
             found.update(dict.fromkeys(before[-1:] or [inner]))
