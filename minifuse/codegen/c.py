@@ -307,13 +307,14 @@ class CDialect:
         size = tile_elements(p.loops, a)
         return cdiv(size, LANES) * LANES if a is p.lane else size
 
-    def make_local(self, p: Printer, name: str, dtype: torch.dtype, count: Expr) -> None:
+    def make_local(self, p: Printer, name: str, dtype: torch.dtype, count: Expr, scope: Scope | None = None) -> None:
         """A buffer on the stack, or on the heap where its length is not known or large."""
-        kind = SCALAR[register(dtype)]
+        kind, lines = SCALAR[register(dtype)], (scope or p.here).lines
         if count.is_const and count.value * 8 <= MAX_LOCAL:
-            p.line(f"{kind} {name}[{count}] __attribute__((aligned(64)));")
+            lines.append(f"{kind} {name}[{count}] __attribute__((aligned(64)));")
         else:
-            p.line(f"MF_SCRATCH {kind}* const {name} = mf_scratch(({self.expr(count)}) * (int64_t)sizeof({kind}));")
+            size = f"({self.expr(count)}) * (int64_t)sizeof({kind})"
+            lines.append(f"MF_SCRATCH {kind}* const {name} = mf_scratch({size});")
 
     def place(self, p: Printer, axes: list[Axis]) -> str:
         """The position in a local buffer of the current point."""

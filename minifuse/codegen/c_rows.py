@@ -25,11 +25,11 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Kept:
-    """The buffers of a chunk: one an argument, of `length` rows of `size` elements; none where memory is read."""
+    """The buffers of a chunk: one an argument, none where memory is read; each of `size` rows that lie `step` apart."""
 
     names: tuple[str, ...]
-    length: int
     size: Expr
+    step: int
 
 
 def keeps(fold: Fold) -> bool:
@@ -54,12 +54,13 @@ def begin(d: CDialect, p: Printer, fold: Fold) -> tuple[str, ...]:
     deeper = d.deeper(p, fold)
     size = product(d.padded(p, a) for a in d.axes_below(p, deeper))
     most = min(r.over.size.value, r.chunk) if r.over.size.is_const else r.chunk
-    length = -(-most // LANES) * LANES
+    # Rows a power of two apart would meet in one set of the cache.
+    step = -(-most // LANES) * LANES + (LANES if deeper else 0)
     name = p.fresh("a")
     buffers = () if in_memory(d, p, fold) else tuple(f"{name}_x{k}" for k in range(len(r.args)))
-    d.kept[fold] = Kept(buffers, length, size)
+    d.kept[fold] = Kept(buffers, size, step)
     for buffer in buffers:
-        d.make_local(p, buffer, r.dtype, size * length)
+        d.make_local(p, buffer, r.dtype, size * step, p.scopes[0])  # once, not for each chunk
     names = tuple(f"{name}_{k}" for k in range(r.results))
     for n, first in zip(names, identities(r), strict=True):
         if deeper:
@@ -73,14 +74,17 @@ def step(d: CDialect, p: Printer, fold: Fold) -> None:
     """Put an element into its place in the buffers."""
     r, kept = fold.value, d.kept[fold]
     below = d.axes_below(p, d.deeper(p, fold))
-    lanes = p.lane is r.over or p.lane in below
     at = f"{d.axis(r.over)} - {start(d, p, fold)}"
     if below:
-        at = f"({at}) * ({d.expr(kept.size)}) + {d.place(p, below)}"
+        at = f"({d.place(p, below)}) * {kept.step} + {at}"
     t = register(r.dtype)
     for buffer, a in zip(kept.names, r.args if kept.names else (), strict=True):
-        value = d.vector(p, a) if lanes else p.name(a)
-        p.line(f"*(u_{t}*)({buffer} + {at}) = {value};" if lanes else f"{buffer}[{at}] = {value};")
+        if p.lane is r.over:
+            p.line(f"*(u_{t}*)({buffer} + {at}) = {d.vector(p, a)};")
+        elif p.lane in below:
+            p.line(f"mf_stores_{t}({buffer} + {at}, {d.vector(p, a)}, {kept.step}, {LANES});")
+        else:
+            p.line(f"{buffer}[{at}] = {p.name(a)};")
 
 
 def end(d: CDialect, p: Printer, fold: Fold, names: tuple[str, ...]) -> None:
@@ -102,13 +106,8 @@ def end(d: CDialect, p: Printer, fold: Fold, names: tuple[str, ...]) -> None:
     if not d.deeper(p, fold):
         p.line(reduced(list(kept.names), [f"&{n}" for n in names]))
         return
-    size = d.expr(kept.size)
-    p.line(f"for (int64_t c = 0; c < {size}; ++c) {{")
-    for n in kept.names:
-        p.line(f"  {SCALAR[t]} {n}r[{kept.length}] __attribute__((aligned(64)));")
-        p.line(f"  for (int64_t k = 0; k < {count}; ++k) {n}r[k] = {n}[k * ({size}) + c];")
-    p.line("  " + reduced([f"{n}r" for n in kept.names], [f"&{n}[c]" for n in names]))
-    p.line("}")
+    p.line(f"for (int64_t c = 0; c < {d.expr(kept.size)}; ++c)")
+    p.line("  " + reduced([f"{n} + c * {kept.step}" for n in kept.names], [f"&{n}[c]" for n in names]))
 
 
 def start(d: CDialect, p: Printer, fold: Fold) -> str:
