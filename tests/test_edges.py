@@ -139,3 +139,17 @@ def test_a_number_that_does_not_fit_raises_as_eager() -> None:
             with pytest.raises(RuntimeError, match="without overflow"):
                 run(x)
     identical(lambda x: [x - 300, x == 300, x.clamp(min=2), torch.full_like(x, -1), x.half() + 1e6], x)
+
+
+def test_short_rows_that_are_walked_twice_read_what_is_theirs() -> None:
+    """A compiler took the address of a masked row, the same in each turn of the loop, from that loop's counter."""
+
+    def f(a: Tensor, g: Tensor, most: Tensor, b: Tensor, c: Tensor, d: Tensor, e: Tensor) -> Tensor:
+        best = (a.abs() == most.unsqueeze(1)) | a.isnan()
+        share = (g / best.sum(1)).unsqueeze(1) * best
+        return a.sign() * share + b + c.mT + d + F.pad(e.unsqueeze(0), (0, 0, 0, 0, 0, 1))
+
+    a = torch.randn(2, 4, 4)
+    more = [torch.randn(2, 4, 4) for _ in range(3)]
+    args = (a, torch.ones(2, 4), a.abs().amax(1), *more, torch.randn(4, 4))
+    same(compiled(f)(*args), f(*args))

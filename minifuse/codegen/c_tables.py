@@ -24,6 +24,9 @@ typedef __UINT32_TYPE__ uint32_t; typedef __UINT64_TYPE__ uint64_t;
 #define MF_ONCE static __attribute__((noinline))
 #define MF_SIMD _Pragma("omp simd")
 #define MF_LANES MF_SIMD for (int l = 0; l < 16; l++)
+/* Hides where an address comes from. gcc 12 takes the address of a masked access apart again when it writes code, in
+   registers that hold other values by then (`expand_call_mem_ref`): wrong elements, without a word. */
+#define MF_ADDRESS(q) __asm__("" : "+r"(q))
 /* Rounding down; on scalars and vectors. -1 where a remainder is there and has not the divisor's sign. */
 #define MF_OPPOSITE(r, b) ((((r) ^ (b)) & ((r) | -(r))) >> 63)
 #define MF_FLOORDIV(a, b) (((a) / (b)) + MF_OPPOSITE((a) % (b), b))
@@ -153,7 +156,7 @@ MEMORY = {
     "loadn": """
 MF $V mf_loadn_$T(const $S* p, int64_t n) {
   if (n >= 16) return mf_load_$T(p);
-  const $Q* q = (const void*)p; int m = (int)n; $P r;
+  const $Q* q = (const void*)p; int m = (int)n; $P r; MF_ADDRESS(q);
   MF_LANES r[l] = l < m ? q[l] : 0;
   return $widen(r);
 }""",
@@ -179,7 +182,7 @@ MF $V mf_gatherm_$T(const $S* p, v_i64 offsets, v_bool mask, $V other, int64_t n
 }""",
     "loadm": """
 MF $V mf_loadm_$T(const $S* p, v_bool mask, $V other, int64_t n) {
-  const $Q* q = (const void*)p; int m = (int)n; $P r;
+  const $Q* q = (const void*)p; int m = (int)n; $P r; MF_ADDRESS(q);
   MF_LANES r[l] = (l < m) & mask[l] ? q[l] : 0;
   $V x = $widen(r); MF_LANES x[l] = mask[l] ? x[l] : other[l];
   return x;
@@ -188,7 +191,7 @@ MF $V mf_loadm_$T(const $S* p, v_bool mask, $V other, int64_t n) {
     "storen": """
 MF void mf_storen_$T($S* p, $V v, int64_t n) {
   if (n >= 16) { mf_store_$T(p, v); return; }
-  $Q* q = (void*)p; int m = (int)n; $P r = $narrow(v);
+  $Q* q = (void*)p; int m = (int)n; $P r = $narrow(v); MF_ADDRESS(q);
   MF_LANES if (l < m) q[l] = r[l];
 }""",
     "stores": """

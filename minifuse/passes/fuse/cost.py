@@ -46,26 +46,23 @@ def alone(graph: Graph, g: Group) -> float:
 
 def saving(graph: Graph, a: Group, b: Group) -> Saving:
     """What is shared is loaded once, and what only the two use is not stored."""
-    nbytes, memory = 0, 0.0
-    mutated = graph.plan.mutated
+    nbytes, memory, moved = 0, 0.0, graph.moved
     small, large = (a, b) if len(a.reads) <= len(b.reads) else (b, a)
-    writes, reads = large.writes, large.reads
-    for name in dict.fromkeys((*small.writes, *small.reads)):
-        stored = name in writes
-        if name not in (small.reads if stored else reads):
-            continue
-        if not stored and name not in small.writes:
-            parts = [min(graph.moved(name, small.reads[name]), graph.moved(name, reads[name]))]
-        elif name in mutated:
+    made = [(large, small, n) for n in small.reads if n in large.writes] if large.writes else []
+    made += [(small, large, n) for n in small.writes if n in large.reads and n not in large.writes]
+    for name, places in small.reads.items():
+        if name in large.reads and name not in large.writes and name not in small.writes:
+            m = min(moved(name, places), moved(name, large.reads[name]))
+            nbytes, memory = nbytes + m.nbytes, memory + m.seconds
+    for writer, reader, name in made:
+        if name in graph.plan.mutated:
             nbytes += 1  # a reader and the writer of an input: worth trying
             continue
-        else:
-            writer, reader = (large, small) if stored else (small, large)
-            parts = [graph.moved(name, reader.reads[name])]
-            if graph.only_between(name, a, b):
-                parts.append(graph.moved(name, (writer.writes[name],)))
-        nbytes += sum([m.nbytes for m in parts])
-        memory += sum([m.seconds for m in parts])
+        m = moved(name, reader.reads[name])
+        nbytes, memory = nbytes + m.nbytes, memory + m.seconds
+        if graph.only_between(name, a, b):
+            m = moved(name, (writer.writes[name],))
+            nbytes, memory = nbytes + m.nbytes, memory + m.seconds
     if not nbytes:
         return Saving(0, 0.0)
     apart = alone(graph, a) + alone(graph, b)

@@ -16,7 +16,7 @@ from minifuse.ir.value import Index, index_axes
 from minifuse.passes.memory import mentioned, unknown_at_start
 from minifuse.passes.schedule import HOLD_BYTES
 
-from .group import Group, Tree
+from .group import Group, Tree, innermost
 from .unify import Unified
 
 # Groups looked at between two before they count as too far apart to tell.
@@ -200,13 +200,14 @@ class Graph:
     # -- merging ---------------------------------------------------------------------------------
     def at(self, step: int) -> int:
         """The group that a step of the plan is in now; -1 where it is in none any more."""
-        path = []
-        while step >= 0 and self.place[step] != step:
-            path.append(step)
-            step = self.place[step]
-        for p in path:
-            self.place[p] = step
-        return step
+        place = self.place
+        found = step
+        while found >= 0 and (up := place[found]) != found:
+            found = up
+        while step != found and (up := place[step]) != found:
+            place[step] = found
+            step = up
+        return found
 
     def merge(self, a: Group, b: Group, how: Unified) -> None:
         """b joins a; what they alone read is not stored any more."""
@@ -303,6 +304,12 @@ class Graph:
                  for c in map(i.coefficient, i.axes()) if c is not None]  # fmt: skip
         lines = nbytes * min(max(min(steps, default=LINE_BYTES), 1), max(LINE_BYTES // item, 1))
         return Moved(nbytes, self.seconds[name] * min(lines, whole) / whole)
+
+    def innermost(self, g: Group) -> Axis | None:
+        """The axis that vectors of a group run along."""
+        if g.inner is None:
+            g.inner = (innermost(g, self.buffers, self.bytes),)
+        return g.inner[0]
 
     def holds(self, row: frozenset[Axis]) -> bool:
         """Whether a kernel holds a row over these axes between its passes."""

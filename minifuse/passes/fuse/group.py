@@ -17,6 +17,8 @@ from minifuse.ir.value import Index, Load, Op, Pick, Random, Reduce, Scan, Value
 from .body import compose, forward, read_through, shifted
 from .unify import Substitution, Unified, image
 
+NONE: frozenset[str] = frozenset()
+
 
 class Stored(NamedTuple):
     """A store of a group: where, over which axes; the parameters that its value loads, and whether it needs a column's
@@ -77,7 +79,7 @@ class Group:
     `inlined` names what is stored, read inside and never written; a `chunked` group sums columns of what it also walks
     row by row. `first` and `last` are its places in the captured graph; `extent` gives the points of a space.
     `cost` is instructions a point, `instructions` those of a run; `moving` the seconds that its bytes take and `alone`
-    those of its kernel, -1 where nobody asked.
+    those of its kernel, -1 where nobody asked; `inner` holds what `innermost` found, once somebody did.
     """
 
     id: int
@@ -93,6 +95,7 @@ class Group:
     succs: set[int] = field(default_factory=set)
     version: int = 0
     chunked: bool = False
+    inner: tuple[Axis | None] | None = None
     values: InitVar[Iterable[Value] | None] = None
 
     def __post_init__(self, values: Iterable[Value] | None) -> None:
@@ -169,6 +172,7 @@ class Group:
         """What follows from stores, reads and reductions together."""
         self.writes = {n: s.at for n, s in self.stored.items()}
         self.moving = self.alone = -1.0
+        self.inner = None
         self.reduced = frozenset([a for a, _ in self.ordered])
         roots = [*[s.space for s in self.stored.values()], *self.checks, *self.begun]
         self.spaces = tuple(dict.fromkeys([*roots, *[f.space for f in self.folds]]))
@@ -183,6 +187,8 @@ class Group:
     def needing_columns(self) -> frozenset[str]:
         """What is stored that needs a column's sum."""
         more = found = {n for n, s in self.stored.items() if s.sums}
+        if not found:
+            return NONE
         while more:
             new = {n for n, s in self.stored.items() if n not in found and not s.needs.isdisjoint(found)}
             found |= new

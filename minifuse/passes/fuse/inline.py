@@ -13,7 +13,7 @@ from minifuse.ir.value import index_axes
 from .body import NotInvertible, forward
 from .cost import alone, moving, taken
 from .graph import Graph, Moved
-from .group import Group, innermost
+from .group import Group
 from .rules import CHEAP, MAX_VALUES, NUMBERS, Candidate, lengthens
 from .unify import Refusal
 
@@ -184,7 +184,7 @@ def runs(graph: Graph, a: Group, reader: Group, axes: frozenset[Axis]) -> int:
     """How often a group computes, in all, a's value over these axes: in each pass over a row that is too long to be
     held and, if it is not cheap, at each point of loops whose vectors run along one of them."""
     space = axes
-    if a.cost > CHEAP and innermost(reader, graph.buffers, graph.bytes) in axes:
+    if a.cost > CHEAP and graph.innermost(reader) in axes:
         space = max((s for s in reader.spaces if axes <= s), key=graph.extent, default=axes)
     long = not axes.isdisjoint(reader.reduced) and not graph.holds(reader.reduced)
     return graph.extent(space) * (reader.passes() if long else 1)

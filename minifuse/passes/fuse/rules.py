@@ -22,7 +22,7 @@ from .body import forward
 from .chunks import SMALL_WORK, by_chunks
 from .cost import Saving, saving
 from .graph import Graph, TooFarError
-from .group import Group, grid_axes, innermost
+from .group import Group, grid_axes
 from .unify import Equation, Refusal, Unified, along, image, unify
 
 MAX_BUFFERS = 28
@@ -47,12 +47,12 @@ class Candidate:
 
     def __init__(self, graph: Graph, a: Group, b: Group) -> None:
         self.graph, self.a, self.b = graph, a, b
-        self.stamp = (a.version, b.version, graph.lost)
+        self.first, self.second, self.lost = a.version, b.version, graph.lost
 
     @property
     def fresh(self) -> bool:
         """Whether the two groups, and who reads what they store, are as they were."""
-        return self.stamp == (self.a.version, self.b.version, self.graph.lost)
+        return self.first == self.a.version and self.second == self.b.version and self.lost == self.graph.lost
 
     @lazy
     def saving(self) -> Saving:
@@ -342,7 +342,7 @@ class Walk(NamedTuple):
 
 def _parallelism(c: Candidate) -> Facts | None:
     w = c.walk
-    if w is None or w.work <= SMALL_WORK:
+    if w is None or w.work <= SMALL_WORK or c.extent(w.grid) >= MIN_GRID * COLUMNS_A_ROW:
         return None
     along = along_memory(c)
 
@@ -359,7 +359,7 @@ def _parallelism(c: Candidate) -> Facts | None:
 
 def along_memory(c: Candidate) -> frozenset[Axis]:
     """The axes of unit stride in the largest accesses of the two: vectors run along them."""
-    found = ((innermost(g, c.graph.buffers, c.graph.bytes), env) for g, env in c.both)
+    found = ((c.graph.innermost(g), env) for g, env in c.both)
     return frozenset().union(*(image([axis], env) for axis, env in found if axis is not None))
 
 
@@ -370,7 +370,7 @@ def _unshared_loop(c: Candidate) -> Facts | None:
     for old, g, env in w.before:
         lost = old - w.grid - w.reduced
         if lost:
-            inner = innermost(g, c.graph.buffers, c.graph.bytes)
+            inner = c.graph.innermost(g)
             lost -= frozenset() if inner is None else image([inner], env)
         if lost:
             return {"name": g.name, "lost": ", ".join(sorted(map(str, lost)))}
@@ -383,7 +383,7 @@ def _recomputes(c: Candidate) -> Facts | None:
         return None
     ran = image(c.a.axes, c.unified.first)
     times = w.work / max(c.extent(ran), 1)
-    if times > 1 and innermost(c.b, c.graph.buffers, c.graph.bytes) in ran:
+    if times > 1 and c.graph.innermost(c.b) in ran:
         return {"name": c.a.name, "times": round(times)}
     return None
 

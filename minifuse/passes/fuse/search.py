@@ -220,8 +220,7 @@ class Search:
     def verdict(self, c: Candidate, rules: Sequence[Rule]) -> tuple[Rule, Mapping[str, Any]] | None:
         """The first rule that a candidate breaks, and the values that break it."""
         for rule in rules:
-            facts = rule.broken(c)
-            if facts is not None:
+            if (facts := rule.broken(c)) is not None:
                 return rule, facts
         return None
 
