@@ -18,6 +18,7 @@ from minifuse.ir.shape import cdiv, product
 from minifuse.ir.value import LANES, Cast, Load, Op, Random, Reduce, Scan, Value
 from minifuse.passes.schedule import tile_elements
 
+from . import c_rows
 from .c_text import (
     MAX_LOCAL,
     SCALAR,
@@ -65,6 +66,7 @@ class CDialect:
         self.vectors: dict[Fold, tuple[str, ...]] = {}
         self.scalars: dict[Fold, tuple[str, ...]] = {}
         self.streamed: set[Param] = set()
+        self.kept: dict[Fold, c_rows.Kept] = {}
 
     # -- names -----------------------------------------------------------------------------------
     @staticmethod
@@ -135,6 +137,8 @@ class CDialect:
             head = f"const int64_t {var} = {at}" + (f" * {loop.step};" if loop.step > 1 else ";")
             p.here.lines += [head, *lines]
             return
+        if loop.kind == "lane" and len(lines) == self.ragged(p):
+            return  # what it would read is read where it lies (`c_rows`)
         outer = p.previous(k)
         begin = "0" if outer is None else self.var(p, outer)
         step = LANES if loop.kind == "lane" else loop.step
@@ -303,13 +307,14 @@ class CDialect:
         size = tile_elements(p.loops, a)
         return cdiv(size, LANES) * LANES if a is p.lane else size
 
-    def make_local(self, p: Printer, name: str, dtype: torch.dtype, count: Expr) -> None:
+    def make_local(self, p: Printer, name: str, dtype: torch.dtype, count: Expr, scope: Scope | None = None) -> None:
         """A buffer on the stack, or on the heap where its length is not known or large."""
-        kind = SCALAR[register(dtype)]
+        kind, lines = SCALAR[register(dtype)], (scope or p.here).lines
         if count.is_const and count.value * 8 <= MAX_LOCAL:
-            p.line(f"{kind} {name}[{count}] __attribute__((aligned(64)));")
+            lines.append(f"{kind} {name}[{count}] __attribute__((aligned(64)));")
         else:
-            p.line(f"MF_SCRATCH {kind}* const {name} = mf_scratch(({self.expr(count)}) * (int64_t)sizeof({kind}));")
+            size = f"({self.expr(count)}) * (int64_t)sizeof({kind})"
+            lines.append(f"MF_SCRATCH {kind}* const {name} = mf_scratch({size});")
 
     def place(self, p: Printer, axes: list[Axis]) -> str:
         """The position in a local buffer of the current point."""
@@ -322,7 +327,14 @@ class CDialect:
 
     def fold_begin(self, p: Printer, fold: Fold) -> None:
         r = fold.value
-        types = tuple(a.dtype for a in r.args)
+        types = tuple(a.dtype for a in r.parts)
+        if c_rows.keeps(fold):
+            names, deeper = c_rows.begin(self, p, fold), self.deeper(p, fold)
+            self.vectors[fold] = names
+            if deeper:
+                size = product(self.padded(p, a) for a in self.axes_below(p, deeper))
+                self.locals[fold] = Local(self.vectors.pop(fold), f"({self.expr(size)})", 1, types)
+            return
         start = identities(r)
         name = p.fresh("a")
         names = tuple(f"{name}_{i}" for i in range(len(types)))
@@ -347,12 +359,15 @@ class CDialect:
         if fold.level > 0:
             self.join_level(p, fold)
             return
+        if fold in self.kept:
+            c_rows.step(self, p, fold)
+            return
         if fold in self.vectors:
             across = p.loops[fold.loop].kind == "lane"
             lanes = across or p.lanes(r)
-            args = [self.vector(p, a) if lanes else p.name(a) for a in r.args]
+            args = [self.vector(p, a) if lanes else p.name(a) for a in r.parts]
             if across and self.ragged(p):
-                types = [register(a.dtype) for a in r.args]
+                types = [register(a.dtype) for a in r.parts]
                 args = [
                     f"mf_where_{t}(mf_lanes(n), {a}, mf_splat_{t}({s}))"
                     for a, t, s in zip(args, types, identities(r), strict=True)
@@ -366,7 +381,7 @@ class CDialect:
             k = self.axis(r.over)
             at = f"({k} % {local.rows}) * {local.size} + {at}"
         lanes = p.lane in axes
-        self.update(p, r, local, at, [self.vector(p, a) if lanes else p.name(a) for a in r.args], lanes)
+        self.update(p, r, local, at, [self.vector(p, a) if lanes else p.name(a) for a in r.parts], lanes)
 
     def update(self, p: Printer, r: Reduce, local: Local, at: str, args: list[str], lanes: bool) -> None:
         """Fold values into a place of a local buffer, which holds register types."""
@@ -391,7 +406,9 @@ class CDialect:
 
     def fold_end(self, p: Printer, fold: Fold) -> tuple[str, ...]:
         r = fold.value
-        if fold in self.vectors and p.loops[fold.loop].kind == "lane":
+        if fold in self.kept:
+            c_rows.end(self, p, fold, self.vectors[fold] if fold in self.vectors else self.locals[fold].names)
+        if fold in self.vectors and fold not in self.kept and p.loops[fold.loop].kind == "lane":
             names = self.horizontal(p, r, self.vectors[fold])
         elif fold in self.vectors:
             names = self.vectors[fold]
@@ -408,7 +425,7 @@ class CDialect:
     def horizontal(self, p: Printer, r: Reduce, vectors: tuple[str, ...]) -> tuple[str, ...]:
         name = p.fresh("r")
         t = register(r.args[0].dtype)
-        if len(r.args) == 1:
+        if r.results == 1:
             p.line(f"const {SCALAR[t]} {name} = mf_hreduce_{ops.REDUCTIONS[r.kind].combine}_{t}({vectors[0]});")
             return (name,)
         p.line(f"{SCALAR[t]} {name}_0; int64_t {name}_1;")

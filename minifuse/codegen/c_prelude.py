@@ -18,6 +18,7 @@ from functools import lru_cache
 from string import Template
 
 from minifuse.codegen.c_maths import INLINE, definition
+from minifuse.codegen.c_rows import HELPERS
 from minifuse.codegen.c_tables import (
     ARG_REDUCTIONS,
     FIXED,
@@ -186,7 +187,8 @@ def helper(name: str, maths: MathLibrary) -> str | None:
         # True is -1 in a register, so that the order of bools is turned round.
         better = ">" if op.endswith("max") != (reg.kind == "b") else "<"
         return _fill(ARG_REDUCTIONS[key], reg, better=better, op=op.removeprefix("h"))
-    return _fill(MEMORY[key], reg) if key in MEMORY else None
+    table = HELPERS if key in HELPERS else MEMORY
+    return _fill(table[key], reg) if key in table else None
 
 
 def _fill(template: str, reg: Register, **more: str) -> str:

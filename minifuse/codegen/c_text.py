@@ -64,15 +64,14 @@ def identity(kind: str, dtype: torch.dtype) -> str:
 
 def identities(r: Reduce) -> tuple[str, ...]:
     """What an empty fold holds: the identity, and for an argument reduction an index that never wins."""
-    first = identity(r.kind, r.args[0].dtype)
-    return (first,) if len(r.args) == 1 else (first, LAST_INDEX)
+    rest = [LAST_INDEX if a.dtype is torch.int64 else literal(0.0, a.dtype) for a in r.parts[1:]]
+    return (identity(r.kind, r.dtype), *rest)
 
 
 def combine(r: Reduce, into: tuple[str, ...] | list[str], args: list[str], suffix: str) -> str:
     """A statement that folds `args` into `into`."""
-    t = register(r.args[0].dtype)
-    if len(r.args) > 1:
-        return f"mf_{r.kind}_{t}{suffix}(&{into[0]}, &{into[1]}, {args[0]}, {args[1]});"
+    if r.results > 1:
+        return f"mf_{r.kind}_{register(r.dtype)}{suffix}({', '.join([*(f'&{n}' for n in into), *args])});"
     return joined(ops.REDUCTIONS[r.kind].combine, r.args[0].dtype, into[0], args[0], suffix)
 
 

@@ -262,7 +262,7 @@ def _lost(tree: LoopTree) -> tuple[Value, ...]:
         values = _direct(item, maker)
         for v in values:
             r = v.value if isinstance(v, Pick) else v
-            if not isinstance(r, Reduce) or len(r.args) > 1 and v is r:
+            if not isinstance(r, Reduce) or r.results > 1 and v is r:
                 continue
             last = tree.folds[r][-1]
             depth = sum(k < last.loop for k in tree.paths[last])

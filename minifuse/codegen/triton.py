@@ -30,7 +30,9 @@ from .triton_text import LIMIT, combine, extents_of, fixed, inline, literal, reg
 
 UNROLL = 8
 # what stands in a loop that is not unrolled: loops, stores, and what is done across threads
-_HEAVY = re.compile(r"^\s*(?:for |tl\.store)|\bmf_(?:scan|sum|prod|max|min|any|all|rowargmax|rowargmin)\(")
+_HEAVY = re.compile(
+    r"^\s*(?:for |tl\.store)|\bmf_(?:scan|sum|prod|max|min|any|all|rowargmax|rowargmin|rowsoftmax|rowwelford)\("
+)
 # tl.div_rn and tl.sqrt_rn are float32's; on float64 the plain operations round correctly
 F64 = {"div": "({0} / {1})", "sqrt": "tl.sqrt({0})"}
 LAST_INDEX = (1 << 63) - 1
@@ -312,7 +314,7 @@ class TritonDialect:
         if p.tree.folds[r]:
             return None
         scope = p.scope_of(p.tree.loops_of(r.axes))
-        names = tuple(p.fresh() for _ in r.args)
+        names = tuple(p.fresh() for _ in r.parts)
         scope.lines += self.across(p, r, names)
         return names
 
@@ -320,11 +322,10 @@ class TritonDialect:
         """The lines that reduce the arguments over their lane."""
         mask = f"m_{r.over.name}" if self.ragged(r.over) else ""
         args = []
-        for a, identity in zip(r.args, self.identities(r), strict=True):
+        for a, identity in zip(r.parts, self.identities(r), strict=True):
             x = p.name(a)
             args.append(self.spread(r, a, f"tl.where({mask}, {x}, {identity})" if mask else x))
-        helper = f"mf_row{r.kind}" if len(r.args) > 1 else f"mf_{r.kind}"
-        found = f"{helper}({', '.join(args)}, {self.sides(r)})"
+        found = f"{row_helper(r)}({', '.join(args)}, {self.sides(r)})"
         if not self.lane_axes(r.axes):
             return [f"{', '.join(names)} = {found}"]
         if len(names) == 1:
@@ -349,20 +350,22 @@ class TritonDialect:
         """What an empty reduction holds, and for an argument reduction an index that never wins."""
         identity = ops.REDUCTIONS[r.kind].identity(r.dtype)
         first = literal(float(identity), r.dtype) if r.dtype is torch.float32 else typed(identity, r.dtype)
-        return (first,) if len(r.args) == 1 else (first, typed(LAST_INDEX, r.args[1].dtype))
+        parts = r.parts[1:] if isinstance(r, Reduce) else ()
+        return (first, *(typed(LAST_INDEX if a.dtype is torch.int64 else 0.0, a.dtype) for a in parts))
 
     def fold_begin(self, p: Printer, fold: Fold) -> None:
         r, loop = fold.value, p.loops[fold.loop]
         name = p.fresh("a")
-        names = tuple(f"{name}_{k}" for k in range(len(r.args))) if len(r.args) > 1 else (name,)
+        names = tuple(f"{name}_{k}" for k in range(r.results)) if r.results > 1 else (name,)
         shape = self.shape(r.axes)
-        if fold.level == 0 and r.over in self.blocks and r.over.size.is_const and r.kind in ("sum", "prod"):
+        ordered = r.kind in ("sum", "prod") or ops.REDUCTIONS[r.kind].element
+        if fold.level == 0 and r.over in self.blocks and r.over.size.is_const and ordered:
             # the results of the blocks are a row in turn: each has its place in a block of its own
             self.parts[fold] = power_of_2(-(-r.over.size.value // loop.step))
             if shape != "[]" or self.parts[fold] > LIMIT // 65_536:
                 raise CodegenError(f"a row of {r.over.size} elements beside other lanes")
             shape = f"[{self.parts[fold]}]"
-        for n, a, identity in zip(names, r.args, self.identities(r), strict=True):
+        for n, a, identity in zip(names, r.parts, self.identities(r), strict=True):
             p.line(f"{n} = tl.full({shape}, {identity}, {dtypes.row(register(a.dtype)).triton})")
         self.accumulators[fold] = names
 
@@ -371,23 +374,25 @@ class TritonDialect:
         if fold.level > 0:
             args = self.accumulators[p.tree.folds[r][fold.level - 1]]
         elif r.over in self.blocks:
-            for a in r.args:
+            for a in r.parts:
                 p.name(a)
-            args = tuple(p.fresh() for _ in r.args)
+            args = tuple(p.fresh() for _ in r.parts)
             p.here.lines += self.across(p, r, args)
         else:
-            args = tuple(p.name(a) for a in r.args)
+            args = tuple(p.name(a) for a in r.parts)
         if fold in self.parts:
-            step, start = p.loops[fold.loop].step, f"{r.over.name}_{fold.loop}"
-            p.line(f"{into[0]} = tl.where(tl.arange(0, {self.parts[fold]}) == {start} // {step}, {args[0]}, {into[0]})")
+            here = f"tl.arange(0, {self.parts[fold]}) == {r.over.name}_{fold.loop} // {p.loops[fold.loop].step}"
+            for n, found in zip(into, args, strict=True):
+                p.line(f"{n} = tl.where({here}, {found}, {n})")
             return
         p.line(f"{', '.join(into)} = {combine(r, into, args)}")
 
     def fold_end(self, p: Printer, fold: Fold) -> tuple[str, ...]:
         if fold in self.parts:
-            name = p.fresh()
-            p.line(f"{name} = mf_{fold.value.kind}({self.accumulators[fold][0]}, 1, {self.parts[fold]}, 1)")
-            self.accumulators[fold] = (name,)
+            r, blocks = fold.value, ", ".join(self.accumulators[fold])
+            self.accumulators[fold] = tuple(p.fresh() for _ in r.parts)
+            names = ", ".join(self.accumulators[fold])
+            p.line(f"{names} = {row_helper(r)}({blocks}, 1, {self.parts[fold]}, 1)")
         return self.accumulators[fold]
 
     def hold_begin(self, p: Printer, v: Value) -> None:
@@ -410,6 +415,11 @@ class TritonDialect:
         return "\n".join(
             ["@triton.jit", f"def {name}({', '.join(args)}):", *(f"    {line}" for line in body or ["pass"])]
         )
+
+
+def row_helper(r: Reduce) -> str:
+    """What reduces a row of a block."""
+    return f"mf_row{r.kind}" if r.results > 1 else f"mf_{r.kind}"
 
 
 def write_kernel(launch: Launch) -> TritonKernel:

@@ -207,6 +207,57 @@ def mf_row{name}(x, i, A: tl.constexpr, N: tl.constexpr, C: tl.constexpr):
         v, j = tl.reduce((tl.reshape(x, [A, N, C]), tl.reshape(i, [A, N, C])), 1, mf_{name})
         return tl.reshape(v, [A * C]), tl.reshape(j, [A * C])
 """
+_JOINED = '''
+@triton.jit
+def mf_beside(x, A: tl.constexpr, C: tl.constexpr):
+    """What `mf_last` left, so that it meets each element of its row in [A, N, C]."""
+    if A * C == 1:
+        return x
+    else:
+        return tl.reshape(x, [A, 1, C])
+
+@triton.jit
+def mf_divide(a, b):
+    """a / b rounded correctly: tl.div_rn is float32's, float64's own is."""
+    if a.dtype.is_fp64():
+        return a / b
+    else:
+        return tl.div_rn(a, b)
+
+@triton.jit
+def mf_softmax(m, s, w, t):
+    """Two maxima with their sums of exponentials, joined; infinities that are equal have no difference."""
+    e = libdevice.exp(tl.where(m == w, 0.0, -tl.abs(m - w)))
+    return mf_maximum(m, w), tl.where(w > m, s * e + t, s + t * e)
+
+@triton.jit
+def mf_rowsoftmax(x, s, A: tl.constexpr, N: tl.constexpr, C: tl.constexpr):
+    """mf_softmax over the middle of [A, N, C], in two passes: nothing of a row of -inf is over it."""
+    m = mf_max(x, A, N, C)
+    low = mf_beside(tl.where(m == float("-inf"), 0.0, m), A, C)
+    e = libdevice.exp(tl.reshape(x, [A, N, C]) - low) * tl.reshape(s, [A, N, C])
+    return m, mf_sum(e, A, N, C)
+
+@triton.jit
+def mf_welford(n, m, q, k, w, r):
+    """Counts, means and squares about these, joined (Chan, Golub and LeVeque, 1983)."""
+    total = n + k
+    away = w - m
+    part = mf_divide(k, tl.where(total > 1.0, total, 1.0))
+    return total, m + away * part, q + r + away * (away * (n * part))
+
+@triton.jit
+def mf_rowwelford(n, m, q, A: tl.constexpr, N: tl.constexpr, C: tl.constexpr):
+    """mf_welford over the middle of [A, N, C], in two passes, the second corrected by how far off the first one is."""
+    total = mf_sum(n, A, N, C)
+    many = tl.where(total > 1.0, total, 1.0)
+    n = tl.reshape(n, [A, N, C])
+    first = mf_divide(mf_sum(n * tl.reshape(m, [A, N, C]), A, N, C), many)
+    away = tl.reshape(m, [A, N, C]) - mf_beside(first, A, C)
+    off = mf_divide(mf_sum(n * away, A, N, C), many)
+    left = mf_sum(tl.reshape(q, [A, N, C]) + n * (away * away), A, N, C) - off * off * total
+    return total, first + off, tl.where(left < 0.0, 0.0, left)
+'''
 _ROW = """
 @triton.jit
 def mf_{name}(x, A: tl.constexpr, N: tl.constexpr, C: tl.constexpr):
@@ -277,6 +328,7 @@ _SOURCES = "".join(
      _ROW.format(name="min", join="minimum", what="The least, NaN where there is one,"),
      _ROW.format(name="any", join="or", what="Whether any is true"),
      _ROW.format(name="all", join="and", what="Whether all are true"),
+     _JOINED,
      _byte_float("e4m3"), _byte_float("e5m2")]
 )  # fmt: skip
 _NAME = re.compile(r"\bmf_\w+")

@@ -66,8 +66,8 @@ def typed(value: object, dtype: torch.dtype) -> str:
 
 def combine(r: Reduce | Scan, into: tuple[str, ...], args: tuple[str, ...]) -> str:
     """An expression that joins what is there with more."""
-    if len(r.args) > 1:
-        return f"mf_{r.kind}({into[0]}, {into[1]}, {args[0]}, {args[1]})"
+    if isinstance(r, Reduce) and r.results > 1:
+        return f"mf_{r.kind}({', '.join([*into, *args])})"
     text = ops.row(ops.REDUCTIONS[r.kind].combine).triton.replace("mf.", "mf_").format(into[0], args[0])
     return text[1:-1] if text.startswith("(") else text
 

@@ -345,7 +345,9 @@ def instructions(plan: Plan, values: Iterable[Value], sizes: Mapping[Any, Expr] 
             cost = ops.TABLE[v.name].cost
         elif isinstance(v, Random):
             cost = ops.RANDOM_COST
-        elif isinstance(v, (Cast, Reduce, Scan)):
+        elif isinstance(v, Reduce):
+            cost = ops.REDUCTIONS[v.kind].cost
+        elif isinstance(v, (Cast, Scan)):
             cost = 1.0
         else:
             continue

@@ -157,10 +157,11 @@ class _Run:
         shape = list(args[0].shape)
         shape[dim] = 1 if extent == 0 else extent
         if extent == 0:
-            # the identity, and index 0 for the second result of an argument reduction
-            fills = [row.identity(v.dtype), 0]
+            # the identity, and 0 for what else there is: the index of an argument reduction, a sum, a count
+            fills = [row.identity(v.dtype), *[0] * (v.results - 1)]
             return tuple(
-                torch.full(shape, fill, dtype=a.dtype, device=self.device) for a, fill in zip(args, fills, strict=False)
+                torch.full(shape, fill, dtype=a.dtype, device=self.device)
+                for a, fill in zip(v.parts, fills, strict=True)
             )
         # torch's order of summation depends on strides, and a kernel's loops must not change a bit
         found = row.meaning(*(a.expand(shape).movedim(dim, -1).contiguous() for a in args), -1)

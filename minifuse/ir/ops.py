@@ -169,8 +169,10 @@ def result_dtype(name: str, args: tuple[torch.dtype, ...]) -> torch.dtype:
 class ReduceRow:
     """One kind of reduction: how many values it carries, its identity, its meaning, and that of its running results.
 
-    `combine` names the operator of the table that joins two partial results (argument reductions
-    join pairs and have their own helper in each target).
+    `combine` names the operator of the table that joins two partial results (what carries several values has its own
+    helper in each target; `identity` is that of the first). `element` says what one element is as a partial result,
+    None where it stands itself: a reduction that has it takes elements, or as many arguments as it carries values.
+    `cost` is instructions an element.
     """
 
     name: str
@@ -179,6 +181,8 @@ class ReduceRow:
     identity: Callable[[torch.dtype], Any]
     meaning: Callable[..., Any]
     scan: Callable[..., torch.Tensor] | None = None
+    element: tuple[float | None, ...] = ()
+    cost: float = 1
 
 
 def _lowest(dtype: torch.dtype) -> Any:
@@ -201,6 +205,23 @@ def _arg(fn: Callable) -> Callable:
     return meaning
 
 
+def _softmax(x: torch.Tensor, *more: Any) -> tuple[torch.Tensor, torch.Tensor]:
+    """The maximum, and the sum of exponentials of what lies how far below it: 0 where nothing is over -inf."""
+    *weights, dim = more
+    most = x.amax(dim, True)
+    e = _T.exp(x - most.masked_fill(most == float("-inf"), 0))
+    return most, (e * weights[0] if weights else e).sum(dim, True)
+
+
+def _welford(*given: Any) -> tuple[torch.Tensor, ...]:
+    """How many there are, their mean, and the sum of squares about it."""
+    *parts, dim = given
+    n, mean, squares = parts if len(parts) > 1 else (_T.ones_like(parts[0]), parts[0], _T.zeros_like(parts[0]))
+    total = n.sum(dim, True)
+    centre = (n * mean).sum(dim, True) / total.clamp(min=1)
+    return total, centre, (squares + n * (mean - centre).square()).sum(dim, True)
+
+
 def _in_its_dtype(fn: Callable, **given: Any) -> Callable:
     return lambda a, dim: fn(a, dim, dtype=a.dtype, **given)
 
@@ -217,5 +238,9 @@ REDUCTIONS: dict[str, ReduceRow] = {
         ReduceRow("all", 1, "and", lambda d: True, lambda a, dim: a.all(dim, keepdim=True)),
         ReduceRow("argmax", 2, "argmax", _lowest, _arg(torch.argmax)),
         ReduceRow("argmin", 2, "argmin", _highest, _arg(torch.argmin)),
+        # One walk over a row gives what a softmax needs (Milakov and Gimelshein, "Online normalizer calculation for
+        # softmax", 2018), or a norm (Welford, 1962; joined as Chan, Golub and LeVeque, 1983, join).
+        ReduceRow("softmax", 2, "softmax", _lowest, _softmax, element=(None, 1.0), cost=16),
+        ReduceRow("welford", 3, "welford", lambda d: 0, _welford, element=(1.0, None, 0.0), cost=4),
     )
 }

@@ -1,8 +1,11 @@
-"""Two custom operators that stand for randomness in captured graphs.
+"""Custom operators of captured graphs: two that stand for randomness, one for what a softmax needs of a row.
 
 `minifuse::seed` draws a seed from torch's generator: an effect, run once, in its place.
 `minifuse::random` is a pure function of a seed, an offset and a shape, so it may be fused and
 recomputed: the recomputed mask is the same mask. Their eager meaning is the interpreter's.
+
+`minifuse::softmax_statistics` gives the maxima of rows and the sums of exponentials of what lies below them, found in
+one walk: what `passes.decompose.softmaxes` takes a softmax of long rows apart into.
 """
 
 from __future__ import annotations
@@ -11,6 +14,7 @@ from collections.abc import Sequence
 
 import torch
 
+from . import ops
 from .interpret import philox
 
 _library = torch.library.Library("minifuse", "DEF")
@@ -19,6 +23,7 @@ _library.define(
     "random(SymInt[] size, Tensor seed, int offset, str kind, SymInt low, SymInt high, ScalarType dtype, Device device)"
     " -> Tensor"
 )
+_library.define("softmax_statistics(Tensor x, int dim) -> (Tensor, Tensor)")
 
 
 def _seed(device: torch.device) -> torch.Tensor:
@@ -54,10 +59,23 @@ def _fake_random(size, seed, offset, kind, low, high, dtype, device):  # type: i
     return torch.empty(size, dtype=dtype, device=device)
 
 
+def _softmax_statistics(x: torch.Tensor, dim: int) -> tuple[torch.Tensor, torch.Tensor]:
+    return ops.REDUCTIONS["softmax"].meaning(x, dim)
+
+
+def _fake_softmax_statistics(x: torch.Tensor, dim: int) -> tuple[torch.Tensor, torch.Tensor]:
+    shape = list(x.shape)
+    shape[dim] = 1
+    return x.new_empty(shape), x.new_empty(shape)
+
+
 _library.impl("seed", _seed, "BackendSelect")
 _library.impl("random", _random, "CompositeExplicitAutograd")
+_library.impl("softmax_statistics", _softmax_statistics, "CompositeExplicitAutograd")
 torch.library.register_fake("minifuse::seed", _fake_seed, lib=_library)
 torch.library.register_fake("minifuse::random", _fake_random, lib=_library)
+torch.library.register_fake("minifuse::softmax_statistics", _fake_softmax_statistics, lib=_library)
 
 seed = torch.ops.minifuse.seed.default
 random = torch.ops.minifuse.random.default
+softmax_statistics = torch.ops.minifuse.softmax_statistics.default

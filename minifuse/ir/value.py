@@ -276,6 +276,9 @@ class Random(Value):
 LANES = 16
 ROW_CHUNK = 4096
 COLUMN_CHUNK = 64
+LONG_ROW = 16_384
+"""The longest row that both targets hold between two passes: in a core's cache, in a program's registers. The
+statistics of a longer one, where its length is known, are found in one walk."""
 
 
 class Reduce(Value):
@@ -286,6 +289,9 @@ class Reduce(Value):
     from the identity; partial results of a chunk join by halves (p with p + lanes/2, and so on);
     the chunks' results are reduced in turn as a column. `lanes` is 16 where the reduced dimension
     was the innermost in memory when lowered ("row"), else 1 ("column").
+
+    A kind that joins several values ("softmax", "welford") keeps a chunk of a row and passes over it more than once;
+    how that sums is each target's. Its argument is an element, or its arguments are partial results.
     """
 
     __slots__ = ()
@@ -296,8 +302,11 @@ class Reduce(Value):
         args = tuple(args)
         if kind not in ops.REDUCTIONS:
             raise KeyError(f"no reduction {kind!r}; known: {', '.join(ops.REDUCTIONS)}")
-        if len(args) != ops.REDUCTIONS[kind].results:
-            raise TypeError(f"{kind} takes {ops.REDUCTIONS[kind].results} values, found {len(args)}")
+        row = ops.REDUCTIONS[kind]
+        if len(args) != row.results and not (row.element and len(args) == 1):
+            raise TypeError(f"{kind} takes {row.results} values, found {len(args)}")
+        if row.element and (not dtypes.is_float(args[0].dtype) or len({a.dtype for a in args}) > 1):
+            raise TypeError(f"{kind} takes floats of one dtype, found {', '.join(str(a.dtype) for a in args)}")
         if lanes not in (1, LANES):
             raise ValueError(f"a reduction has 1 or {LANES} lanes, found {lanes}")
         if dtypes.is_half(args[0].dtype):
@@ -308,6 +317,19 @@ class Reduce(Value):
 
     over: Axis = _field(2)
     lanes: int = _field(3)
+
+    @property
+    def results(self) -> int:
+        """How many values it gives, each with a `Pick` where there are several."""
+        return ops.REDUCTIONS[self.kind].results
+
+    @property
+    def parts(self) -> tuple[Value, ...]:
+        """Its arguments as partial results: one value for each that it gives."""
+        if len(self.args) == self.results:
+            return self.args
+        element = ops.REDUCTIONS[self.kind].element
+        return tuple(self.args[0] if e is None else Const.of(e, self.dtype) for e in element)
 
     @property
     def chunk(self) -> int:
@@ -357,9 +379,9 @@ class Pick(Value):
 
     @staticmethod
     def of(value: Reduce, i: int) -> Pick:
-        if not 0 <= i < len(value.args):
-            raise IndexError(f"pick {i} of {len(value.args)} results")
-        return Pick._make((value, i), value.args[i].dtype, value.axes)
+        if not 0 <= i < value.results:
+            raise IndexError(f"pick {i} of {value.results} results")
+        return Pick._make((value, i), value.parts[i].dtype, value.axes)
 
     value: Reduce = _field(0)
     i: int = _field(1)

@@ -18,7 +18,7 @@ from minifuse.ir.plan import Buffer, Launch, Plan, Step
 from minifuse.ir.shape import product
 from minifuse.ir.value import COLUMN_CHUNK, LANES, Cast, Load, Op, Random, Reduce, Scan, Value, topological
 from minifuse.passes.context import CompileContext
-from minifuse.passes.split import Tree, closed, divide, halves
+from minifuse.passes.split import Tree, closed, divide, halves, splits
 
 LANE_TILE = 4096
 COLUMN_TILE = 256
@@ -190,7 +190,7 @@ def splittable(kernel: Kernel, hint: Hint) -> list[Reduce]:
     for over in dict.fromkeys(r.over for r in reductions):
         found = [r for r in reductions if r.over is over]
         first = found[0]
-        if any(len(r.args) > 1 or r.lanes != first.lanes for r in found) or hint(over.size) <= first.chunk:
+        if any(not splits(r) or r.lanes != first.lanes for r in found) or hint(over.size) <= first.chunk:
             continue
         if any(v in found for r in reductions for v in topological(r.args)):
             continue

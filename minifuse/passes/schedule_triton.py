@@ -10,6 +10,7 @@ The tree of a reduction on this target, a function of its kind, its extent and i
   halves, then by neighbours, in the order that `triton_prelude.mf_sum` writes down.
 * A longer row is cut into blocks of `ROW_BLOCK`; their results are a row in turn. One whose length is
   not known until the call is cut into blocks of a size taken from its hint; their results are a column.
+* What joins several values passes twice over each block; the blocks' results are a row of partial results.
 * A column folds its elements in order, `COLUMN_BLOCK` at a time; the results are a column in turn.
 
 So a reduction with too few independent points for a GPU is split into a launch over the blocks of its
@@ -29,7 +30,7 @@ from minifuse.ir.index import Axis, Expr
 from minifuse.ir.kernel import Kernel, Loop, Root, Schedule, Store, rewrite
 from minifuse.ir.plan import Buffer, Plan
 from minifuse.ir.shape import cdiv, product
-from minifuse.ir.value import LANES, Load, Reduce, Scan, Value, topological
+from minifuse.ir.value import LANES, Load, Pick, Reduce, Scan, Value, topological
 from minifuse.options import Options
 from minifuse.passes.context import CompileContext
 from minifuse.passes.schedule import (
@@ -43,7 +44,7 @@ from minifuse.passes.schedule import (
     transposed_axis,
     unit_weights,
 )
-from minifuse.passes.split import Tree, closed, halves, new_buffer
+from minifuse.passes.split import Tree, closed, halves, new_buffer, results_of, splits
 
 ROW_BLOCK = 16_384
 COLUMN_BLOCK = 32
@@ -168,7 +169,7 @@ def _inner_first(
     stores: list[Root] = []
     results: dict[Value, Load] = {}
     params = {p.name: p for p in kernel.params}
-    for k, r in enumerate(inner):
+    for k, r in enumerate(v for found in inner for v in results_of(found)):
         rest = [a for a in kernel.axes if a in r.axes]
         at = tuple(a.expr for a in rest)
         buffer = new_buffer(f"{name}_whole{k}", r.dtype, rest, kernel, buffers)
@@ -209,8 +210,8 @@ def _rows_first(kernel: Kernel, hint: Hint) -> list[Reduce]:
         return []
     found: dict[Reduce, None] = {}
     for outer in kernel.reductions:
-        inner = outer.args[0]
-        if isinstance(inner, Reduce) and len(inner.args) == 1:
+        inner = outer.args[0].value if isinstance(outer.args[0], Pick) else outer.args[0]
+        if isinstance(inner, Reduce) and splits(inner):
             # a mean that the inner one needs, over an axis that this one walks, comes first
             before = [v for v in topological(inner.args) if isinstance(v, Reduce) and v.over in inner.axes]
             found.update(dict.fromkeys(before[-1:] or [inner]))
@@ -225,7 +226,7 @@ def _splittable(kernel: Kernel, hint: Hint) -> list[Reduce]:
     grid = common(kernel)
     for over in dict.fromkeys(r.over for r in reductions):
         mine = [r for r in reductions if r.over is over]
-        if len({r.lanes for r in mine}) > 1 or any(len(r.args) > 1 for r in mine):
+        if len({r.lanes for r in mine}) > 1 or not all(map(splits, mine)):
             continue
         points = hint(product(a.size for a in grid))
         programs = points if mine[0].lanes > 1 else points // COLUMNS

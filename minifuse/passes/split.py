@@ -17,7 +17,7 @@ from minifuse.ir.index import ZERO, Axis, Expr, as_expr
 from minifuse.ir.kernel import Check, Kernel, Param, Root, Store, rewrite
 from minifuse.ir.plan import Buffer
 from minifuse.ir.shape import cdiv, contiguous_strides
-from minifuse.ir.value import Const, IndexOf, Load, Op, Reduce, Value, topological
+from minifuse.ir.value import Const, IndexOf, Load, Op, Pick, Reduce, Value, topological
 
 
 @dataclass(frozen=True)
@@ -79,26 +79,41 @@ def halves(kernel: Kernel, found: Sequence[Reduce], tree: Tree, name: str, buffe
     beside, others = divide(kernel, found)
     params = {p.name: p for p in kernel.params}
     begun = list(guarded(beside, over, whole, inside))
-    partial: dict[Reduce, Load] = {}
-    for k, r in enumerate(found):
+    partial: dict[Reduce, tuple[Load, ...]] = {}
+    for r in found:
         axes = [part, *(a for a in kernel.axes if a in r.axes)]
         at = tuple(a.expr for a in axes)
-        buffer = new_buffer(f"{name}_part{k}", r.dtype, axes, kernel, buffers)
-        params[buffer.name] = buffer.as_param()
-        value = at_part(r.args[0], over, whole, inside)
+        args = tuple(at_part(a, over, whole, inside) for a in (r.args if inside is None else r.parts))
         if inside is not None:
-            value = Op.of("where", inside, value, Const.of(ops.REDUCTIONS[r.kind].identity(r.dtype), r.dtype))
-        begun.append(Store(buffer.name, at, Reduce.of(r.kind, (value,), inner, r.lanes)))
-        partial[r] = Load.of(buffer.name, at, r.dtype)
+            nothing = [ops.REDUCTIONS[r.kind].identity(r.dtype), *[0] * (r.results - 1)]
+            args = tuple(Op.of("where", inside, a, Const.of(n, r.dtype)) for a, n in zip(args, nothing, strict=True))
+        chunk = Reduce.of(r.kind, args, inner, r.lanes)
+        loads = []
+        for value in results_of(chunk):
+            buffer = new_buffer(f"{name}_part{len(params) - len(kernel.params)}", r.dtype, axes, kernel, buffers)
+            params[buffer.name] = buffer.as_param()
+            begun.append(Store(buffer.name, at, value))
+            loads.append(Load.of(buffer.name, at, r.dtype))
+        partial[r] = tuple(loads)
 
     def joined(v: Value) -> Value | None:
         if isinstance(v, Reduce) and v in partial:
-            return Reduce.of(v.kind, (partial[v],), part, tree.lanes)
+            return Reduce.of(v.kind, partial[v], part, tree.lanes)
         return None
 
     first = closed(Kernel((part, *kernel.axes, inner), tuple(params.values()), tuple(begun), kernel.origins))
     rest = rewrite(others, None, joined)
     return Halves(first, part, rest, tuple(params.values()))
+
+
+def results_of(r: Reduce) -> list[Value]:
+    """What a reduction gives: itself, or a `Pick` of each of its values."""
+    return [r] if r.results == 1 else [Pick.of(r, i) for i in range(r.results)]
+
+
+def splits(r: Reduce) -> bool:
+    """Whether a reduction can be cut into chunks: one that takes elements, not their indices beside them."""
+    return len(r.args) == 1
 
 
 def guarded(roots: Sequence[Root], over: Axis, whole: Expr, inside: Value | None) -> tuple[Root, ...]:

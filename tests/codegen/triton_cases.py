@@ -163,6 +163,41 @@ def a_row_longer_than_a_block() -> str:
     return against_eager(lambda x: (x[:2].sum(1), x[:2].log_softmax(1), x[:2].argmin(1)), x, ulps=16)
 
 
+def _special_rows(n: int) -> Tensor:
+    """Rows of nothing but -inf, of one number, with infinity, with NaN, of huge numbers, masked, and plain ones."""
+    x = torch.randn(8, n)
+    x[0], x[1, 1:], x[2, 5], x[3, -1] = -torch.inf, -torch.inf, torch.inf, torch.nan
+    x[4], x[5], x[6, : n - 9] = x[4] * 1e37, -3e38, -torch.inf
+    return x
+
+
+@case
+def rows_too_long_to_be_held_are_walked_twice() -> str:
+    """Of a length that fills no block, in one launch and in several."""
+    problems = []
+    for n, programs in ((16_500, schedule_triton.PROGRAMS), (40_000, schedule_triton.PROGRAMS), (40_000, 0)):
+        before, schedule_triton.PROGRAMS = schedule_triton.PROGRAMS, programs
+        try:
+            problems += _long_rows(n)
+        finally:
+            schedule_triton.PROGRAMS = before
+    return "; ".join(p for p in problems if p)
+
+
+def _long_rows(n: int) -> list[str]:
+    def norms(x: Tensor) -> tuple[Tensor, ...]:
+        return F.layer_norm(x, [n]), *torch.var_mean(x, 1, correction=0)
+
+    x, finite = _special_rows(n), torch.randn(3, n) + 100
+    softmaxes = (lambda x: x.softmax(1), lambda x: (x.log_softmax(1), x.logsumexp(1)), lambda x: x.half().softmax(1))
+    problems = [against_eager(f, x, ulps=16) for f in softmaxes]
+    found, unfused = (compiled(norms, fusion_fuel=fuel)(finite) for fuel in (None, 0))
+    problems.append(same(found, unfused))
+    pairs = zip(found, norms(finite.double()), strict=True)
+    far = [float((a - b).abs().max() / b.abs().max()) for a, b in pairs]
+    return [*problems, f"norms off by {far}" if max(far) > 2e-5 else interpreted()]
+
+
 @case
 def columns_and_whole_tensors() -> str:
     x = torch.randn(150, 40)
@@ -425,10 +460,10 @@ def fusion_changes_no_bit() -> str:
 
 @case
 def a_split_reduction_changes_no_bit() -> str:
-    rows, columns = torch.randn(2, 40_000), torch.randn(300, 24)
+    rows, columns = torch.randn(2, 40_001), torch.randn(300, 24)
 
     def f(rows: Tensor, columns: Tensor) -> tuple[Tensor, ...]:
-        return rows.sum(1), columns.sum(0), columns.var(0), columns.sum()
+        return rows.sum(1), columns.sum(0), columns.var(0), columns.sum(), rows.var(1), rows.softmax(1)
 
     few = compiled(f)(rows, columns)
     split = [d for r in RECORDS for d in r.decisions if d.rule == "split"]

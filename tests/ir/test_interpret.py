@@ -238,7 +238,7 @@ def test_a_check_for_division_by_zero_raises_as_torch_does():
         run(text, b=torch.tensor([1, 0]))
 
 
-@pytest.mark.parametrize("kind", [k for k in ops.REDUCTIONS if not k.startswith("arg")])
+@pytest.mark.parametrize("kind", [k for k, row in ops.REDUCTIONS.items() if row.results == 1])
 @pytest.mark.parametrize("extent", [0, 1, 19])
 def test_a_reduction_of_any_extent_is_torchs_or_the_identity(kind, extent):
     dtype = torch.bool if kind in ("any", "all") else F32
@@ -260,6 +260,37 @@ def test_a_reduction_of_any_extent_is_torchs_or_the_identity(kind, extent):
         torch.testing.assert_close(out, getattr(torch, {"max": "amax", "min": "amin"}.get(kind, kind))(x, dim=1))
     else:
         assert out.tolist() == [-math.inf if kind == "max" else math.inf] * 4
+
+
+JOINED = {
+    "softmax": lambda x: (x.amax(1), (x - x.amax(1, True)).exp().sum(1)),
+    "welford": lambda x: (torch.full((3,), 10.0), x.mean(1), (x - x.mean(1, True)).square().sum(1)),
+}
+
+
+@pytest.mark.parametrize("kind", JOINED)
+def test_what_joins_several_values_takes_elements_or_partial_results(kind):
+    x, want = torch.randn(3, 10), JOINED[kind](torch.randn(3, 10, generator=torch.Generator().manual_seed(1)))
+    x.copy_(torch.randn(3, 10, generator=torch.Generator().manual_seed(1)))
+    results = ops.REDUCTIONS[kind].results
+    halves = torch.empty(results, 3, 2)
+    params = "".join(f"param out{k} : f32[3, 2]\n" for k in range(results))
+    stores = "".join(f"store out{k}[i, p] = pick(v0, {k})\n" for k in range(results))
+    run(
+        f"kernel halves  i < 3, p < 2, q < 5\nparam x : f32[3, 10]\n{params}"
+        f"v0 : f32[i, p] = reduce({kind}, load x[i, 5*p + q], over q, lanes 16)\n{stores}",
+        x=x, **{f"out{k}": halves[k] for k in range(results)},
+    )  # fmt: skip
+    found = torch.empty(results, 3)
+    params = "".join(f"param in{k} : f32[3, 2]\nparam out{k} : f32[3]\n" for k in range(results))
+    parts = ", ".join(f"load in{k}[i, p]" for k in range(results))
+    stores = "".join(f"store out{k}[i] = pick(v0, {k})\n" for k in range(results))
+    run(
+        f"kernel join  i < 3, p < 2\n{params}v0 : f32[i] = reduce({kind}, {parts}, over p, lanes 1)\n{stores}",
+        **{f"out{k}": found[k] for k in range(results)}, **{f"in{k}": halves[k] for k in range(results)},
+    )  # fmt: skip
+    for got, expected in zip(found, want, strict=True):
+        torch.testing.assert_close(got, expected)
 
 
 def test_a_value_that_does_not_vary_is_reduced_over_the_whole_extent():

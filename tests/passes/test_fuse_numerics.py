@@ -106,6 +106,19 @@ CASES = {
     "a shifted read of what is overwritten": program(
         [f32(64)], "torch.slice_scatter(x0, x0.narrow(0, 0, 2) + 1, 0, 1, 3)", writes=(("x0", "v0"),)
     ),
+    "softmaxes of rows too long to be held": program(
+        [f32(33, 17_001)], "torch.softmax(x0 * 2, 1)", "torch.log_softmax(x0 * 2, 1)", "(v0 * v1).sum(1)"
+    ),
+    "a norm of rows too long to be held, turned round": program(
+        [f32(16_500, 37)], "F.layer_norm(x0.t() * 3, [16_500])", "v0.logsumexp(1)", outputs=("v0", "v1")
+    ),
+    "statistics of too few long rows to fill the threads": program(
+        [f32(2, 70_001)], "torch.softmax(x0, 1)", "torch.var(x0, 1)", outputs=("v0", "v1")
+    ),
+    "special numbers in rows too long to be held": program(
+        [f32(4, 16_411, values="special")], "torch.logsumexp(x0, 1)", "torch.softmax(x0, 1)", outputs=("v0", "v1")
+    ),
+    "long rows that overwrite themselves": program([f32(33, 16_411)], "torch.softmax(x0, 1)", writes=(("x0", "v0"),)),
     "an operator of ATen between kernels": program(
         [f32(20, 30)], "x0 * 2", "torch.cumsum(v0, 1)", "v1 + v0.sum(1, keepdim=True)"
     ),

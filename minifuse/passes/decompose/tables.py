@@ -11,7 +11,7 @@ from torch import Tensor
 
 from minifuse import compat
 
-from . import foreach, gradients, norms, optimisers, quantised, random, scatters
+from . import foreach, gradients, norms, optimisers, quantised, random, scatters, softmaxes
 
 aten = torch.ops.aten
 
@@ -92,4 +92,5 @@ def _table(rng: str) -> dict[Any, Callable[..., Any]]:
     table.update(optimisers.decompositions())
     table.update(_OURS)
     table.update(norms.decompositions(everything))
+    table.update(softmaxes.decompositions({**everything, **table}))
     return table if rng == "eager" else {**table, **random.TABLE}

@@ -12,7 +12,7 @@ from minifuse.ir import ops
 from minifuse.ir.index import ONE, Axis, Expr, Mod
 from minifuse.ir.kernel import Check, Kernel, Param, Root, Store, rewrite
 from minifuse.ir.plan import Buffer, Launch
-from minifuse.ir.value import Index, Load, Op, Random, Reduce, Scan, Value, topological
+from minifuse.ir.value import Index, Load, Op, Pick, Random, Reduce, Scan, Value, topological
 
 from .body import compose, forward, read_through, shifted
 from .unify import Substitution, Unified, image
@@ -157,9 +157,9 @@ class Group:
     def add_fold(self, v: Reduce) -> None:
         space = v.axes | {v.over}
         needs, nested = reach(v.args) if v.lanes == 1 else (frozenset(), False)
-        self.whole = self.whole and (v.lanes != 1 or len(v.args) == 1)
+        self.whole = self.whole and (v.lanes != 1 or v.results == 1)
         self.folds[Fold(v.over, space, v.lanes, needs, nested)] = None
-        self.instructions += self.extent(space)
+        self.instructions += ops.REDUCTIONS[v.kind].cost * self.extent(space)
         self.ordered[v.over, v.lanes] = None
         self.pure = False
 
@@ -278,7 +278,7 @@ class Group:
                 below = max((depth[a] for a in v.args), default=0)
                 if isinstance(v, Load):
                     below = max(below, depth.get(v.param, 0))
-                depth[v] = below + (isinstance(v, Reduce) and not isinstance(v.args[0], Reduce))
+                depth[v] = below + (isinstance(v, Reduce) and not isinstance(v.args[0], (Pick, Reduce)))
             found = max((depth[v] for v in root.values), default=0)
             if isinstance(root, Store):
                 depth[root.param] = found

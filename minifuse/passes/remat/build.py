@@ -30,7 +30,7 @@ _REDUCTIONS = frozenset(
     """sum mean prod var std var_mean std_mean amax amin aminmax max min argmax argmin any all logsumexp norm nansum
     linalg_vector_norm cumsum cumprod logcumsumexp native_layer_norm native_group_norm _softmax _log_softmax
     avg_pool2d avg_pool3d max_pool2d_with_indices max_pool3d_with_indices adaptive_max_pool2d adaptive_max_pool3d
-    _adaptive_avg_pool2d _adaptive_avg_pool3d""".split()
+    _adaptive_avg_pool2d _adaptive_avg_pool3d softmax_statistics""".split()
 )
 _ASSERTIONS = frozenset(("_assert_scalar", "_assert_async", "_assert_tensor_metadata"))
 _PLAIN_COST = 2.0
