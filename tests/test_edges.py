@@ -153,3 +153,12 @@ def test_short_rows_that_are_walked_twice_read_what_is_theirs() -> None:
     more = [torch.randn(2, 4, 4) for _ in range(3)]
     args = (a, torch.ones(2, 4), a.abs().amax(1), *more, torch.randn(4, 4))
     same(compiled(f)(*args), f(*args))
+
+
+def test_the_caller_s_floating_point_unit_is_as_it_was() -> None:
+    """A compiler kept integers in MMX registers: from then on `fmod` in the C library gave NaN."""
+    x = torch.randn(2, 2, 3, 6).to(memory_format=torch.channels_last).requires_grad_()
+    pooled = compiled(lambda x: F.max_pool2d(x, 3, 2, ceil_mode=True, return_indices=True), dynamic=True)
+    for step in (lambda: pooled(x), lambda: pooled(x)[0].sum().backward()):
+        step()
+        assert not torch.arange(50, dtype=torch.float64).remainder(7).isnan().any()

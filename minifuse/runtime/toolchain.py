@@ -32,6 +32,9 @@ BASE_FLAGS = (
     "-fwrapv -fPIC -fvisibility=hidden -w -Wno-psabi"
 ).split()
 _TARGET: tuple[str, ...] = ("-mcpu=native",) if platform.machine() in ("arm64", "aarch64") else ("-march=native",)
+# Short of registers, gcc 12 keeps integers in those of MMX, which are the x87 unit's too, and leaves them marked as in
+# use: `fmod` of doubles in the C library, and so torch's own `remainder`, answers NaN from then on.
+_WITHOUT = ("-mno-mmx",)
 # gcc splits copies of values wider than a register into 16-byte pieces unless told; the vectoriser prefers 256 bits.
 _WIDE = {
     "avx512": ("-mprefer-vector-width=512", "-mmove-max=512", "-mstore-max=512"),
@@ -109,9 +112,9 @@ def _macros(compiler: tuple[str, ...], flags: tuple[str, ...]) -> dict[str, str]
 def _toolchain(compiler: tuple[str, ...], target: tuple[str, ...], macros: dict[str, str], precise: bool) -> Toolchain:
     isa = next((name for name, needed in _ISAS if all(m in macros for m in needed)), "scalar")
     flags = (*BASE_FLAGS, *target)
-    wide = _WIDE.get(isa, ())
-    if wide and _macros(compiler, (*target, *wide)) is not None:
-        flags = (*flags, *wide)
+    for more in (_WIDE.get(isa, ()), _WITHOUT if "__x86_64__" in macros or "__i386__" in macros else ()):
+        if more and _macros(compiler, (*target, *more)) is not None:
+            flags = (*flags, *more)
     libs, openmp = _openmp()
     version = macros.get("__VERSION__", "").strip('"')
     maths = MathLibrary(isa, _symbols(isa), precise)
