@@ -181,12 +181,19 @@ def test_sizes_that_depend_on_data() -> None:
             torch._check(k >= 1)
             return torch.zeros(k) + x.sum(), torch.arange(k).float() * x.mean()
 
+        def head(x: Tensor, n: Tensor) -> tuple[Tensor, Tensor]:
+            y = (x * 2)[: n.item()]
+            return y.sum(0), y.exp()
+
         run = compiled(nonzero, fullgraph=True)
         for x in (X, -X, torch.zeros(6, 8) - 1):
             same(run(x), nonzero(x))
         run = compiled(item, fullgraph=True)
         for n in (1, 4, 7):
             same(run(X, torch.tensor(n)), item(X, torch.tensor(n)))
+        run = compiled(head, fullgraph=True)
+        for n in (1, 4, 6, 9):
+            same(run(X, torch.tensor(n)), head(X, torch.tensor(n)))
 
 
 def test_sizes_that_depend_on_data_break_the_graph_by_default() -> None:

@@ -32,6 +32,7 @@ from .c_text import (
     pointer,
     register,
     streams,
+    wide,
 )
 from .looptree import Fold
 from .printer import CodegenError, Printer, Scope
@@ -204,8 +205,8 @@ class CDialect:
         if v.lanes > 1:
             if p.lane is not v.over:
                 raise CodegenError(f"{v.over} is scanned by lanes and is not the lane")
-            around.lines.append(f"{SCALAR[t]} {running} = {start};")
-            return f"mf_scan{name}_{t}({arg}, &{running})"
+            around.lines.append(f"{'double' if wide(v) else SCALAR[t]} {running} = {start};")
+            return f"mf_scan{'wide' * wide(v)}{name}_{t}({arg}, &{running})"
         start = f"mf_splat_{t}({start})" if lanes else start
         around.lines.append(f"{self.ctype(v.dtype, lanes)} {running} = {start};")
         scope.lines.append(joined(name, v.dtype, running, arg, "" if lanes else "_s"))

@@ -269,7 +269,9 @@ def _hreduce(name: str, combine: str, reg: Register) -> str | None:
 
 
 def _scan(name: str, combine: str, reg: Register) -> str | None:
-    """Running results over 16 lanes and what came before them: lane p with p-1, p-2, p-4, p-8, then with `*before`."""
+    """Running results over 16 lanes and what came before them: lane p with p-1, p-2, p-4, p-8, then with `*before`,
+    which is a double where `combine` begins with `wide`."""
+    combine, wide = combine.removeprefix("wide"), combine.startswith("wide")
     expr = _combining(combine, reg)
     if expr is None:
         return None
@@ -278,10 +280,10 @@ def _scan(name: str, combine: str, reg: Register) -> str | None:
         moved = ", ".join(str(max(p - step, 0)) for p in range(16))
         pair = expr.replace("{a}", "y[l]").replace("{b}", "x[l]")
         lines.append(f"y = __builtin_shufflevector(x, x, {moved}); MF_LANES x[l] = l < {step} ? x[l] : {pair};")
-    last = expr.replace("{a}", "before[0]").replace("{b}", "x[l]")
-    v, r = f"v_{reg.name}", reg.scalar
-    lines.append(f"MF_LANES x[l] = {last}; *before = x[15]; return x;")
-    return f"MF {v} {name}({v} x, {r}* before) {{ {v} y; {' '.join(lines)} }}"
+    v, kept = f"v_{reg.name}", "double" if wide else reg.scalar
+    after, last = (expr.replace("{a}", "was").replace("{b}", f"({kept})x[{at}]") for at in ("15", "l"))
+    lines.append(f"const {kept} was = *before; *before = {after}; MF_LANES x[l] = {last}; return x;")
+    return f"MF {v} {name}({v} x, {kept}* before) {{ {v} y; {' '.join(lines)} }}"
 
 
 def _combining(combine: str, reg: Register) -> str | None:

@@ -214,6 +214,7 @@ MF void mf_scatterm_$T($S* p, v_i64 offsets, $V v, v_bool mask, int64_t n) {
     "store_s": "MF void mf_store_${T}_s($S* p, $R x) { $Q r = $narrow_s(x); __builtin_memcpy(p, &r, sizeof r); }",
 }
 
+
 # Pairs (value, index): NaN wins, then the better value, then the smaller index, whatever the order of joining.
 _BETTER = "(w $better x) | ((w != w) & (x == x)) | (((w == x) | ((w != w) & (x != x))) & (j < k))"
 ARG_REDUCTIONS = {

@@ -128,3 +128,11 @@ def test_an_associative_scan_is_kernels() -> None:
 
     check(fn, torch.rand(4, 12), torch.randn(4, 12), tolerance=1e-5)
     assert not externs() and kernels() <= 5
+
+
+@pytest.mark.parametrize("dim", [0, 1])
+def test_a_long_running_sum_is_as_exact_as_eagers(dim: int) -> None:
+    x = torch.rand(4, 1_000_000) if dim else torch.rand(1_000_000, 4)
+    exact = x.double().cumsum(dim)
+    error = (compiled(lambda x: x.cumsum(dim))(x).double() - exact).abs() / exact
+    assert error.max() < 2e-7

@@ -27,7 +27,7 @@ from minifuse.passes.context import CompileContext
 
 from .externs import expected, fallback
 from .memory import arguments
-from .nodes import is_alias, is_dense, is_effect, memory_of, mutated_arguments, names_symbol, source_line
+from .nodes import finds_size, is_alias, is_dense, is_effect, memory_of, mutated_arguments, names_symbol, source_line
 from .pointwise import ROWS, Unsupported, check_fits, division_checks, to_compute, truth
 from .structural import STRUCTURAL
 from .unread import without_unread
@@ -391,6 +391,8 @@ class Lowering:
         number = self.symbolic(node)
         if number is not None:
             return number
+        if finds_size(node, self.symbols):
+            return self.extern(node, "a result whose size is known when it has run")
         try:
             mark = len(self.steps), len(self.buffers)
             if target in STRUCTURAL:

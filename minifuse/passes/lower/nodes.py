@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Container, Sequence
+from typing import Any
 
 import torch
 from torch import fx
@@ -14,6 +15,15 @@ from minifuse.ir.index import ONE, Expr, Sym
 
 def names_symbol(size: Expr, symbol: str) -> bool:
     return isinstance(size.atom, Sym) and size.atom.name == symbol
+
+
+def finds_size(node: fx.Node, known: Container[str]) -> bool:
+    """Whether a tensor's size is not known before an operator has run: of a slice up to a number read from a tensor."""
+    val = node.meta.get("val")
+    if not node.meta.get("unbacked_bindings") or not isinstance(val, torch.Tensor):
+        return False
+    sizes: list[Any] = [s for s in val.shape if not isinstance(s, int)]
+    return any(name not in known for s in sizes if compat.is_unbacked(s) for name in compat.symbol_names(s))
 
 
 def is_dense(shape: Sequence[Expr], stride: Sequence[Expr], hint: Callable[[Expr], int]) -> bool:
