@@ -9,11 +9,13 @@ import torch
 from torch import Tensor
 from torch.fx.experimental.proxy_tensor import make_fx
 
+import minifuse
 from minifuse.ir.device import CPU
 from minifuse.options import Options
 from minifuse.passes.context import CompileContext
 from minifuse.passes.fuse.graph import Graph
 from minifuse.passes.lower.graph import lower
+from tests.judge import compiled
 
 # By reading: the share of the buffer's bytes that it reads, and of its seconds, of lines of 16 floats.
 READS: dict[str, tuple[Callable[[Tensor, Tensor], Tensor], float, float]] = {
@@ -42,3 +44,14 @@ def test_a_read_takes_the_bytes_of_its_elements_and_the_time_of_their_lines(name
     moved = graph.moved(x, group.reads[x])
     assert moved.nbytes == nbytes * graph.bytes[x]
     assert moved.seconds == pytest.approx(seconds * graph.seconds[x])
+
+
+def test_two_halves_of_one_buffer_are_not_read_twice() -> None:
+    def gated(x: Tensor) -> Tensor:
+        u, g = x.chunk(2, -1)
+        return u * (g * torch.sigmoid(g))
+
+    compiled(gated)(torch.randn(64, 64))
+    report = minifuse.reports()[-1]
+    saved = sum(d.facts["saved_bytes"] for d in report.decisions if d.taken and "saved_bytes" in d.facts)
+    assert saved == report.bytes_unfused - report.kernel_bytes == 40_960

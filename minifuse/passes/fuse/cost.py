@@ -7,7 +7,11 @@ access skips within a line takes as long as what it touches.
 
 from __future__ import annotations
 
+from collections.abc import Collection
 from typing import NamedTuple
+
+from minifuse.ir.index import ZERO, Expr
+from minifuse.ir.value import Index
 
 from .graph import Graph
 from .group import Group
@@ -44,6 +48,21 @@ def alone(graph: Graph, g: Group) -> float:
     return g.alone
 
 
+def disjoint(some: Collection[tuple[Index, ...]], others: Collection[tuple[Index, ...]]) -> bool:
+    """Whether accesses of one buffer share no element: one half of its columns and the other, say."""
+    return all(any(_before(x, y) or _before(y, x) for x, y in zip(p, q, strict=True)) for p in some for q in others)
+
+
+def _before(x: Index, y: Index) -> bool:
+    """Whether each element of one index lies before each of another one; their axes are different variables."""
+    if not isinstance(x, Expr) or not isinstance(y, Expr) or x is y:
+        return False
+    if any((c := e.coefficient(a)) is None or not c.is_nonneg() for e in (x, y) for a in e.axes()):
+        return False
+    last, first = x.substitute({a: a.size - 1 for a in x.axes()}), y.substitute(dict.fromkeys(y.axes(), ZERO))
+    return (first - last - 1).is_nonneg()
+
+
 def saving(graph: Graph, a: Group, b: Group) -> Saving:
     """What is shared is loaded once, and what only the two use is not stored."""
     nbytes, memory, moved = 0, 0.0, graph.moved
@@ -53,7 +72,8 @@ def saving(graph: Graph, a: Group, b: Group) -> Saving:
     for name, places in small.reads.items():
         if name in large.reads and name not in large.writes and name not in small.writes:
             m = min(moved(name, places), moved(name, large.reads[name]))
-            nbytes, memory = nbytes + m.nbytes, memory + m.seconds
+            if m.nbytes == graph.bytes[name] or not disjoint(places, large.reads[name]):
+                nbytes, memory = nbytes + m.nbytes, memory + m.seconds
     for writer, reader, name in made:
         if name in graph.plan.mutated:
             nbytes += 1  # a reader and the writer of an input: worth trying
