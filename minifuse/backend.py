@@ -105,7 +105,10 @@ class Graph:
     def keep(self, stage: str, gm: fx.GraphModule) -> None:
         """Remember a graph as text for the dump, where one is written."""
         if self.options.debug_dir is not None:
-            self.captured[stage] = gm.print_readable(print_output=False)
+            try:
+                self.captured[stage] = gm.print_readable(print_output=False)
+            except Exception as error:  # torch's printer, over whatever a graph's metadata holds
+                dump.refuse(self.options.debug_dir, error)
 
     def context(self, stage: str, gm: fx.GraphModule) -> CompileContext:
         ctx = CompileContext(f"{self.name}_{stage}", stage, self.options, device=model_of(gm, self.options))
