@@ -90,7 +90,7 @@ class Options:
 
     fallback: str = "allow"
     """What becomes of an op that minifuse cannot compile: `allow` hands it to PyTorch and notes it in the report,
-    `warn` also warns, `error` raises."""
+    `warn` also warns, `error` raises. The same of a kernel that the target's compiler refuses: it is interpreted."""
 
     mode: str = "default"
     """`torch.compile`'s mode, one of `MODES`; not a key of `options`."""

@@ -109,7 +109,9 @@ def test_no_compiler_still_draws_dropout_from_torchs_seed(monkeypatch: pytest.Mo
         same(run(), want, exact=True)
 
 
-def test_a_kernel_that_does_not_compile_falls_back_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.fixture
+def refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The C compiler refuses every kernel that has an erf."""
     write = build.write_kernel
 
     def broken(launch: Any) -> KernelText:
@@ -117,11 +119,31 @@ def test_a_kernel_that_does_not_compile_falls_back_alone(monkeypatch: pytest.Mon
         return KernelText(text.name, text.text + "\nthis is no C;\n", text.messages) if "erf" in text.text else text
 
     monkeypatch.setattr(build, "write_kernel", broken)
-    train()
+
+
+@pytest.mark.usefixtures("refused")
+def test_a_kernel_that_does_not_compile_falls_back_alone() -> None:
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        train()
     assert interpreted() and all("refused it" in words and "this is no C" in words for words in interpreted())
     whole = sum(len(r.stages["memory"].launches) for r in RECORDS)
     assert 0 < len(interpreted()) < whole
     assert any(r.stages["unit"].source for r in records())
+
+
+@pytest.mark.usefixtures("refused")
+def test_a_kernel_that_does_not_compile_is_a_fallback_like_others() -> None:
+    x = torch.randn(9)
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        same(compiled(lambda x: x.erf() + 1, {"fallback": "warn"})(x), x.erf() + 1, tolerance=1e-5)
+    (said,) = [str(w.message) for w in caught if "minifuse" in str(w.message)]
+    assert "minifuse interprets" in said and "this is no C" in said and "test_faults.py" in said
+    with pytest.raises(
+        Exception, match=r"FallbackError: minifuse interprets (.|\n)*this is no C(.|\n)*test_faults\.py"
+    ):
+        compiled(lambda x: x.erf() + 2, {"fallback": "error"})(x)
 
 
 def test_a_compiler_that_fails_at_everything_is_reported(monkeypatch: pytest.MonkeyPatch) -> None:
