@@ -20,6 +20,7 @@ from minifuse import compat
 from minifuse.ir import dtypes
 from minifuse.ir.index import ONE, ZERO, Axis, Expr, Sym, as_expr
 from minifuse.ir.kernel import Check, Kernel, Param, Store
+from minifuse.ir.ops import DtypeError
 from minifuse.ir.plan import Again, Buffer, Extern, Launch, Opaque, Output, Plan, Step, Symbol, TensorRef
 from minifuse.ir.shape import contiguous_strides, is_injective
 from minifuse.ir.value import Cast, Const, IndexOf, Load, Value, topological
@@ -400,7 +401,7 @@ class Lowering:
             if target in ROWS:
                 return self.pointwise(node)
             reason = expected(target) or fallback(target)
-        except Unsupported as why:
+        except (Unsupported, DtypeError) as why:
             del self.steps[mark[0] :]
             while len(self.buffers) > mark[1]:  # a name is given once, so what is new is last
                 self.buffers.popitem()
