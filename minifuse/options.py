@@ -136,6 +136,7 @@ def _did_you_mean(given: object, valid: Iterable[str]) -> str:
 
 _CHOICES: dict[str, tuple[str, ...]] = {
     "target": ("auto", "c", "triton", "interpret"),
+    "remat": ("mincut", "save_all", "recompute_all"),
     "fusion": ("greedy", "exact"),
     "device_model": ("auto", *devices.DEVICES),
     "rng": ("fast", "eager"),
@@ -160,8 +161,8 @@ _PATH: _Check = ("a directory's path or None", lambda value: value is None or (i
 _ACCEPTS: dict[str, _Check] = {
     "target": _one_of("target"),
     "remat": (
-        "a policy's name or an object with plan(problem)",
-        lambda value: (isinstance(value, str) and value != "") or callable(getattr(value, "plan", None)),
+        f"{_one_of('remat')[0]}, or an object with a `name` and plan(problem)",
+        lambda value: value in _CHOICES["remat"] or callable(getattr(value, "plan", None)),
     ),
     "memory_budget": (
         "a number above 0 and at most 1",

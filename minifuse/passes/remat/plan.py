@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import difflib
 import json
 from collections.abc import Collection, Mapping
 from dataclasses import asdict, dataclass, field
 from functools import cached_property
 from typing import Any, Protocol, runtime_checkable
 
+from minifuse.errors import RematError
 from minifuse.ir.decision import bytes_text
 
 from .problem import Problem, Value
@@ -117,7 +119,16 @@ def assemble(
     lower_bound: float | None = None,
     solve_seconds: float = 0.0,
 ) -> RematPlan:
-    """The plan that loads `saved` (as far as it is needed) and recomputes what else the backward reads."""
+    """The plan that loads `saved` (as far as it is needed) and recomputes what else the backward reads.
+
+    Raises RematError for a name in `saved` that no value of the problem has.
+    """
+    saved = dict.fromkeys(saved)
+    for name in saved:
+        if name not in problem.by_name:
+            close = difflib.get_close_matches(str(name), problem.by_name, n=1)
+            hint = f" (did you mean {close[0]!r}?)" if close else ""
+            raise RematError(f"{policy}: cannot save {name!r}{hint}; expected the names of values of the problem")
     actions = closure(problem, saved)
     choices = {}
     for name, action in actions.items():
