@@ -310,6 +310,26 @@ def test_a_name_that_no_value_has_cannot_be_saved():
         assemble(problem, ["mm", "layernorm"], "mine")
 
 
+def test_a_reason_that_compares_is_borne_out_by_the_numbers_beside_it():
+    problem = chain(
+        value("a", "mm", flops=1), value("b", "a", flops=1), value("dear", "b", flops=1e12),
+        value("c", "dear", flops=1), required=("b", "c"),
+    )  # fmt: skip
+    for saved, reasons in (
+        (("b", "c"), {"b": "recomputing it would need a and 1 more too, saved or recomputed"}),
+        (("mm", "b", "dear", "c"), {"c": "recomputing it would need dear too, saved or recomputed"}),
+        (("mm",), {"a": "recomputing it costs less", "dear": "the policy recomputes it"}),
+    ):
+        choices = assemble(problem, saved, "mine").choices
+        assert reasons.items() <= {n: c.reason for n, c in choices.items()}.items()
+    for policy in POLICIES.values():
+        for choice in policy.plan(problem).choices.values():
+            if choice.reason == "loading it costs less":
+                assert choice.save_seconds < choice.recompute_seconds
+            if choice.reason == "recomputing it costs less":
+                assert choice.recompute_seconds < choice.save_seconds
+
+
 def test_what_stays_inside_one_kernel_takes_no_memory():
     def peak(group: int | None) -> int:
         a, b = value("a", "mm", group=group), value("b", "mm", group=group)
