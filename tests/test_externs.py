@@ -16,7 +16,7 @@ from minifuse.errors import FallbackError
 from minifuse.ir.ops import TABLE, OpRow
 from minifuse.ir.value import Op
 from minifuse.passes.lower.externs import EXPECTED
-from minifuse.passes.lower.pointwise import ROWS, Row
+from minifuse.passes.lower.pointwise import ROWS, Row, const_like
 from minifuse.passes.memory import out_overload
 from minifuse.records import RECORDS
 from tests.judge import check, compiled, externs, same
@@ -282,3 +282,18 @@ def test_a_row_of_an_operator_that_does_not_exist_is_an_error(monkeypatch: pytes
     monkeypatch.delitem(TABLE, "midpoint")
     with pytest.raises(BackendCompilerFailed, match="no operator 'midpoint' in the table"):
         compiled(mid)(torch.randn(5))
+
+
+@torch.library.custom_op("minifuse_test::scale", mutates_args=())
+def scale(x: Tensor, *, by: float = 1.0) -> Tensor:
+    return x * by
+
+
+scale.register_fake(lambda x, by=1.0: torch.empty_like(x))
+
+
+def test_a_row_is_given_arguments_by_keyword(monkeypatch: pytest.MonkeyPatch) -> None:
+    row = Row(lambda x, by=1.0: Op.of("mul", x, const_like(x, by)))
+    monkeypatch.setitem(ROWS, torch.ops.minifuse_test.scale.default, row)
+    x = torch.randn(4)
+    same(compiled(lambda x: scale(x, by=3.0), {"fallback": "error"})(x), x * 3)

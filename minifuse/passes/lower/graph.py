@@ -39,6 +39,8 @@ Tree = Any
 # How axes and symbols are called; an operator may be too (the Bessel function `i0`).
 _TAKEN = re.compile(r"[idsuz]\d\w*")
 Number = (bool, int, float)
+# Arguments that say how a result lies in memory: its traced value has it already.
+_ELSEWHERE = {"dtype", "layout", "device", "pin_memory", "non_blocking", "memory_format", "copy"}
 
 
 class Lowering:
@@ -213,7 +215,7 @@ class Lowering:
         reads: list[Callable[[tuple[Expr, ...]], Value] | Any] = []
         for position, arg in enumerate(node.args):
             reads.append(self._argument(arg, position in row.scalars, val))
-        kwargs = {k: v for k, v in node.kwargs.items() if k in ("alpha", "value", "rounding_mode") and v is not None}
+        kwargs = {k: v for k, v in node.kwargs.items() if k not in _ELSEWHERE and v is not None}
         for k, v in list(kwargs.items()):
             if isinstance(v, fx.Node):
                 raise Unsupported(f"{k} given as a symbolic number")
