@@ -306,6 +306,33 @@ def test_an_error_inside_a_program_leaves_it_usable() -> None:
         same(run(good, w), want, exact=True)
 
 
+@pytest.mark.parametrize(
+    ("f", "found"),
+    [
+        (lambda x, i: x[:, i] + 1, r"index out of bounds for dimension 1 of 5 elements \(test_faults\.py:\d+\)"),
+        (lambda x, i: F.embedding(i, x), r"index out of range in self: dimension 0 of 3 elements \(test_faults"),
+        (lambda x, i: x.t().index_select(0, i), r"index out of range in self: dimension 0 of 5 elements \(test_faults"),
+        (lambda x, i: x.gather(1, i[None]), r"index out of bounds for dimension 1 of 5 elements \(test_faults"),
+        (lambda x, i: x.index_add(1, i, x[:, :1]), r"index out of bounds for dimension 1 of 5 elements \(test_faults"),
+    ],
+)
+@pytest.mark.parametrize("target", ["c", "interpret"])
+def test_an_index_that_is_out_of_range_says_the_extent_and_the_line(f: Any, found: str, target: str) -> None:
+    x = torch.randn(3, 5)
+    with pytest.raises(IndexError, match=found):
+        compiled(f, {"target": target}, dynamic=False)(x, torch.tensor([7]))
+
+
+def test_code_that_moves_in_its_file_is_compiled_once(tmp_path: Path) -> None:
+    source, x = "def f(x, i):\n    return x[i].sin() * 1.25 + 1\n", torch.randn(9)
+    for above in ("", "# a line more\n"):
+        space: dict[str, Any] = {}
+        exec(compile(above + source, "moved.py", "exec"), space)
+        with pytest.raises(IndexError, match=rf"of 9 elements \(moved\.py:{2 + bool(above)}\)"):
+            compiled(space["f"], {"cache_dir": str(tmp_path)})(x, torch.tensor([9]))
+    assert len(list(tmp_path.iterdir())) == 1
+
+
 def test_an_operator_that_raises_leaves_its_program_usable() -> None:
     run = compiled(lambda x: torch.linalg.cholesky(x.sin() + x) * 2)
     good = torch.eye(3) * 4
