@@ -105,7 +105,10 @@ class Graph:
     def keep(self, stage: str, gm: fx.GraphModule) -> None:
         """Remember a graph as text for the dump, where one is written."""
         if self.options.debug_dir is not None:
-            self.captured[stage] = gm.print_readable(print_output=False)
+            try:
+                self.captured[stage] = gm.print_readable(print_output=False)
+            except Exception as error:  # torch's printer, over whatever a graph's metadata holds
+                dump.refuse(self.options.debug_dir, error)
 
     def context(self, stage: str, gm: fx.GraphModule) -> CompileContext:
         ctx = CompileContext(f"{self.name}_{stage}", stage, self.options, device=model_of(gm, self.options))
@@ -187,6 +190,7 @@ class Graph:
             plan = make_plan(gm.graph, ctx, strides)
             report_fallbacks(plan, ctx)
             program = build(plan, ctx)
+            report_interpreted(ctx)
             record = Record(
                 ctx.name, stage, ctx.stages, ctx.decisions, ctx.seconds, options=self.options, device=ctx.device
             )
@@ -284,6 +288,19 @@ def report_fallbacks(plan: Plan, ctx: CompileContext) -> None:
         if ctx.options.fallback == "error":
             raise FallbackError(message)
         warned.add(target)
+        warnings.warn(message, stacklevel=2)
+
+
+def report_interpreted(ctx: CompileContext) -> None:
+    """Apply the `fallback` option to kernels that no code could be made for.
+
+    Raises FallbackError, naming kernel, reason and the user's line, with fallback="error".
+    """
+    found = [d for d in ctx.decisions if d.rule == "interpreted"]
+    for d in found if ctx.options.fallback != "allow" else ():
+        message = f"minifuse interprets {d.subject[0]}, op by op: {d.words}" + (f" ({d.where})" if d.where else "")
+        if ctx.options.fallback == "error":
+            raise FallbackError(message)
         warnings.warn(message, stacklevel=2)
 
 

@@ -32,18 +32,25 @@ _refused: set[str] = set()
 def write(record: Record, root: str, options: Options | None = None) -> Path:
     """Write one graph's folder under `root` and return its path.
 
-    A disk that refuses is one warning a directory, never an error: the compile goes on.
+    A disk that refuses, and a stage that cannot be printed, are one warning a directory, never an error: the compile
+    goes on.
     """
     folder = Path(root) / record.name
     try:
         folder.mkdir(parents=True, exist_ok=True)
         for name, text in contents(record, options or Options()).items():
             write_atomically(folder / name, text.encode(errors="backslashreplace"))
-    except OSError as error:
-        if root not in _refused:
-            _refused.add(root)
-            warnings.warn(f"minifuse writes no dump into {root}: {error}", stacklevel=2)
+    except Exception as error:  # printing walks all that a compile made, and nothing hangs on its text
+        refuse(root, error)
     return folder
+
+
+def refuse(root: str, error: Exception) -> None:
+    """Say, once a directory, that a dump is not whole."""
+    if root not in _refused:
+        _refused.add(root)
+        said = str(error) if isinstance(error, OSError) else f"{type(error).__name__}: {error}"
+        warnings.warn(f"minifuse writes no dump into {root}: {said}", stacklevel=3)
 
 
 def contents(record: Record, options: Options) -> dict[str, str]:

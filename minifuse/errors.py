@@ -29,4 +29,5 @@ class CompileError(MinifuseError):
 
 
 class FallbackError(MinifuseError):
-    """With `fallback="error"`: an operator that minifuse would hand to PyTorch; names it, the reason and the line."""
+    """With `fallback="error"`: an operator that minifuse would hand to PyTorch, or a kernel that it would interpret;
+    names it, the reason and the line."""

@@ -90,7 +90,7 @@ class Options:
 
     fallback: str = "allow"
     """What becomes of an op that minifuse cannot compile: `allow` hands it to PyTorch and notes it in the report,
-    `warn` also warns, `error` raises."""
+    `warn` also warns, `error` raises. The same of a kernel that the target's compiler refuses: it is interpreted."""
 
     mode: str = "default"
     """`torch.compile`'s mode, one of `MODES`; not a key of `options`."""
@@ -136,6 +136,7 @@ def _did_you_mean(given: object, valid: Iterable[str]) -> str:
 
 _CHOICES: dict[str, tuple[str, ...]] = {
     "target": ("auto", "c", "triton", "interpret"),
+    "remat": ("mincut", "save_all", "recompute_all"),
     "fusion": ("greedy", "exact"),
     "device_model": ("auto", *devices.DEVICES),
     "rng": ("fast", "eager"),
@@ -160,8 +161,8 @@ _PATH: _Check = ("a directory's path or None", lambda value: value is None or (i
 _ACCEPTS: dict[str, _Check] = {
     "target": _one_of("target"),
     "remat": (
-        "a policy's name or an object with plan(problem)",
-        lambda value: (isinstance(value, str) and value != "") or callable(getattr(value, "plan", None)),
+        f"{_one_of('remat')[0]}, or an object with a `name` and plan(problem)",
+        lambda value: value in _CHOICES["remat"] or callable(getattr(value, "plan", None)),
     ),
     "memory_budget": (
         "a number above 0 and at most 1",

@@ -155,3 +155,20 @@ def test_a_disk_that_refuses_is_one_warning(tmp_path: Path) -> None:
     assert [str(w.message).split(":")[0] for w in said if "minifuse" in str(w.message)] == [
         f"minifuse writes no dump into {refusing}"
     ]
+
+
+@pytest.mark.parametrize("part", ["minifuse.dump.print_plan", "torch.fx.GraphModule.print_readable"])
+def test_a_stage_that_cannot_be_printed_is_one_warning(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, part: str
+) -> None:
+    def fail(*_: object, **given: object) -> str:
+        if len(given) > 1:  # torch logs its graphs by the same method
+            return ""
+        raise KeyError("nothing of this name")
+
+    monkeypatch.setattr(part, fail)
+    x = torch.randn(5)
+    torch._dynamo.reset()
+    with pytest.warns(UserWarning, match="writes no dump into .*: KeyError: 'nothing of this name'"):
+        found = torch.compile(torch.cos, backend="minifuse", options={"debug_dir": str(tmp_path)})(x)
+    torch.testing.assert_close(found, x.cos())

@@ -13,8 +13,12 @@ from torch._dynamo.exc import BackendCompilerFailed
 from torch.nn import functional as F
 
 from minifuse.errors import FallbackError
+from minifuse.ir.ops import TABLE, OpRow
+from minifuse.ir.value import Op
 from minifuse.passes.lower.externs import EXPECTED
+from minifuse.passes.lower.pointwise import ROWS, Row, const_like
 from minifuse.passes.memory import out_overload
+from minifuse.records import RECORDS
 from tests.judge import check, compiled, externs, same
 
 _library = torch.library.Library("minifuse_test", "DEF")
@@ -52,6 +56,14 @@ def _(x: Tensor) -> tuple[Tensor, Tensor, list[Tensor]]:
 @pytest.fixture(autouse=True)
 def seeded() -> None:
     torch.manual_seed(0)
+
+
+@torch.library.custom_op("minifuse_test::midpoint", mutates_args=())
+def midpoint(a: Tensor, b: Tensor) -> Tensor:
+    return (a + b) / 2 if a.is_floating_point() else (a + b) // 2
+
+
+midpoint.register_fake(lambda a, b: torch.empty_like(a))
 
 
 X, AT = torch.randn(6, 8), torch.tensor([3, 1, 5, 0])
@@ -237,3 +249,51 @@ def test_fallback_allow_says_nothing() -> None:
 
 def test_every_expected_operator_has_a_reason() -> None:
     assert EXPECTED and all(len(reason.split()) >= 3 for reason in EXPECTED.values())
+
+
+@pytest.fixture
+def row(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A row of the operator table that takes floating dtypes, and the operator that it stands for."""
+    text = "(({0} + {1}) / 2)"
+    new = OpRow("midpoint", 2, "same", "f", lambda a, b: (a + b) / 2, c=text, triton=text, cost=2)
+    monkeypatch.setitem(TABLE, "midpoint", new)
+    monkeypatch.setitem(ROWS, torch.ops.minifuse_test.midpoint.default, Row(lambda a, b: Op.of("midpoint", a, b)))
+
+
+def mid(x: Tensor) -> Tensor:
+    return midpoint(x, x * 3) + 1
+
+
+@pytest.mark.usefixtures("row")
+def test_a_dtype_that_a_row_does_not_take_goes_to_the_operator_itself() -> None:
+    for x, calls in ((torch.randn(5), 0), (torch.randn(5).half(), 0), (torch.arange(5), 1)):
+        same(compiled(mid)(x), mid(x), tolerance=1e-6)
+        assert len(externs()) == calls
+    (step,) = RECORDS[-1].stages["memory"].externs
+    assert "midpoint takes dtypes of kind 'f', found torch.int64" in step.reason
+    with pytest.warns(UserWarning, match=r"hands minifuse_test\.midpoint\.default to PyTorch: midpoint takes dtypes"):
+        compiled(mid, {"fallback": "warn"})(torch.arange(6))
+    with pytest.raises(BackendCompilerFailed, match=r"FallbackError: .*midpoint takes dtypes"):
+        compiled(mid, {"fallback": "error"})(torch.arange(7))
+
+
+@pytest.mark.usefixtures("row")
+def test_a_row_of_an_operator_that_does_not_exist_is_an_error(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delitem(TABLE, "midpoint")
+    with pytest.raises(BackendCompilerFailed, match="no operator 'midpoint' in the table"):
+        compiled(mid)(torch.randn(5))
+
+
+@torch.library.custom_op("minifuse_test::scale", mutates_args=())
+def scale(x: Tensor, *, by: float = 1.0) -> Tensor:
+    return x * by
+
+
+scale.register_fake(lambda x, by=1.0: torch.empty_like(x))
+
+
+def test_a_row_is_given_arguments_by_keyword(monkeypatch: pytest.MonkeyPatch) -> None:
+    row = Row(lambda x, by=1.0: Op.of("mul", x, const_like(x, by)))
+    monkeypatch.setitem(ROWS, torch.ops.minifuse_test.scale.default, row)
+    x = torch.randn(4)
+    same(compiled(lambda x: scale(x, by=3.0), {"fallback": "error"})(x), x * 3)

@@ -109,7 +109,9 @@ def test_no_compiler_still_draws_dropout_from_torchs_seed(monkeypatch: pytest.Mo
         same(run(), want, exact=True)
 
 
-def test_a_kernel_that_does_not_compile_falls_back_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.fixture
+def refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The C compiler refuses every kernel that has an erf."""
     write = build.write_kernel
 
     def broken(launch: Any) -> KernelText:
@@ -117,11 +119,31 @@ def test_a_kernel_that_does_not_compile_falls_back_alone(monkeypatch: pytest.Mon
         return KernelText(text.name, text.text + "\nthis is no C;\n", text.messages) if "erf" in text.text else text
 
     monkeypatch.setattr(build, "write_kernel", broken)
-    train()
+
+
+@pytest.mark.usefixtures("refused")
+def test_a_kernel_that_does_not_compile_falls_back_alone() -> None:
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        train()
     assert interpreted() and all("refused it" in words and "this is no C" in words for words in interpreted())
     whole = sum(len(r.stages["memory"].launches) for r in RECORDS)
     assert 0 < len(interpreted()) < whole
     assert any(r.stages["unit"].source for r in records())
+
+
+@pytest.mark.usefixtures("refused")
+def test_a_kernel_that_does_not_compile_is_a_fallback_like_others() -> None:
+    x = torch.randn(9)
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        same(compiled(lambda x: x.erf() + 1, {"fallback": "warn"})(x), x.erf() + 1, tolerance=1e-5)
+    (said,) = [str(w.message) for w in caught if "minifuse" in str(w.message)]
+    assert "minifuse interprets" in said and "this is no C" in said and "test_faults.py" in said
+    with pytest.raises(
+        Exception, match=r"FallbackError: minifuse interprets (.|\n)*this is no C(.|\n)*test_faults\.py"
+    ):
+        compiled(lambda x: x.erf() + 2, {"fallback": "error"})(x)
 
 
 def test_a_compiler_that_fails_at_everything_is_reported(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -282,6 +304,33 @@ def test_an_error_inside_a_program_leaves_it_usable() -> None:
         with pytest.raises(IndexError):
             run(torch.tensor([0, 7, 2]), w)
         same(run(good, w), want, exact=True)
+
+
+@pytest.mark.parametrize(
+    ("f", "found"),
+    [
+        (lambda x, i: x[:, i] + 1, r"index out of bounds for dimension 1 of 5 elements \(test_faults\.py:\d+\)"),
+        (lambda x, i: F.embedding(i, x), r"index out of range in self: dimension 0 of 3 elements \(test_faults"),
+        (lambda x, i: x.t().index_select(0, i), r"index out of range in self: dimension 0 of 5 elements \(test_faults"),
+        (lambda x, i: x.gather(1, i[None]), r"index out of bounds for dimension 1 of 5 elements \(test_faults"),
+        (lambda x, i: x.index_add(1, i, x[:, :1]), r"index out of bounds for dimension 1 of 5 elements \(test_faults"),
+    ],
+)
+@pytest.mark.parametrize("target", ["c", "interpret"])
+def test_an_index_that_is_out_of_range_says_the_extent_and_the_line(f: Any, found: str, target: str) -> None:
+    x = torch.randn(3, 5)
+    with pytest.raises(IndexError, match=found):
+        compiled(f, {"target": target}, dynamic=False)(x, torch.tensor([7]))
+
+
+def test_code_that_moves_in_its_file_is_compiled_once(tmp_path: Path) -> None:
+    source, x = "def f(x, i):\n    return x[i].sin() * 1.25 + 1\n", torch.randn(9)
+    for above in ("", "# a line more\n"):
+        space: dict[str, Any] = {}
+        exec(compile(above + source, "moved.py", "exec"), space)
+        with pytest.raises(IndexError, match=rf"of 9 elements \(moved\.py:{2 + bool(above)}\)"):
+            compiled(space["f"], {"cache_dir": str(tmp_path)})(x, torch.tensor([9]))
+    assert len(list(tmp_path.iterdir())) == 1
 
 
 def test_an_operator_that_raises_leaves_its_program_usable() -> None:

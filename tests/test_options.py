@@ -8,6 +8,7 @@ import torch
 
 from minifuse.errors import MinifuseError, OptionError
 from minifuse.options import MODES, Options
+from minifuse.passes.remat import POLICIES
 
 
 @pytest.fixture(autouse=True)
@@ -40,6 +41,8 @@ def test_an_unknown_option_is_named_with_its_neighbour_and_the_valid_ones() -> N
         ("target", ["c"]),
         ("remat", None),
         ("remat", ""),
+        ("remat", 3),
+        ("remat", "recompute"),
         ("memory_budget", 0),
         ("memory_budget", 1.1),
         ("memory_budget", float("nan")),
@@ -66,6 +69,14 @@ def test_a_bad_value_is_refused_with_the_option_and_what_it_takes(name: str, val
 def test_a_near_miss_of_a_choice_is_suggested() -> None:
     with pytest.raises(OptionError, match="did you mean 'triton'"):
         Options.parse({"target": "tritn"})
+
+
+def test_an_unknown_policy_is_refused_with_the_ones_that_there_are() -> None:
+    valid = "expected one of mincut, save_all, recompute_all, or an object with a `name` and plan"
+    with pytest.raises(OptionError, match=rf"got 'min_cut', {valid}.* \(did you mean 'mincut'\?\)"):
+        Options.parse({"remat": "min_cut"})
+    for name in POLICIES:
+        assert Options.parse({"remat": name}).remat == name
 
 
 def test_a_policy_object_is_taken_for_remat() -> None:

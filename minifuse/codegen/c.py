@@ -494,4 +494,4 @@ class CDialect:
 def kernel_source(kernel: Kernel, schedule: Schedule, name: str) -> tuple[str, tuple[str, ...]]:
     """A kernel as a C function, and the messages of its checks by code. Raises CodegenError."""
     printer = Printer(kernel, schedule, CDialect())
-    return printer.write(name), tuple(printer.messages)
+    return printer.write(name), tuple(printer.messages.values())

@@ -76,7 +76,7 @@ class Printer:
         self.holding: set[Value] = set()
         self.filled: set[Value] = set()
         self.now: set[Value] = set()
-        self.messages: list[str] = []
+        self.messages: dict[Value, str] = {}
         self.texts: dict[type, Callable[..., str]] = {
             Op: dialect.op, Cast: dialect.cast, Load: dialect.load, Random: dialect.random,
         }  # fmt: skip
@@ -238,10 +238,10 @@ class Printer:
         return self.params[name]
 
     def error_code(self, root: Check) -> int:
-        """The number of a check's message, one more than its place among `messages`."""
-        if root.message not in self.messages:
-            self.messages.append(root.message)
-        return self.messages.index(root.message) + 1
+        """The number of a check's message, one more than its place among `messages`: by what is checked, since a
+        kernel's text is the same whatever its messages say."""
+        self.messages.setdefault(root.condition, root.message)
+        return list(self.messages).index(root.condition) + 1
 
     def start(self, axis: Axis) -> int | None:
         """The tiled grid loop of an axis, which says where its tile begins."""

@@ -439,5 +439,5 @@ def write_kernel(launch: Launch) -> TritonKernel:
     text = printer.write(name)
     symbols = tuple(sorted(s.name for s in kernel.symbols() - launch.own))
     count = warps(elements(kernel, dialect.blocks), live_words(kernel.body, dialect.blocks))
-    return TritonKernel(name, text, symbols, grid_size(schedule), count, dialect.extents, tuple(printer.messages),
-                        launch.batched, tuple(dialect.own))  # fmt: skip
+    return TritonKernel(name, text, symbols, grid_size(schedule), count, dialect.extents,
+                        tuple(printer.messages.values()), launch.batched, tuple(dialect.own))  # fmt: skip

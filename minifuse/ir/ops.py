@@ -146,8 +146,13 @@ def kind_of(dtype: torch.dtype) -> str:
     return "f" if dtypes.is_float(dtype) else "i"
 
 
+class DtypeError(TypeError):
+    """An operator of the table was given a dtype that its row does not take."""
+
+
 def result_dtype(name: str, args: tuple[torch.dtype, ...]) -> torch.dtype:
-    """The dtype that an operator gives. Raises TypeError saying what was found and expected."""
+    """The dtype that an operator gives. Raises TypeError saying what was found and expected: DtypeError where another
+    dtype would do."""
     r = row(name)
     if len(args) != r.arity:
         raise TypeError(f"{name} takes {r.arity} arguments, found {len(args)}")
@@ -159,7 +164,9 @@ def result_dtype(name: str, args: tuple[torch.dtype, ...]) -> torch.dtype:
     if len(set(values)) != 1:
         raise TypeError(f"{name} takes arguments of one dtype, found {', '.join(map(str, args))}")
     if kind_of(values[0]) not in r.kinds:
-        raise TypeError(f"{name} takes dtypes of kind {r.kinds!r}, found {values[0]}")
+        raise DtypeError(
+            f"{name} takes dtypes of kind {r.kinds!r}, found {values[0]} (f: floating, i: integer, b: bool)"
+        )
     if dtypes.is_half(values[0]) and r.rule == "same":
         raise TypeError(f"{name} on {values[0]} must be written in float32 with casts around it")
     return torch.bool if r.rule == "bool" else values[0]

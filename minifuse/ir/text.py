@@ -224,9 +224,10 @@ def _run(m: Binding) -> str:
 
 
 def kernel_hash(kernel: Kernel, schedule: Schedule | None = None) -> str:
-    """The content hash of a kernel (and its schedule), whatever its name and its origins."""
-    text = print_kernel(kernel, schedule)
-    return content_hash("\n".join(line for line in text.splitlines() if not line.startswith("  #")))
+    """The content hash of a kernel (and its schedule), whatever its name, its origins and the words of its checks,
+    which hold the user's line: code that moves in its file is no new kernel."""
+    lines = [line for line in print_kernel(kernel, schedule).splitlines() if not line.startswith("  #")]
+    return content_hash("\n".join(s.split(' "')[0] if s.startswith("  check ") else s for s in lines))
 
 
 # -- plans --------------------------------------------------------------------------------------------

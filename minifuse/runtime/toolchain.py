@@ -16,6 +16,7 @@ import shlex
 import shutil
 import subprocess
 import tempfile
+import warnings
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
@@ -74,39 +75,61 @@ class Toolchain:
 def find(precise: bool = False) -> Toolchain | None:
     """The first of $MINIFUSE_CC, $CC, cc, gcc, clang that works, or None; `MINIFUSE_CC=""` means none.
 
-    Asked once a process for each value of these variables. `precise` selects maths within 1 ulp.
+    Asked once a process for each value of these variables. `precise` selects maths within 1 ulp. A variable that
+    names nothing usable is one warning, and the next is tried; nothing is tried after $MINIFUSE_CC.
     """
     return _find(os.environ.get("MINIFUSE_CC"), os.environ.get("CC"), precise)
 
 
 @lru_cache(maxsize=16)
 def _find(forced: str | None, cc: str | None, precise: bool) -> Toolchain | None:
-    names = [cc, "cc", "gcc", "clang"] if forced is None else [forced]
-    for name in names:
-        words = shlex.split(name or "")
-        path = shutil.which(words[0]) if words else None
-        if path is None:
+    chosen = ("CC", cc) if forced is None else ("MINIFUSE_CC", forced)
+    for name in (chosen[1], *(("cc", "gcc", "clang") if forced is None else ())):
+        if not name or name.isspace():
             continue
-        compiler = (path, *words[1:])
-        macros = _macros(compiler, _TARGET)
-        target = _TARGET
-        if macros is None:
-            macros, target = _macros(compiler, ()), ()
-        if macros is not None:
-            return _toolchain(compiler, target, macros, precise)
+        found = _working(name)
+        if not isinstance(found, str):
+            return _toolchain(*found, precise)
+        if name is chosen[1]:
+            _warn_unusable(*chosen, found)
     return None
 
 
+@lru_cache(maxsize=16)
+def _warn_unusable(variable: str, value: str, why: str) -> None:
+    then = "tries cc, gcc and clang" if variable == "CC" else "has no C compiler"
+    expected = "expected the command of a C compiler such as gcc or clang"
+    warnings.warn(f"minifuse {then}: ${variable} is {value!r}, {why}; {expected}", stacklevel=4)
+
+
+def _working(name: str) -> tuple[tuple[str, ...], tuple[str, ...], dict[str, str]] | str:
+    """A command's words, the flags for this processor and the macros under them; or what is wrong with it."""
+    try:
+        words = shlex.split(name)
+    except ValueError as error:
+        return f"which no shell would read ({error})"
+    path = shutil.which(words[0]) if words else None
+    if path is None:
+        return "which is no program on the path"
+    compiler = (path, *words[1:])
+    for target in (_TARGET, ()):
+        macros = _macros(compiler, target)
+        if macros is not None:
+            return compiler, target, macros
+    return "which does not preprocess an empty file of C"
+
+
 def _macros(compiler: tuple[str, ...], flags: tuple[str, ...]) -> dict[str, str] | None:
-    """The compiler's predefined macros under `flags`, or None when it does not run or refuses them."""
+    """The compiler's predefined macros under `flags`, or None when it does not run, refuses them or predefines none:
+    a program that ignores what it is asked is no compiler, whatever its exit status."""
     command = [*compiler, *BASE_FLAGS, *flags, "-Werror", "-dM", "-E", "-xc", os.devnull]
     try:
         done = subprocess.run(command, capture_output=True, text=True, timeout=60, stdin=subprocess.DEVNULL)
-    except (OSError, subprocess.TimeoutExpired):
+    except (OSError, ValueError, subprocess.TimeoutExpired):
         return None
     if done.returncode:
         return None
-    return dict(re.findall(r"^#define (\w+) (.*)$", done.stdout, re.M))
+    return dict(re.findall(r"^#define (\w+) (.*)$", done.stdout, re.M)) or None
 
 
 def _toolchain(compiler: tuple[str, ...], target: tuple[str, ...], macros: dict[str, str], precise: bool) -> Toolchain:
@@ -189,6 +212,8 @@ def compile_shared(source: str, toolchain: Toolchain, timeout: float = _TIMEOUT)
             raise CompileError(command, str(error), source) from error
         if done.returncode:
             raise CompileError(command, done.stderr, source)
+        if not library.exists():
+            raise CompileError(command, f"it exited with 0 and wrote no library {done.stderr}", source)
         return library.read_bytes()
 
 

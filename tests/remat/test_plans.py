@@ -13,6 +13,7 @@ from minifuse.errors import MinifuseError, RematError
 from minifuse.ir.device import CPU
 from minifuse.passes.remat import POLICIES, RECOMPUTE, SAVE, Choice, Problem, RematPlan, Value, resolve, verify_plan
 from minifuse.passes.remat.mincut import minimum_cut
+from minifuse.passes.remat.partition import ask
 from minifuse.passes.remat.plan import assemble, closure
 from tests.remat.harness import Seen, backend, train
 
@@ -279,6 +280,54 @@ def test_a_policy_of_the_users_is_verified_like_any_other():
     x = torch.randn(8, 8)
     with pytest.raises(Exception, match=r"careless: .* is recomputed, and may run only once: random"):
         train(torch.compile(lambda y: torch.dropout(y.exp(), 0.5, True), backend=backend(Careless())), None, x)
+
+
+def test_a_policy_that_raises_or_returns_no_plan_is_named_with_what_was_found():
+    class Unfinished:
+        name = "unfinished"
+
+        def plan(self, problem: Problem) -> RematPlan:
+            raise KeyError("layer 3")
+
+    class Forgetful:
+        name = "forgetful"
+
+        def plan(self, problem: Problem) -> None: ...
+
+    problem = chain(value("a", "mm"), required=("a",))
+    with pytest.raises(
+        RematError, match=r"'unfinished': expected plan.. to return a RematPlan, found KeyError: 'layer 3'"
+    ) as caught:
+        ask(Unfinished(), problem)
+    assert isinstance(caught.value.__cause__, KeyError)
+    with pytest.raises(RematError, match=r"'forgetful': expected plan.. to return a RematPlan, found None"):
+        ask(Forgetful(), problem)  # type: ignore[arg-type]
+
+
+def test_a_name_that_no_value_has_cannot_be_saved():
+    problem = chain(value("layer_norm", "mm"), required=("layer_norm",))
+    with pytest.raises(RematError, match=r"mine: cannot save 'layernorm' \(did you mean 'layer_norm'\?\)"):
+        assemble(problem, ["mm", "layernorm"], "mine")
+
+
+def test_a_reason_that_compares_is_borne_out_by_the_numbers_beside_it():
+    problem = chain(
+        value("a", "mm", flops=1), value("b", "a", flops=1), value("dear", "b", flops=1e12),
+        value("c", "dear", flops=1), required=("b", "c"),
+    )  # fmt: skip
+    for saved, reasons in (
+        (("b", "c"), {"b": "recomputing it would need a and 1 more too, saved or recomputed"}),
+        (("mm", "b", "dear", "c"), {"c": "recomputing it would need dear too, saved or recomputed"}),
+        (("mm",), {"a": "recomputing it costs less", "dear": "the policy recomputes it"}),
+    ):
+        choices = assemble(problem, saved, "mine").choices
+        assert reasons.items() <= {n: c.reason for n, c in choices.items()}.items()
+    for policy in POLICIES.values():
+        for choice in policy.plan(problem).choices.values():
+            if choice.reason == "loading it costs less":
+                assert choice.save_seconds < choice.recompute_seconds
+            if choice.reason == "recomputing it costs less":
+                assert choice.recompute_seconds < choice.save_seconds
 
 
 def test_what_stays_inside_one_kernel_takes_no_memory():

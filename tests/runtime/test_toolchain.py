@@ -6,6 +6,8 @@ import os
 import subprocess
 import sys
 import tempfile
+import warnings
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -42,18 +44,52 @@ def test_an_empty_name_means_no_compiler(monkeypatch: pytest.MonkeyPatch) -> Non
     assert toolchain.find() is None
 
 
-def test_a_compiler_that_does_not_work_is_none(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("MINIFUSE_CC", "/nonexistent/cc")
-    assert toolchain.find() is None
-    monkeypatch.setenv("MINIFUSE_CC", "false")
-    assert toolchain.find() is None
+@pytest.fixture
+def unasked() -> Iterator[None]:
+    """No compiler was looked for, and nothing said, by an earlier test."""
+    for cached in (toolchain._find, toolchain._warn_unusable):
+        cached.cache_clear()
+    yield
+    toolchain._find.cache_clear()
+
+
+@pytest.mark.usefixtures("unasked")
+@pytest.mark.parametrize(
+    ("name", "why"),
+    [
+        ("/nonexistent/cc", "no program"),
+        ("false", "does not preprocess"),
+        ("true", "does not preprocess"),
+        ("'gcc", "No closing quotation"),
+    ],
+)
+def test_a_compiler_that_does_not_work_is_none_and_one_warning(
+    monkeypatch: pytest.MonkeyPatch, name: str, why: str
+) -> None:
+    monkeypatch.setenv("MINIFUSE_CC", name)
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        assert toolchain.find() is toolchain.find(precise=True) is None
+    (said,) = [str(w.message) for w in caught]
+    assert f"$MINIFUSE_CC is {name!r}" in said and why in said and "expected" in said
 
 
 @needs_compiler
-def test_a_broken_cc_falls_back_to_the_next(monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.usefixtures("unasked")
+@pytest.mark.parametrize("name", ["false", "true", "/nonexistent/cc", "'gcc"])
+def test_a_broken_cc_is_said_and_falls_back_to_the_next(monkeypatch: pytest.MonkeyPatch, name: str) -> None:
     monkeypatch.delenv("MINIFUSE_CC", raising=False)
-    monkeypatch.setenv("CC", "false")
-    assert toolchain.find() is not None
+    monkeypatch.setenv("CC", name)
+    with pytest.warns(UserWarning, match=r"tries cc, gcc and clang: \$CC is"):
+        assert toolchain.find() is not None
+
+
+@needs_compiler
+def test_a_compiler_that_writes_no_library_is_an_error() -> None:
+    assert TOOLS is not None
+    idle = dataclasses.replace(TOOLS, compiler=("true",))
+    with pytest.raises(CompileError, match="exited with 0 and wrote no library"):
+        toolchain.compile_shared("int x;", idle)
 
 
 @needs_compiler

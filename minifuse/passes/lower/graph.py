@@ -20,6 +20,7 @@ from minifuse import compat
 from minifuse.ir import dtypes
 from minifuse.ir.index import ONE, ZERO, Axis, Expr, Sym, as_expr
 from minifuse.ir.kernel import Check, Kernel, Param, Store
+from minifuse.ir.ops import DtypeError
 from minifuse.ir.plan import Again, Buffer, Extern, Launch, Opaque, Output, Plan, Step, Symbol, TensorRef
 from minifuse.ir.shape import contiguous_strides, is_injective
 from minifuse.ir.value import Cast, Const, IndexOf, Load, Value, topological
@@ -38,6 +39,8 @@ Tree = Any
 # How axes and symbols are called; an operator may be too (the Bessel function `i0`).
 _TAKEN = re.compile(r"[idsuz]\d\w*")
 Number = (bool, int, float)
+# Arguments that say how a result lies in memory: its traced value has it already.
+_ELSEWHERE = {"dtype", "layout", "device", "pin_memory", "non_blocking", "memory_format", "copy"}
 
 
 class Lowering:
@@ -212,7 +215,7 @@ class Lowering:
         reads: list[Callable[[tuple[Expr, ...]], Value] | Any] = []
         for position, arg in enumerate(node.args):
             reads.append(self._argument(arg, position in row.scalars, val))
-        kwargs = {k: v for k, v in node.kwargs.items() if k in ("alpha", "value", "rounding_mode") and v is not None}
+        kwargs = {k: v for k, v in node.kwargs.items() if k not in _ELSEWHERE and v is not None}
         for k, v in list(kwargs.items()):
             if isinstance(v, fx.Node):
                 raise Unsupported(f"{k} given as a symbolic number")
@@ -400,7 +403,7 @@ class Lowering:
             if target in ROWS:
                 return self.pointwise(node)
             reason = expected(target) or fallback(target)
-        except Unsupported as why:
+        except (Unsupported, DtypeError) as why:
             del self.steps[mark[0] :]
             while len(self.buffers) > mark[1]:  # a name is given once, so what is new is last
                 self.buffers.popitem()

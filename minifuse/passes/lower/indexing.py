@@ -12,6 +12,7 @@ from minifuse.ir.index import ONE, ZERO, Expr
 from minifuse.ir.kernel import Check
 from minifuse.ir.value import Cast, Const, IndexOf, Load, Op, Value, at_values
 
+from .nodes import source_line
 from .pointwise import Unsupported
 from .registry import lowers
 from .view import View
@@ -23,9 +24,11 @@ aten = torch.ops.aten
 prims = torch.ops.prims
 
 
-def wrapped(index: Load, size: Expr, message: str, negative: bool = True) -> tuple[Value, Check]:
+def wrapped(lo: Lowering, index: Load, size: Expr, message: str, negative: bool = True) -> tuple[Value, Check]:
     """A loaded index with negative values wrapped, where these count from the end, and bad ones led to zero, and its
-    check."""
+    check, whose message goes on with the extent where it is known and the user's line."""
+    line = source_line(lo.node, code=False)
+    message += (f" of {size} elements" if size.is_const else "") + (f" ({line})" if line else "")
     position: Value = Cast.of(torch.int64, index)
     n = IndexOf.of(size)
     zero = Const.of(0, torch.int64)
@@ -43,7 +46,9 @@ def _embedding(
     table, tokens = lo.view(weight), lo.view(indices)
     val = node.meta["val"]
     where = lo.axes(lo.shape(node))
-    row, check = wrapped(tokens.read(where[:-1]), table.shape[0], "index out of range in self", negative=False)
+    row, check = wrapped(
+        lo, tokens.read(where[:-1]), table.shape[0], "index out of range in self: dimension 0", negative=False
+    )
     return lo.emit(lambda at: gather_read(table, [row, at[-1]]), val, checks=[check])
 
 
@@ -64,7 +69,7 @@ def _gather(lo: Lowering, node: fx.Node, x: fx.Node, dim: int, index: fx.Node, s
     dim %= len(table.at)
     where = lo.axes(lo.shape(node))
     message = f"index out of bounds for dimension {dim}"
-    position, check = wrapped(at.read(where), table.shape[dim], message, negative=False)
+    position, check = wrapped(lo, at.read(where), table.shape[dim], message, negative=False)
     # Beside a table of one dimension an index may have none.
     coordinates = [position if d == dim else ZERO if n is ONE else where[d] for d, n in enumerate(table.shape)]
     return lo.emit(lambda _: gather_read(table, coordinates), val, checks=[check])
@@ -77,7 +82,9 @@ def _index_select(lo: Lowering, node: fx.Node, x: fx.Node, dim: int, index: fx.N
         raise Unsupported("index_select without dimensions")
     dim %= len(table.at)
     where = lo.axes(lo.shape(node))
-    position, check = wrapped(at.read([where[dim]]), table.shape[dim], "index out of range in self", negative=False)
+    position, check = wrapped(
+        lo, at.read([where[dim]]), table.shape[dim], f"index out of range in self: dimension {dim}", negative=False
+    )
     coordinates: list[Expr | Value] = [position if d == dim else w for d, w in enumerate(where)]
     return lo.emit(lambda _: gather_read(table, coordinates), node.meta["val"], checks=[check])
 
@@ -94,7 +101,7 @@ def _index(lo: Lowering, node: fx.Node, x: fx.Node, indices: Sequence[fx.Node | 
     rank, first = joint_place(views)
     where = lo.axes(lo.shape(node))
     inner = where[first : first + rank]
-    coordinates, checks = computed(views, table.shape, inner, where[:first] + where[first + rank :])
+    coordinates, checks = computed(lo, views, table.shape, inner, where[:first] + where[first + rank :])
     return lo.emit(lambda _: gather_read(table, coordinates), node.meta["val"], checks=checks)
 
 
@@ -107,7 +114,7 @@ def joint_place(views: Mapping[int, View]) -> tuple[int, int]:
 
 
 def computed(
-    views: Mapping[int, View], shape: Sequence[Expr], inner: Sequence[Expr], others: Sequence[Expr]
+    lo: Lowering, views: Mapping[int, View], shape: Sequence[Expr], inner: Sequence[Expr], others: Sequence[Expr]
 ) -> tuple[list[Expr | Value], list[Check]]:
     """Coordinates in a shape: those that indices say, at `inner`, with their checks, and the `others` in order."""
     rest = iter(others)
@@ -117,7 +124,7 @@ def computed(
         if d not in views:
             coordinates.append(next(rest))
             continue
-        value, check = wrapped(views[d].broadcast_read(inner), size, f"index out of bounds for dimension {d}")
+        value, check = wrapped(lo, views[d].broadcast_read(inner), size, f"index out of bounds for dimension {d}")
         coordinates.append(value)
         checks.append(check)
     return coordinates, checks

@@ -101,7 +101,9 @@ def _embedding_backward(
         raise Unsupported("gradients scaled by how often a row was taken")
     val, g, tokens = node.meta["val"], lo.view(grad), lo.view(indices)
     over, where = _one_axis(tokens.shape)
-    row, check = wrapped(tokens.read(where), lo.size(rows), "index out of range in self", negative=False)
+    row, check = wrapped(
+        lo, tokens.read(where), lo.size(rows), "index out of range in self: dimension 0", negative=False
+    )
     (column,) = lo.axes(g.shape[-1:], "c")
     mask = Op.of("ne", Cast.of(torch.int64, tokens.read(where)), IndexOf.of(lo.size(padding)))
     return _scatter(lo, val, None, [row, column], g.read((*where, column)), "add", over, [check], mask)
@@ -128,7 +130,7 @@ def _index_put(
     over, inner = _one_axis([next((s for s in sizes if s is not ONE), ONE) for sizes in zip(*padded, strict=True)])
     others = lo.axes([s for d, s in enumerate(table.shape) if d not in views], "c")
     given = [*others[:first], *inner, *others[first:]]
-    at, checks = computed(views, table.shape, inner, others)
+    at, checks = computed(lo, views, table.shape, inner, others)
     mode = "add" if accumulate else "last"
     return _scatter(lo, val, x, at, new.broadcast_read(given), mode, over, checks)
 
@@ -168,7 +170,7 @@ def _scatter_along(
     dim %= len(table.at)
     where = lo.axes(at.shape, "c")
     position, check = wrapped(
-        at.read(where), table.shape[dim], f"index out of bounds for dimension {dim}", negative=False
+        lo, at.read(where), table.shape[dim], f"index out of bounds for dimension {dim}", negative=False
     )
     given = lo.view(src).read(where) if isinstance(src, fx.Node) and isinstance(lo.env[src], View) else lo.scalar(src)
     if given is None:

@@ -8,6 +8,7 @@ from typing import Any
 from torch import fx
 
 from minifuse import compat
+from minifuse.errors import RematError
 from minifuse.ir import device as devices
 from minifuse.ir.decision import Decision
 
@@ -39,7 +40,8 @@ def partition(
     first reader.
 
     Raises:
-        RematError: an unknown policy, a graph that has no plan, or a plan that fails `verify_plan`.
+        RematError: an unknown policy, one that raises or returns no plan, a graph that has no plan, or a plan that
+            fails `verify_plan`.
     """
     chosen = resolve(policy)
     problem = build_problem(
@@ -51,12 +53,26 @@ def partition(
         memory_budget=budget,
         static_inputs=frozenset(static_lifetime_input_indices or ()),
     )
-    plan = chosen.plan(problem)
+    plan = ask(chosen, problem)
     verify_plan(problem, plan)
     for decision in decisions(problem, plan):
         record(decision)
     forward, backward = _apply(joint, problem, plan, num_fwd_outputs)
     return forward, backward, plan
+
+
+def ask(policy: RematPolicy, problem: Problem) -> RematPlan:
+    """A policy's plan. Raises RematError, naming the policy, when it raises or returns anything else."""
+    expected = f"the rematerialisation policy {policy.name!r}: expected plan() to return a RematPlan"
+    try:
+        plan = policy.plan(problem)
+    except RematError:
+        raise
+    except Exception as error:
+        raise RematError(f"{expected}, found {type(error).__name__}: {error}") from error
+    if not isinstance(plan, RematPlan):
+        raise RematError(f"{expected}, found {plan!r}")
+    return plan
 
 
 def decisions(problem: Problem, plan: RematPlan) -> list[Decision]:

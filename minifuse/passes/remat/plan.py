@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import difflib
 import json
 from collections.abc import Collection, Mapping
 from dataclasses import asdict, dataclass, field
 from functools import cached_property
 from typing import Any, Protocol, runtime_checkable
 
+from minifuse.errors import RematError
 from minifuse.ir.decision import bytes_text
 
 from .problem import Problem, Value
@@ -117,13 +119,22 @@ def assemble(
     lower_bound: float | None = None,
     solve_seconds: float = 0.0,
 ) -> RematPlan:
-    """The plan that loads `saved` (as far as it is needed) and recomputes what else the backward reads."""
+    """The plan that loads `saved` (as far as it is needed) and recomputes what else the backward reads.
+
+    Raises RematError for a name in `saved` that no value of the problem has.
+    """
+    saved = dict.fromkeys(saved)
+    for name in saved:
+        if name not in problem.by_name:
+            close = difflib.get_close_matches(str(name), problem.by_name, n=1)
+            hint = f" (did you mean {close[0]!r}?)" if close else ""
+            raise RematError(f"{policy}: cannot save {name!r}{hint}; expected the names of values of the problem")
     actions = closure(problem, saved)
     choices = {}
     for name, action in actions.items():
         v = problem[name]
         costs = problem.save_seconds(v), problem.recompute_seconds(v)
-        choices[name] = Choice(name, action, _reason(problem, v, action), 0 if v.is_given else v.nbytes, *costs)
+        choices[name] = Choice(name, action, _reason(problem, v, actions), 0 if v.is_given else v.nbytes, *costs)
     again = [problem[n] for n, a in actions.items() if a == RECOMPUTE and problem[n].phase == "forward"]
     return RematPlan(
         policy,
@@ -139,23 +150,46 @@ def assemble(
     )
 
 
-def _reason(problem: Problem, v: Value, action: str) -> str:
+def _reason(problem: Problem, v: Value, actions: Mapping[str, str]) -> str:
+    """Why a value is saved or recomputed. A comparison is said only of numbers that bear it out."""
     producer = v
     while producer.kind == "item":
         producer = problem[producer.inputs[0]]
+    save, again = problem.save_seconds(v), problem.recompute_seconds(v)
     if v.is_given:
         return f"{v.phase}: it is there anyway"
-    if action == SAVE:
+    if actions[v.name] == SAVE:
         if producer.pinned:
             return f"{producer.pinned}: it runs once"
         if v.tag in ("must_save", "prefer_save"):
             return f"tagged {v.tag}"
-        return "an extern: recomputing it costs its flops" if producer.kind == "extern" else "loading it costs less"
+        if producer.kind == "extern":
+            return "an extern: recomputing it costs its flops"
+        if save < again:
+            return "loading it costs less"
+        more = _missing(problem, v, actions)
+        if not more:
+            return "the policy keeps it"
+        others = f" and {len(more) - 1} more" if len(more) > 1 else ""
+        return f"recomputing it would need {more[0]}{others} too, saved or recomputed"
     if v.wants_recompute:
         return f"tagged {v.tag}"
     if v.phase == "either":
         return "only the backward reads it"
-    return "free" if v.kind in ("view", "item", "symbol", "constant") else "recomputing it costs less"
+    if v.kind in ("view", "item", "symbol", "constant"):
+        return "free"
+    return "recomputing it costs less" if again < save else "the policy recomputes it"
+
+
+def _missing(problem: Problem, v: Value, actions: Mapping[str, str]) -> list[str]:
+    """What the backward would have to be given, besides what it has, to compute a value: the nearest first."""
+    found: dict[str, None] = {}
+    queue = list(v.inputs)
+    for name in queue:
+        if name not in actions and name not in found and not problem[name].is_given:
+            found[name] = None
+            queue.extend(problem[name].inputs)
+    return list(found)
 
 
 def backward_order(problem: Problem, actions: Mapping[str, str]) -> list[str]:
