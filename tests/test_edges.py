@@ -11,6 +11,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+import minifuse
+
 from .judge import compiled, same
 
 INF, NAN = math.inf, math.nan
@@ -162,3 +164,10 @@ def test_the_caller_s_floating_point_unit_is_as_it_was() -> None:
     for step in (lambda: pooled(x), lambda: pooled(x)[0].sum().backward()):
         step()
         assert not torch.arange(50, dtype=torch.float64).remainder(7).isnan().any()
+
+
+@pytest.mark.parametrize("dtype", [torch.int64, torch.int32, torch.float64])
+def test_the_place_of_an_extremum_is_found_in_generated_code(dtype: torch.dtype) -> None:
+    x = (torch.randn(48, 129) * 100).to(dtype)
+    identical(lambda x: [x.argmax(), x.argmin(1), x.max(0).indices, x.argmax(1, keepdim=True)], x)
+    assert not minifuse.reports()[-1].interpreted

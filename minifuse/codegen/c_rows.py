@@ -33,9 +33,8 @@ class Kept:
 
 
 def keeps(fold: Fold) -> bool:
-    """Whether a level of a reduction keeps what it folds: the innermost one of a row that joins several values."""
-    r = fold.value
-    return fold.level == 0 and r.lanes > 1 and r.results > 1 and all(a.dtype is r.dtype for a in r.parts)
+    """Whether a level of a reduction keeps what it folds: the innermost one of a row that has two passes to make."""
+    return fold.level == 0 and fold.value.lanes > 1 and f"row{fold.value.kind}" in HELPERS
 
 
 def in_memory(d: CDialect, p: Printer, fold: Fold) -> Load | None:
