@@ -248,3 +248,17 @@ def test_a_number_that_is_stored_rides_along_with_a_kernel_that_computes_it_for_
 
     check(between, X)
     assert kernels() == 1
+
+
+def test_computing_a_value_where_it_is_read_keeps_to_the_number_of_buffers() -> None:
+    def forward_and_backward(x: Tensor, g: Tensor) -> tuple[Tensor, Tensor]:
+        kept = []
+        for _ in range(150):
+            kept.append(x * 1.01 + 0.001)
+            x = kept[-1].sin()
+        for z in reversed(kept):
+            g = g * z.cos() * 1.01
+        return x, g
+
+    launches = minifuse.capture(forward_and_backward, X, X).plans["inference"].launches
+    assert max(len(launch.binding) for launch in launches) <= 28

@@ -14,7 +14,7 @@ from .body import NotInvertible, forward
 from .cost import alone, moving, taken
 from .graph import Graph, Moved
 from .group import Group
-from .rules import CHEAP, MAX_VALUES, NUMBERS, Candidate, lengthens
+from .rules import CHEAP, MAX_BUFFERS, MAX_VALUES, NUMBERS, Candidate, lengthens
 from .unify import Refusal
 
 if TYPE_CHECKING:
@@ -151,6 +151,8 @@ def duplicate(search: Search, a: Group, b: Group) -> bool:
     if a.cost * uses > CHEAP and uses > 1 or uses > MAX_USES or any(r.fixed for r in readers):
         return False
     if any(r.size + a.size > MAX_VALUES or r.reduced and a.size > MAX_IN_REDUCTION for r in readers):
+        return False
+    if any(len({*a.reads, *r.reads, *r.writes} - {name}) > MAX_BUFFERS for r in readers):
         return False
     if len(readers) == 1 and lengthens(Candidate(graph, a, b)) is not None:
         return False
