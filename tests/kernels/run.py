@@ -33,19 +33,21 @@ Made = list[tuple[Plan, CompileContext]]
 
 
 def step_of(name: str) -> Callable[[Callable[[Any], Any]], None]:
-    """A training step of a model, where it has a loss, of a compiled copy of it."""
+    """A training step of a model, of a compiled copy of it; a call of what is not trained, such as an optimiser."""
     torch.manual_seed(0)
     kind, _, key = name.partition("/")
+    trained = kind == "families" or models.MODELS[key].training
     if kind == "families":
         model, kwargs = FAMILIES[key]()
         args: tuple[Any, ...] = ()
     else:
         model, args, kwargs = models.load(models.MODELS[key].path)
-    model.train()
+    if trained:
+        model.train()
 
     def run(compiled: Callable[[Any], Any]) -> None:
-        loss = models.loss_of(compiled(model)(*args, **kwargs))
-        if loss.requires_grad:
+        result = compiled(model)(*args, **kwargs)
+        if trained and (loss := models.loss_of(result)).requires_grad:
             loss.backward()
 
     return run
