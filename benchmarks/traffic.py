@@ -90,6 +90,9 @@ def unread(plan: Plan) -> int:
     """Bytes of library calls' results that nothing reads, which Inductor does not count."""
     used = {name for s in plan.steps if isinstance(s, (Launch, Extern)) for name in s.reads}
     used |= {o.buffer for o in plan.outputs if isinstance(o, TensorRef)}
+    for b in reversed(list(plan.buffers.values())):  # what is written over something reads that under its own name
+        if b.name in used and b.reuses is not None:
+            used.add(b.reuses)
     return sum(plan.hint(plan.buffers[n].nbytes) for e in plan.externs for n in e.writes if n not in used)
 
 
