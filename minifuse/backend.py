@@ -284,11 +284,8 @@ def report_fallbacks(plan: Plan, ctx: CompileContext) -> None:
                    fallback=not meant, where=where)  # fmt: skip
         if meant or ctx.options.fallback == "allow" or target in warned:
             continue
-        message = f"minifuse hands {target} to PyTorch: {step.reason}" + (f" ({where})" if where else "")
-        if ctx.options.fallback == "error":
-            raise FallbackError(message)
         warned.add(target)
-        warnings.warn(message, stacklevel=2)
+        say_fallback(ctx, f"minifuse hands {target} to PyTorch: {step.reason}", where)
 
 
 def report_interpreted(ctx: CompileContext) -> None:
@@ -298,10 +295,15 @@ def report_interpreted(ctx: CompileContext) -> None:
     """
     found = [d for d in ctx.decisions if d.rule == "interpreted"]
     for d in found if ctx.options.fallback != "allow" else ():
-        message = f"minifuse interprets {d.subject[0]}, op by op: {d.words}" + (f" ({d.where})" if d.where else "")
-        if ctx.options.fallback == "error":
-            raise FallbackError(message)
-        warnings.warn(message, stacklevel=2)
+        say_fallback(ctx, f"minifuse interprets {d.subject[0]}, op by op: {d.words}", d.where)
+
+
+def say_fallback(ctx: CompileContext, message: str, where: str) -> None:
+    """Warn, or raise FallbackError with fallback="error"."""
+    message += f" ({where})" if where else ""
+    if ctx.options.fallback == "error":
+        raise FallbackError(message)
+    warnings.warn(message, stacklevel=3)
 
 
 def draws(target: Any) -> bool:

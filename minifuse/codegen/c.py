@@ -330,11 +330,11 @@ class CDialect:
         r = fold.value
         types = tuple(a.dtype for a in r.parts)
         if c_rows.keeps(fold):
-            names, deeper = c_rows.begin(self, p, fold), self.deeper(p, fold)
-            self.vectors[fold] = names
-            if deeper:
-                size = product(self.padded(p, a) for a in self.axes_below(p, deeper))
-                self.locals[fold] = Local(self.vectors.pop(fold), f"({self.expr(size)})", 1, types)
+            names = c_rows.begin(self, p, fold)
+            if self.deeper(p, fold):
+                self.locals[fold] = Local(names, f"({self.expr(self.kept[fold].size)})", 1, types)
+            else:
+                self.vectors[fold] = names
             return
         start = identities(r)
         name = p.fresh("a")
