@@ -75,6 +75,8 @@ def _outermost_loops(text: str) -> int:
 
 
 WITHOUT_CACHES = {"TORCHINDUCTOR_FORCE_DISABLE_CACHES": "1"}
+# Plans follow the machine's rates: with those of the table the figures are the same wherever they are taken.
+NAMED_RATES = {"MINIFUSE_DEVICE_MODEL": "cpu"}
 
 
 def probe_minifuse(path: str, training: bool) -> dict[str, int]:
@@ -133,7 +135,7 @@ def measure(table: Board, name: str, path: str, training: bool, backends: list[s
             inductor_extern_bytes=theirs.extern_bytes,
         )
     if "minifuse" in backends:
-        found = harness.fresh(probe_minifuse, path, training)
+        found = harness.fresh(probe_minifuse, path, training, env=NAMED_RATES)
         ours = Traffic(*(found[figure] for figure in counted.FIGURES))
         table.add(
             name,

@@ -177,7 +177,7 @@ CASES: dict[str, Case] = {
         ("tan", "div"), "tan would be computed in 2 passes over a row", lambda x: x.tan().softmax(1),
         lambda x: x.tan().softmax(1), (LONG,), fewer=(ROWS,)),
     "spills": Case(
-        ("sum_4", "add_6"), "81921 numbers of rows of 16384 would be alive at once, in 65536 registers", scaled_by_all,
+        ("sum_4", "add_6"), "65538 numbers of rows of 16384 would be alive at once, in 65536 registers", scaled_by_all,
         scaled_by_all, ((64, 1 << 14),) * 4, fewer=(LONG[:1] + (1 << 12,),) * 4, options={"device_model": "H100"}),
     "lengthens memory": Case(
         ("sin", "mul"), "262 kB more would wait over 32 steps", across_sorts(30), across_sorts(3),

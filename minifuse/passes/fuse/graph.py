@@ -76,7 +76,8 @@ class Graph:
     def add(self, i: int, step: Launch | Extern | Join) -> None:
         if isinstance(step, Launch):
             kernel = step.kernel
-            group = Group(i, step.name, kernel.origins, i, i, self.extent, Tree(kernel.body), values=kernel.values())
+            tree = Tree(kernel.body, (i,) * len(kernel.body))
+            group = Group(i, step.name, kernel.origins, i, i, self.extent, tree, values=kernel.values())
         else:
             group = Group(i, step.origin, (step.origin,), i, i, self.extent, fixed=True)
         self.groups[i] = group

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Container, Iterable, Iterator, Mapping
+from collections.abc import Callable, Container, Iterable, Mapping, Sequence
 from copy import copy
 from dataclasses import InitVar, dataclass, field
 from functools import lru_cache
+from operator import itemgetter
 from typing import NamedTuple
 
 from minifuse.ir import ops
@@ -49,27 +50,34 @@ class Fold(NamedTuple):
 
 
 class Tree:
-    """The pieces of a group with the substitutions that its merges made: a leaf's roots, or two trees."""
+    """The pieces of a group with the substitutions that its merges made: a leaf's roots with their places in the
+    captured graph, or two trees."""
 
-    __slots__ = ("first", "roots", "second")
+    __slots__ = ("first", "places", "roots", "second")
 
     def __init__(
         self,
         roots: tuple[Root, ...] = (),
+        places: Sequence[int] = (),
         first: tuple[Tree, Substitution] | None = None,
         second: tuple[Tree, Substitution] | None = None,
     ) -> None:
-        self.roots, self.first, self.second = roots, first, second
+        self.roots, self.places, self.first, self.second = roots, places, first, second
 
-    def flatten(self) -> Iterator[Root]:
-        """The roots in order, in the group's axes."""
+    def flatten(self) -> list[tuple[int, Root]]:
+        """The roots in the group's axes and their places, as they stand in the captured graph: layers that repeat give
+        one kernel, whichever of its pieces came together first."""
+        if self.first is None:
+            return [*zip(self.places, self.roots, strict=True)]
+        found: list[tuple[int, Root]] = []
         stack: list[tuple[Tree, Substitution]] = [(self, {})]
         while stack:
             tree, env = stack.pop()
             parts = [part for part in (tree.second, tree.first) if part is not None]
             stack.extend((part, compose(inner, env)) for part, inner in parts)
             if tree.roots:
-                yield from rewrite(tree.roots, env) if env else tree.roots
+                found.extend(zip(tree.places, rewrite(tree.roots, env) if env else tree.roots, strict=True))
+        return sorted(found, key=itemgetter(0))
 
 
 @dataclass
@@ -104,7 +112,7 @@ class Group:
     # -- what is known of it -----------------------------------------------------------------------
     def survey(self, values: Iterable[Value] | None = None) -> None:
         """Find in the body what the rules ask for; `values` are its own, arguments first, where they are known."""
-        body = self.tree.roots or tuple(self.tree.flatten())
+        body = self.tree.roots or tuple(r for _, r in self.tree.flatten())
         self.stored: dict[str, Stored] = {}
         self.scattered: frozenset[str] = frozenset(r.param for r in body if isinstance(r, Store) and r.mode)
         self.reads: dict[str, dict[tuple[Index, ...], None]] = {}
@@ -212,7 +220,7 @@ class Group:
     # -- merging -------------------------------------------------------------------------------------
     def join(self, other: Group, how: Unified) -> None:
         """Take in another group: its tree, and what is known of it, in the axes of both."""
-        self.tree = Tree((), (self.tree, how.first), (other.tree, how.second))
+        self.tree = Tree((), (), (self.tree, how.first), (other.tree, how.second))
         if how.first:
             self.move(how.first)
         moved = how.second
@@ -273,7 +281,7 @@ class Group:
         stored along it behind the last."""
         depth: dict[Value | str, int] = {}
         most = 1
-        for root in self.tree.flatten():
+        for _, root in self.tree.flatten():
             for v in topological(root.values):
                 below = max((depth[a] for a in v.args), default=0)
                 if isinstance(v, Load):
@@ -288,7 +296,7 @@ class Group:
     # -- its body ------------------------------------------------------------------------------------
     def body(self) -> tuple[tuple[Root, ...], dict[str, Store]]:
         """Stores and checks, and the stores that are read inside alone."""
-        roots = tuple(self.tree.flatten())
+        roots = [r for _, r in self.tree.flatten()]
         inside = {r.param: r for r in roots if isinstance(r, Store) and r.param in self.inlined}
         return tuple(r for r in roots if not isinstance(r, Store) or r.param not in self.inlined), inside
 
@@ -299,7 +307,8 @@ class Group:
             store = stores.get(v.param) if isinstance(v, Load) else None
             return None if store is None else read_through(v, store.index, store.value)  # type: ignore[arg-type]
 
-        self.tree = Tree(rewrite(tuple(self.tree.flatten()), None, resolve))
+        found = self.tree.flatten()
+        self.tree = Tree(rewrite(tuple(r for _, r in found), None, resolve), [place for place, _ in found])
         self.survey()
 
     def build(self, keep: Callable[[str], bool], buffers: Mapping[str, Buffer], overwritten: Container[str]) -> Launch:

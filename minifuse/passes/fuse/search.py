@@ -20,7 +20,7 @@ from minifuse.ir.plan import Buffer, Extern, Join, Launch, Plan, Step
 from minifuse.passes import schedule, schedule_triton
 from minifuse.passes.context import CompileContext
 
-from . import exact, inline, log
+from . import chains, exact, inline, log
 from .graph import Graph
 from .group import Group
 from .order import order
@@ -129,6 +129,7 @@ class Search:
                 exact.plan(self)
             except exact.TooLargeError as why:
                 self.ctx.record("exact", self.plan.name, taken=False, reason="fused greedily: {why}", why=str(why))
+        chains.contract(self)
         self.find_candidates()
         again = True
         while again and not self.empty:
