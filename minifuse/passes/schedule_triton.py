@@ -54,6 +54,7 @@ POINTS = 1024
 COLUMNS = 256
 TRANSPOSE = 64
 NESTED = 4096
+"""Elements of a row and what is walked or reduced beside it: 32 a thread of four warps."""
 HELD = 32_768
 """The most elements a program holds: a row of as many float32 fits the registers of 16 warps."""
 LEAST_ROWS = 64 * COLUMN_BLOCK
@@ -261,7 +262,7 @@ def choose(kernel: Kernel, hint: Hint) -> Schedule:
             loops += [Loop(a, "loop", step) for step in (tile_steps(columns[a], hint) if a in columns else [])]
             loops.append(Loop(a, "loop"))
             continue
-        steps = row_steps[a] if a in rows else _walk(a, HELD // held)
+        steps = row_steps[a] if a in rows else _walk(a, NESTED // held)
         block = steps[-1] if steps else power_of_2(a.size.value)
         if a not in rows and (block == 1 or len(blocks) == 2):
             loops.append(Loop(a, "loop"))

@@ -214,7 +214,7 @@ def test_what_is_walked_beside_a_row_takes_the_room_that_the_row_leaves() -> Non
     schedule = schedule_triton.choose(kernel, lambda e: e.value)
     assert schedule_triton.problem(kernel, schedule) is None
     held = schedule_triton.blocks(schedule)
-    assert schedule_triton.HELD // 2 <= schedule_triton.elements(kernel, held) <= schedule_triton.HELD
+    assert schedule_triton.NESTED // 2 <= schedule_triton.elements(kernel, held) <= schedule_triton.NESTED
 
 
 @pytest.mark.slow
