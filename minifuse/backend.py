@@ -13,12 +13,13 @@ import re
 import threading
 import warnings
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import AbstractContextManager
 from typing import Any
 
 import torch
 from torch import fx
 
-from . import compat, dump
+from . import compat, dump, warm
 from .errors import FallbackError
 from .ir import device as devices
 from .ir import prims  # noqa: F401 - registers the random operators before anything is captured
@@ -80,15 +81,17 @@ def compile_captured(gm: fx.GraphModule, example_inputs: Sequence[Any], options:
 
 def run_aot(graph: Graph, gm: fx.GraphModule, example_inputs: Sequence[Any]) -> Callable[..., Any]:
     """AOT autograd over a captured graph; it calls back `graph` for each stage."""
-    aot = compat.aot_autograd(
-        fw_compiler=graph.forward,
-        bw_compiler=graph.backward,
-        inference_compiler=graph.inference,
-        partition_fn=graph.partition,
-        decompositions=decompositions(graph.options.rng),
-        keep_inference_input_mutations=True,
-    )
-    with _compiling, compat.resizing_whole(RESIZING):
+    with _compiling, compat.resizing_whole(RESIZING), graph.session(gm) as kept:
+        wrap = compat.serializable if kept else lambda compiler: compiler
+        graph.kept = kept
+        aot = compat.aot_autograd(
+            fw_compiler=wrap(graph.forward),
+            bw_compiler=wrap(graph.backward),
+            inference_compiler=wrap(graph.inference),
+            partition_fn=graph.partition,
+            decompositions=decompositions(graph.options.rng),
+            keep_inference_input_mutations=True,
+        )
         return aot(gm, example_inputs)
 
 
@@ -101,6 +104,11 @@ class Graph:
         self.strides = strides
         self.captured: dict[str, Any] = {}
         self.remat: CompileContext | None = None
+        self.kept = False
+
+    def session(self, gm: fx.GraphModule) -> AbstractContextManager[bool]:
+        """Where AOT autograd takes its results from, and keeps them; gives whether it does."""
+        return warm.session(self.name, self.options, model_of(gm, self.options), target_of(gm, self.options))
 
     def keep(self, stage: str, gm: fx.GraphModule) -> None:
         """Remember a graph as text for the dump, where one is written."""
@@ -159,7 +167,7 @@ class Graph:
 
     def backward(self, gm: fx.GraphModule, inputs: Sequence[Any]) -> Boxed:
         """Compiled when it is first called: a forward that is never differentiated does not pay."""
-        return Lazy(lambda: self.compile(gm, "backward", {}))
+        return self.compile(gm, "backward", {}) if self.kept else Lazy(lambda: self.compile(gm, "backward", {}))
 
     def output_strides(self, gm: fx.GraphModule) -> dict[int, tuple[Any, ...]]:
         """Eager's strides of the outputs that the user sees, by position in the graph's outputs."""
@@ -198,7 +206,7 @@ class Graph:
             RECORDS.append(record)
             if self.options.debug_dir is not None:
                 dump.write(record, self.options.debug_dir, self.options)
-            return program
+            return warm.CompiledGraph(record, program) if self.kept else program
 
 
 class Lazy:

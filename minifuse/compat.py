@@ -7,7 +7,9 @@ from __future__ import annotations
 
 import functools
 import inspect
-from collections.abc import Callable, Iterator, Mapping, MutableMapping, Sequence
+import pickle
+import threading
+from collections.abc import Callable, Iterable, Iterator, Mapping, MutableMapping, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -17,6 +19,7 @@ from torch import fx
 from torch._C._dynamo import guards as _guards  # 2.11-2.13
 from torch._decomp import core_aten_decompositions, decomposition_table  # 2.11-2.13
 from torch._dynamo.backends.common import aot_autograd as _aot_autograd  # 2.11-2.13
+from torch._functorch import config as _functorch_config  # 2.11-2.13
 from torch._functorch import partitioners  # 2.11-2.13
 from torch._guards import TracingContext, tracing  # 2.11-2.13
 from torch._ops import HigherOrderOperator as HigherOrderOperator  # 2.11-2.13
@@ -39,6 +42,19 @@ try:  # 2.13
     from torch._functorch._aot_autograd.graph_compile import is_opaque_node as _is_opaque_node
 except ImportError:  # 2.11
     _is_opaque_node = None  # type: ignore[assignment]
+
+
+try:  # 2.13
+    from torch._functorch._aot_autograd.autograd_cache import AOTAutogradCache as _Cache
+    from torch._functorch._aot_autograd.autograd_cache import BypassAOTAutogradCache as _NotCached
+    from torch._functorch._aot_autograd.schemas import SerializableAOTDispatchCompiler as _Serializable
+    from torch._inductor.output_code import OutputCode as OutputCode
+except ImportError:
+    _Cache, _Serializable, OutputCode, _NotCached = None, None, object, RuntimeError  # type: ignore[assignment, misc]
+NotCachedError: type[Exception] = _NotCached
+"""Raised by what is to be written: it goes on without."""
+CACHES = all(hasattr(_Cache, name) for name in ("iterate_over_candidates", "_write_to_local_cache"))
+"""Whether AOT autograd's cache is one that `caching` knows."""
 
 
 # -- sizes ------------------------------------------------------------------------------------------
@@ -262,6 +278,47 @@ def forward_metadata() -> Any:
     """AOT autograd's metadata of the graph that is being compiled, or None outside of it."""
     context = TracingContext.try_get()
     return None if context is None else context.fw_metadata
+
+
+def serializable(compiler: Callable[..., Any]) -> Any:
+    """A compiler whose results AOT autograd's cache may write: it returns an `OutputCode`. 2.13."""
+    return _Serializable(OutputCode, compiler)
+
+
+@contextmanager
+def caching(tag: str, read: Callable[[str], Iterable[bytes]], write: Callable[[str, bytes], None]) -> Iterator[bool]:
+    """In this thread AOT autograd takes its results by `read` and keeps them by `write`, both by the key that it makes
+    of a graph, its inputs, torch's settings and `tag`; a backward is compiled with its forward. Gives True. 2.13."""
+    me = threading.get_ident()
+    theirs, written = _Cache.iterate_over_candidates, _Cache._write_to_local_cache
+
+    def candidates(local: bool, remote: Any, key: str) -> Iterator[tuple[Any, bytes, bool]]:
+        if threading.get_ident() != me:
+            yield from theirs(local, remote, key)
+            return
+        for data in read(key):
+            yield pickle.loads(data), data, True
+
+    def keep(key: str, content: bytes) -> None:
+        (write if threading.get_ident() == me else written)(key, content)
+
+    settings = torch.compiler.config
+    both = f"{settings.cache_key_tag}{tag}"
+    _Cache.iterate_over_candidates, _Cache._write_to_local_cache = staticmethod(candidates), staticmethod(keep)  # type: ignore[method-assign, assignment]
+    try:
+        with (
+            settings.patch(cache_key_tag=both),  # type: ignore[attr-defined]
+            _functorch_config.patch(bundled_autograd_cache=True, force_non_lazy_backward_lowering=True),
+        ):
+            yield True
+    finally:
+        del _Cache.iterate_over_candidates
+        _Cache._write_to_local_cache = staticmethod(written)  # type: ignore[method-assign]
+
+
+def guards_of(data: bytes) -> str | None:
+    """What must hold of a graph's sizes for what AOT autograd kept of it."""
+    return pickle.loads(data).guards_expr
 
 
 # -- AOT autograd's joint graph and its partitioner ------------------------------------------------------------------

@@ -88,6 +88,11 @@ class Options:
     cache_dir: str | None = None
     """Directory of the disk cache. None: `$MINIFUSE_CACHE_DIR`, else `minifuse` in the user's cache directory."""
 
+    plan_cache: bool = True
+    """Keep whole compiled graphs in the disk cache, for processes to come: for the C target, and as long as no option
+    is an object or function of your own. A backward is then compiled with its forward. Unset: off when
+    `$MINIFUSE_PLAN_CACHE` is 0."""
+
     fallback: str = "allow"
     """What becomes of an op that minifuse cannot compile: `allow` hands it to PyTorch and notes it in the report,
     `warn` also warns, `error` raises. The same of a kernel that the target's compiler refuses: it is interpreted."""
@@ -123,6 +128,7 @@ class Options:
             "debug_dir": os.environ.get("MINIFUSE_DEBUG") or None,
             "verify": os.environ.get("MINIFUSE_VERIFY", "").lower() in ("1", "true", "yes", "on"),
             "cache_dir": os.environ.get("MINIFUSE_CACHE_DIR") or None,
+            "plan_cache": os.environ.get("MINIFUSE_PLAN_CACHE", "").lower() not in ("0", "false", "no", "off"),
             "device_model": os.environ.get("MINIFUSE_DEVICE_MODEL") or "auto",
             "deterministic": torch.are_deterministic_algorithms_enabled(),
         }
@@ -189,6 +195,7 @@ _ACCEPTS: dict[str, _Check] = {
     "precise": _BOOL,
     "widen": _BOOL,
     "cache_dir": _PATH,
+    "plan_cache": _BOOL,
     "fallback": _one_of("fallback"),
     "mode": _one_of("mode"),
 }

@@ -15,7 +15,8 @@ KEPT = 256
 
 @dataclass
 class Record:
-    """One compiled graph: its stages by name, its decisions, and seconds by phase; what it was compiled with."""
+    """One compiled graph: its stages by name, its decisions, and seconds by phase; what it was compiled with, and
+    whether that was in an earlier process (`warm`)."""
 
     name: str
     stage: str
@@ -25,6 +26,7 @@ class Record:
     source: dict[str, str] = field(default_factory=dict)
     options: Options = field(default_factory=Options)
     device: DeviceModel = CPU
+    warm: bool = False
 
 
 RECORDS: deque[Record] = deque(maxlen=KEPT)

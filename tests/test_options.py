@@ -13,8 +13,8 @@ from minifuse.passes.remat import POLICIES
 
 @pytest.fixture(autouse=True)
 def no_environment(monkeypatch: pytest.MonkeyPatch) -> None:
-    for name in ("MINIFUSE_DEBUG", "MINIFUSE_VERIFY", "MINIFUSE_CACHE_DIR", "MINIFUSE_DEVICE_MODEL"):
-        monkeypatch.delenv(name, raising=False)
+    for name in ("DEBUG", "VERIFY", "CACHE_DIR", "DEVICE_MODEL", "PLAN_CACHE"):
+        monkeypatch.delenv(f"MINIFUSE_{name}", raising=False)
 
 
 def test_nothing_given_is_the_defaults() -> None:

@@ -19,6 +19,7 @@ from minifuse.errors import CompileError
 from minifuse.ir.plan import Extern, Free, Join, Launch, Plan, content_hash, launch_traffic
 from minifuse.passes.context import CompileContext
 from minifuse.passes.schedule_triton import target
+from minifuse.records import Record
 
 from . import toolchain, triton_launch
 from .cache import DiskCache
@@ -64,13 +65,13 @@ def build_all(jobs: Sequence[tuple[Plan, CompileContext]]) -> list[Program]:
     if tools is not None and unit.functions:
         with first.phase("compile"):
             try:
-                library = load_unit(unit.source, tools, first)
+                library = load_unit(unit.source, tools, first.options.cache_dir)
             except CompileError as error:
                 if len(jobs) > 1:
                     return [build(plan, ctx) for plan, ctx in jobs]
                 texts = [without_broken(plans[0], texts[0], tools, first, error)]
                 unit, runs = assemble(plans, texts, tools)
-                library = load_unit(unit.source, tools, first) if unit.functions else None
+                library = load_unit(unit.source, tools, first.options.cache_dir) if unit.functions else None
     programs, begin = [], 0
     for (plan, ctx), mine in zip(jobs, runs, strict=True):
         own = slice(begin, begin + len(mine))
@@ -85,6 +86,24 @@ def build_all(jobs: Sequence[tuple[Plan, CompileContext]]) -> list[Program]:
                     ctx.options.deterministic)
         )  # fmt: skip
     return programs
+
+
+def restore(record: Record) -> Program:
+    """The program of a graph that an earlier process compiled for C: its library from the disk, or from the compiler.
+
+    Raises CompileError where neither has it.
+    """
+    unit, options = record.stages["unit"], record.options
+    functions: list[Callable[..., int]] = []
+    if unit.functions:
+        tools = toolchain.find(options.precise)
+        if tools is None:
+            raise CompileError(("find",), "there is no C compiler any more", unit.source)
+        library = load_unit(unit.source, tools, options.cache_dir)
+        functions = [entry(library, name) for name in unit.functions]
+    stages = record.stages
+    return Program(stages["memory"], stages["program"], functions, unit.binding, unit.symbols, unit.messages,
+                   stages.get("constants", {}), options.deterministic)  # fmt: skip
 
 
 def write_all(plan: Plan, ctx: CompileContext) -> dict[int, KernelText]:
@@ -152,14 +171,14 @@ def disk_cache(folder: str | None) -> DiskCache:
     return DiskCache(folder)
 
 
-def load_unit(source: str, tools: toolchain.Toolchain, ctx: CompileContext) -> Any:
+def load_unit(source: str, tools: toolchain.Toolchain, cache_dir: str | None) -> Any:
     """The loaded library of a unit: from this process, from the disk, or from the compiler."""
     key = content_hash(tools.key + source)
     with _lock:
         found = _loaded.get(key)
     if found is not None:
         return found
-    cache = disk_cache(ctx.options.cache_dir)
+    cache = disk_cache(cache_dir)
     path = cache.get(key)
     library = None
     if path is not None:

@@ -7,13 +7,21 @@ stays a library that the loader can map, and a damaged, truncated or swapped ent
 from __future__ import annotations
 
 import contextlib
+import glob
 import hashlib
 import os
 import re
 import tempfile
 import threading
 import warnings
+from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
+
+try:
+    import fcntl
+except ImportError:  # not on every system
+    fcntl: Any = None  # type: ignore[no-redef]
 
 DEFAULT_LIMIT = 2 << 30
 _KEY = re.compile(r"[A-Za-z0-9_.]+")
@@ -52,9 +60,9 @@ class DiskCache:
         self._lock = threading.Lock()
         self._fallback: tempfile.TemporaryDirectory[str] | None = None
         self._dir = Path(os.path.expanduser(default_dir() if dir is None else os.fspath(dir)))
-        problem = _claim(self._dir)
-        if problem:
-            self._fall_back(problem)
+        wrong = problem(self._dir)
+        if wrong:
+            self._fall_back(wrong)
 
     @property
     def dir(self) -> Path:
@@ -63,18 +71,34 @@ class DiskCache:
 
     def get(self, key: str) -> str | None:
         """The path of an entry with these bytes intact, or None. A damaged entry is removed."""
-        for path in self._entries(key):
-            try:
-                intact = _checksum(path.read_bytes()) == path.stem.rpartition("-")[2]
-            except OSError:
-                continue
+        return next((str(path) for path in self._entries(key) if self.read(path) is not None), None)
+
+    def read(self, path: Path) -> bytes | None:
+        """The bytes of an entry, intact, or None. A damaged entry is removed."""
+        try:
+            data = path.read_bytes()
+        except OSError:
+            return None
+        intact = _checksum(data) == path.stem.rpartition("-")[2]
+        with contextlib.suppress(OSError):
             if intact:
-                with contextlib.suppress(OSError):
-                    os.utime(path)  # eviction is by age since last use
-                return str(path)
-            with contextlib.suppress(OSError):
+                os.utime(path)  # eviction is by age since last use
+            else:
                 path.unlink()
-        return None
+        return data if intact else None
+
+    @contextlib.contextmanager
+    def lock(self, name: str) -> Iterator[None]:
+        """Inside, no other process holds this lock; where the file system has no locks, all go on."""
+        with contextlib.ExitStack() as held:
+            with contextlib.suppress(OSError, AttributeError):
+                file = held.enter_context(open(self._dir / f".{name}.lock", "w"))
+                fcntl.flock(file, fcntl.LOCK_EX)
+            yield
+
+    def having(self, start: str) -> list[Path]:
+        """The entries whose keys begin so, whatever their bytes."""
+        return sorted(self._dir.glob(f"{glob.escape(start)}*.bin"))
 
     def put(self, key: str, data: bytes) -> str | None:
         """Store bytes; their path, or None when no directory at all takes them. Replaces an older entry."""
@@ -123,16 +147,16 @@ class DiskCache:
                     os.unlink(path)
                 total -= size
 
-    def _fall_back(self, problem: str) -> None:
+    def _fall_back(self, why: str) -> None:
         with self._lock:
             if self._fallback is not None:
                 return
             self._fallback = tempfile.TemporaryDirectory(prefix="minifuse-cache-", ignore_cleanup_errors=True)
             self._dir = Path(self._fallback.name)
-        warnings.warn(f"minifuse compiles anew in every process: {problem}", stacklevel=3)
+        warnings.warn(f"minifuse compiles anew in every process: {why}", stacklevel=3)
 
 
-def _claim(folder: Path) -> str:
+def problem(folder: Path) -> str:
     """Make a directory for this user only; empty when it is usable, else what is wrong with it."""
     try:
         folder.mkdir(mode=0o700, parents=True, exist_ok=True)

@@ -41,9 +41,13 @@ def cpu_model(cache_dir: str | None) -> DeviceModel:
     path = cache.get(key)
     if path is not None:
         return DeviceModel.from_json(json.loads(Path(path).read_bytes()))
-    with ThreadPoolExecutor(1) as apart:  # a compile runs among fake tensors, which are a thread's own
-        model = apart.submit(measure).result()
-    cache.put(key, json.dumps(asdict(model)).encode())
+    with cache.lock("device"):  # of processes that start together one measures: the others take what it found
+        path = cache.get(key)
+        if path is not None:
+            return DeviceModel.from_json(json.loads(Path(path).read_bytes()))
+        with ThreadPoolExecutor(1) as apart:  # a compile runs among fake tensors, which are a thread's own
+            model = apart.submit(measure).result()
+        cache.put(key, json.dumps(asdict(model)).encode())
     return model
 
 

@@ -1,0 +1,146 @@
+"""Warm starts: what was made of a graph is kept on disk, and a later process takes it from there.
+
+AOT autograd has a cache for its own results, the metadata of a captured graph and what compilers made of it, and takes
+the results of any compiler that says how they are serialised (`compat.OutputCode`). With it a second process traces no
+joint graph and runs no pass: it reads the plan, the host program and the source of its C unit, whose library is an
+entry of its own. The files are this package's (`runtime.cache`): checked, private, dropped by age.
+
+Kept is what a key can name: the target is C, the options are plain values, the tables of operators, passes and rules
+are those that the package came with, and nothing is to be written or warned about while a graph compiles.
+"""
+
+from __future__ import annotations
+
+import functools
+import io
+import pickle
+import time
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import asdict, fields, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from . import compat
+from .ir import ops
+from .ir.device import DeviceModel
+from .ir.plan import content_hash
+from .options import Options
+from .passes import pipeline
+from .passes.fuse import rules
+from .passes.lower import pointwise, structural
+from .passes.remat import policies
+from .records import RECORDS, Record
+from .runtime import toolchain
+from .runtime.build import disk_cache, restore
+
+# Results kept of one key: AOT autograd's has the sizes of a graph's inputs in it, what was guarded on them not.
+VARIANTS = 8
+
+
+class CompiledGraph(compat.OutputCode):
+    """A program that AOT autograd can write to its cache: as its record, from which `runtime.build` makes it again.
+
+    `loading` names the graph that is being compiled: a record that is taken from the disk has its name in this process.
+    """
+
+    loading = ""
+
+    def __init__(self, record: Record, program: Callable[[list[Any]], Any]) -> None:
+        super().__init__()
+        self._boxed_call = True  # on the instance: wrappers copy its dictionary alone
+        self.record: Record | None = record
+        self.program: Callable[[list[Any]], Any] | None = program
+        self.saved = b""
+
+    def __call__(self, args: Any) -> Any:
+        return self.program(args)  # type: ignore[misc]
+
+    def prepare_for_serialization(self) -> None:
+        """Raises what makes AOT autograd go on without its cache, where a record holds what cannot be written."""
+        assert self.record is not None
+        written = io.BytesIO()
+        try:
+            _Pickler(written, pickle.HIGHEST_PROTOCOL).dump(self.record)
+        except Exception as why:
+            raise compat.NotCachedError(f"{self.record.name}: {why}") from why
+        self.saved, self.record, self.program = written.getvalue(), None, None
+
+    def post_compile(self, example_inputs: Any, constants: Any, graph_kwargs: Any) -> None:
+        begin = time.perf_counter()
+        record = pickle.loads(self.saved)
+        program = restore(record)
+        seconds = {"warm start": time.perf_counter() - begin}
+        self.record = replace(record, name=f"{self.loading}_{record.stage}", seconds=seconds, warm=True)
+        self.program = program
+        RECORDS.append(self.record)
+
+    def set_triton_bundle(self, triton_bundle: Any) -> None:
+        """Kernels are C."""
+
+
+class _Pickler(pickle.Pickler):
+    """What pickle cannot name: the operators."""
+
+    def reducer_override(self, value: Any) -> Any:
+        if isinstance(value, compat.OpOverload):
+            return _operator, (value.namespace, value._schema.name.partition("::")[2], value._overloadname)
+        return NotImplemented
+
+
+def _operator(namespace: str, name: str, overload: str) -> Any:
+    return getattr(getattr(getattr(torch.ops, namespace), name), overload)
+
+
+def session(name: str, options: Options, device: DeviceModel, target: str) -> AbstractContextManager[bool]:
+    """Inside, where a graph of this name is compiled, AOT autograd keeps its results in the disk cache; gives whether
+    it does."""
+    if not plain(options, target) or tables() != SHIPPED or not compat.CACHES:
+        return nullcontext(False)
+    tools = toolchain.find(options.precise)
+    if tools is None:
+        return nullcontext(False)
+    CompiledGraph.loading = name
+    cache = disk_cache(options.cache_dir)
+    machine = [repr(asdict(device)), tools.key, str(torch.get_num_threads())]
+    key = content_hash("\n".join([sources(), repr(options), *machine]))
+
+    def read(name: str) -> Iterator[bytes]:
+        for path in cache.having(f"graph_{name}."):
+            data = cache.read(path)
+            if data is not None:
+                yield data
+
+    def write(name: str, data: bytes) -> None:
+        kept = [*read(name)]
+        if len(kept) < VARIANTS and not any(compat.guards_of(one) == compat.guards_of(data) for one in kept):
+            cache.put(f"graph_{name}.{len(kept)}", data)
+
+    return compat.caching(key, read, write)
+
+
+def plain(options: Options, target: str) -> bool:
+    """Whether a graph compiled with these may be taken from the disk: nothing in them is code, and nothing is to be
+    written or warned about while it compiles."""
+    values = (getattr(options, f.name) for f in fields(options))
+    simple = all(isinstance(v, (str, int, float, bool, type(None), tuple)) for v in values)
+    asked = options.fusion_rules or options.fusion_log or options.debug_dir or options.fallback == "warn"
+    return options.plan_cache and simple and not asked and target == "c"
+
+
+def tables() -> tuple[Any, ...]:
+    """What users extend the compiler by, by identity."""
+    found = (ops.TABLE, pointwise.ROWS, structural.STRUCTURAL, policies.POLICIES)
+    return (pipeline.PASSES, rules.RULES, *(tuple((k, id(v)) for k, v in table.items()) for table in found))
+
+
+SHIPPED = tables()
+
+
+@functools.cache
+def sources() -> str:
+    """A digest of this package's own text, and torch's version."""
+    files = sorted(Path(__file__).parent.rglob("*.py"))
+    return content_hash(torch.__version__ + "".join(path.read_text() for path in files))

@@ -1,0 +1,229 @@
+"""Warm starts: a graph that an earlier process compiled is taken from the disk, and is the same to the bit."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+import textwrap
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+
+import minifuse
+from minifuse.ir.ops import TABLE
+from minifuse.passes import pipeline
+from minifuse.passes.fuse import forbid
+from minifuse.runtime.build import disk_cache
+
+
+class Block(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.norm, self.up, self.down = nn.LayerNorm(32), nn.Linear(32, 64), nn.Linear(64, 32)
+        self.drop = nn.Dropout(0.3)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return x + self.drop(self.down(torch.nn.functional.gelu(self.up(self.norm(x)))))
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Iterator[str]:
+    yield str(tmp_path / "cache")
+    disk_cache.cache_clear()
+
+
+def entries(folder: str) -> list[Path]:
+    return sorted(Path(folder).glob("graph_*.bin"))
+
+
+def step(folder: str, rows: int = 8, model: Callable[[], nn.Module] = Block, **options: Any) -> list[torch.Tensor]:
+    """A training step compiled anew, from seeds: result and gradients. `warm` in the last report says how."""
+    torch._dynamo.reset()
+    torch.manual_seed(0)
+    made = model()
+    x = torch.randn(rows, 32, requires_grad=True)
+    given = {"plan_cache": True, "cache_dir": folder, **options}
+    out = torch.compile(made, backend="minifuse", options=given)(x)
+    out.square().sum().backward()
+    return [out.detach(), x.grad, *(p.grad for p in made.parameters())]  # type: ignore[list-item]
+
+
+def warm() -> list[bool]:
+    return [r.record.warm for r in minifuse.reports()[-2:]]
+
+
+def same(found: list[torch.Tensor], wanted: list[torch.Tensor]) -> None:
+    assert all(torch.equal(a, b) for a, b in zip(found, wanted, strict=True))
+
+
+def test_a_training_step_is_taken_from_the_disk_and_is_the_same_to_the_bit(folder: str) -> None:
+    first = step(folder)
+    assert warm() == [False, False] and len(entries(folder)) == 1
+    before = minifuse.reports()[-2:]
+    same(step(folder), first)
+    assert warm() == [True, True]
+    for old, new in zip(before, minifuse.reports()[-2:], strict=True):
+        assert old.name != new.name and [*new.seconds] == ["warm start"] and "warm start" in str(new)
+        assert [str(d) for d in old.decisions] == [str(d) for d in new.decisions]
+        assert {**old.to_json(), "name": "", "seconds": 0} == {**new.to_json(), "name": "", "seconds": 0}
+
+
+def test_another_process_compiles_nothing(folder: str) -> None:
+    text = f"""
+        import torch, minifuse
+        from minifuse.runtime import toolchain
+        def refuse(*args, **kw):
+            raise AssertionError("the C compiler was asked")
+        torch.manual_seed(0)
+        model, x = torch.nn.Sequential(torch.nn.Linear(16, 16), torch.nn.GELU()), torch.randn(4, 16)
+        for k in range(2):
+            torch._dynamo.reset()
+            out = torch.compile(model, backend="minifuse", options={{"cache_dir": {folder!r}}})(x)
+            out.sum().backward()
+            toolchain.compile_shared = refuse
+        print(out.sum().item(), [r.record.warm for r in minifuse.reports()])
+    """
+    clean = {k: v for k, v in os.environ.items() if k != "MINIFUSE_PLAN_CACHE"}
+    said = [subprocess.run([sys.executable, "-c", textwrap.dedent(text)], capture_output=True, text=True, env=clean,
+                           check=True).stdout for _ in range(2)]  # fmt: skip
+    assert said[0].split()[1:] == "[False, False, True, True]".split()
+    assert said[1].split()[1:] == "[True, True, True, True]".split()
+    assert said[0].split()[0] == said[1].split()[0]
+
+
+def test_one_dynamic_graph_serves_its_sizes_and_a_guard_keeps_the_others_out(folder: str) -> None:
+    def run(*rows: int) -> list[torch.Tensor]:
+        torch._dynamo.reset()
+        fn = torch.compile(lambda x: x.softmax(0) * (2 if x.shape[0] > 20 else 3), backend="minifuse", dynamic=True,
+                           options={"plan_cache": True, "cache_dir": folder})  # fmt: skip
+        return [fn(torch.arange(n * 4.0).reshape(n, 4)) for n in rows]
+
+    cold = run(8, 9, 30)
+    assert not minifuse.reports()[-1].record.warm
+    same(run(8, 9, 30), cold)
+    assert minifuse.reports()[-1].record.warm and minifuse.reports()[-2].record.warm
+    same(run(31, 10), [x.softmax(0) * k for x, k in ((torch.arange(124.0).reshape(31, 4), 2),
+                                                    (torch.arange(40.0).reshape(10, 4), 3))])  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"fusion_fuel": 1},
+        {"precise": True},
+        {"remat": "save_all"},
+        {"device_model": "A100"},
+        {"widen": True},
+        {"rng": "eager"},
+    ],
+)
+def test_what_was_compiled_otherwise_is_not_taken(folder: str, options: dict[str, Any]) -> None:
+    step(folder)
+    step(folder, **options)
+    assert warm() == [False, False] and len(entries(folder)) == 2
+
+
+class KeepAll:
+    name = "keep_all"
+
+    def plan(self, problem: Any) -> Any:
+        return minifuse.passes.remat.resolve("save_all").plan(problem)  # type: ignore[attr-defined]
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"plan_cache": False},
+        {"fusion_rules": [forbid("aten.exp*")]},
+        {"remat": KeepAll()},
+        {"fallback": "warn"},
+        {"target": "interpret"},
+    ],
+)
+def test_what_no_key_can_name_is_not_kept(folder: str, options: dict[str, Any]) -> None:
+    step(folder)
+    step(folder, **options)
+    assert warm() == [False, False] and len(entries(folder)) == 1
+
+
+def test_a_pass_or_an_operator_of_the_users_own_keeps_graphs_off_the_disk(
+    folder: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    step(folder)
+    with monkeypatch.context() as patched:
+        patched.setattr(pipeline, "PASSES", (*pipeline.PASSES, pipeline.Pass("idle", lambda plan, ctx: plan)))
+        step(folder)
+        assert warm() == [False, False]
+    with monkeypatch.context() as patched:
+        patched.setitem(TABLE, "exp", TABLE["exp2"])
+        torch._dynamo.reset()
+        torch.compile(torch.exp, backend="minifuse", options={"plan_cache": True, "cache_dir": folder})(torch.ones(3))
+    step(folder)
+    assert warm() == [True, True] and len(entries(folder)) == 1
+
+
+def test_a_dump_is_written_each_time(folder: str, tmp_path: Path) -> None:
+    for k in range(2):
+        step(folder, debug_dir=str(tmp_path / str(k)))
+        assert any((tmp_path / str(k)).rglob("decisions.json"))
+
+
+def test_a_damaged_entry_is_a_miss(folder: str) -> None:
+    """Cut at every tenth part, or one bit turned at as many places."""
+    first = step(folder)
+    (entry,) = entries(folder)
+    whole = entry.read_bytes()
+    for k in range(0, len(whole), len(whole) // 9):
+        turned = bytearray(whole)
+        turned[k] ^= 4
+        for damaged in (whole[:k], bytes(turned)):
+            entry.write_bytes(damaged)
+            assert [*disk_cache(folder).having("graph_")] == [entry]
+            assert disk_cache(folder).read(entry) is None and not entry.exists()
+    entry.write_bytes(whole[: len(whole) // 2])
+    same(step(folder), first)
+    assert warm() == [False, False]
+    same(step(folder), first)
+    assert warm() == [True, True]
+
+
+def test_a_kernel_that_is_gone_is_compiled_again(folder: str) -> None:
+    first = step(folder)
+    for path in Path(folder).glob("*.bin"):
+        if not path.name.startswith("graph_"):
+            path.unlink()
+    minifuse.runtime.build._loaded.clear()  # type: ignore[attr-defined]
+    same(step(folder), first)
+    assert warm() == [True, True]
+
+
+def test_a_directory_that_others_may_write_to_is_not_read(folder: str) -> None:
+    first = step(folder)
+    Path(folder).chmod(0o777)
+    disk_cache.cache_clear()
+    with pytest.warns(UserWarning, match="others may write"):
+        same(step(folder), first)
+    assert warm() == [False, False]
+
+
+def test_processes_that_start_together_leave_one_compile_of_files(folder: str) -> None:
+    text = f"""
+        import torch, minifuse
+        torch.manual_seed(0)
+        model, x = torch.nn.Sequential(torch.nn.Linear(16, 16), torch.nn.GELU()), torch.randn(4, 16)
+        out = torch.compile(model, backend="minifuse", options={{"cache_dir": {folder!r}}})(x)
+        out.sum().backward()
+        print(out.sum().item())
+    """
+    clean = {k: v for k, v in os.environ.items() if k not in ("MINIFUSE_PLAN_CACHE", "MINIFUSE_DEVICE_MODEL")}
+    command = [sys.executable, "-c", textwrap.dedent(text)]
+    running = [subprocess.Popen(command, stdout=subprocess.PIPE, text=True, env=clean) for _ in range(3)]
+    said = {one.communicate()[0] for one in running}
+    assert len(said) == 1 and all(one.returncode == 0 for one in running)
+    kinds = [path.name.partition("_")[0] for path in Path(folder).glob("*.bin")]
+    assert sorted(k for k in kinds if k in ("graph", "device")) == ["device", "graph"] and len(kinds) == 4
