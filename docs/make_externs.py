@@ -27,7 +27,7 @@ VERSION = ".".join(torch.__version__.split(".")[:2])
 
 def unlowered() -> set[str]:
     """The functional ATen operators, as `aten::name`, that have an overload without kernels, or none on a CPU."""
-    known = {*decompositions("fast"), *ROWS, *STRUCTURAL, *normalise.DRAWN}
+    known = {*Decompositions("fast"), *ROWS, *STRUCTURAL, *normalise.DRAWN}
     found = {f"aten::{name}" for name in KEEP_ON_CPU}
     for full in torch._C._dispatch_get_all_op_names():
         namespace, _, rest = full.partition("::")

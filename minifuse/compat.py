@@ -9,9 +9,10 @@ import functools
 import inspect
 import pickle
 import threading
+import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, MutableMapping, Sequence
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, cast
 
 import sympy  # type: ignore[import-untyped]
 import torch
@@ -19,6 +20,7 @@ from torch import fx
 from torch._C._dynamo import guards as _guards  # 2.11-2.13
 from torch._decomp import core_aten_decompositions, decomposition_table  # 2.11-2.13
 from torch._dynamo.backends.common import aot_autograd as _aot_autograd  # 2.11-2.13
+from torch._dynamo.utils import get_metrics_context  # 2.11-2.13
 from torch._functorch import config as _functorch_config  # 2.11-2.13
 from torch._functorch import partitioners  # 2.11-2.13
 from torch._guards import TracingContext, tracing  # 2.11-2.13
@@ -46,14 +48,18 @@ except ImportError:  # 2.11
 
 try:  # 2.13
     from torch._functorch._aot_autograd.autograd_cache import AOTAutogradCache as _Cache
+    from torch._functorch._aot_autograd.autograd_cache import AOTAutogradCacheDetails as _Details
     from torch._functorch._aot_autograd.autograd_cache import BypassAOTAutogradCache as _NotCached
     from torch._functorch._aot_autograd.schemas import SerializableAOTDispatchCompiler as _Serializable
+    from torch._inductor.codecache import FxGraphCache
     from torch._inductor.output_code import OutputCode as OutputCode
 except ImportError:
-    _Cache, _Serializable, OutputCode, _NotCached = None, None, object, RuntimeError  # type: ignore[assignment, misc]
+    _Cache, _Details, _Serializable, OutputCode, _NotCached = None, None, None, object, RuntimeError  # type: ignore[assignment, misc]
 NotCachedError: type[Exception] = _NotCached
 """Raised by what is to be written: it goes on without."""
-CACHES = all(hasattr(_Cache, name) for name in ("iterate_over_candidates", "_write_to_local_cache"))
+CACHES = all(hasattr(_Cache, name) for name in ("iterate_over_candidates", "_write_to_local_cache")) and hasattr(
+    _Details, "_init_fx_graph_hash_details"
+)
 """Whether AOT autograd's cache is one that `caching` knows."""
 
 
@@ -274,6 +280,13 @@ def aot_autograd(**kwargs: Any) -> Callable[..., Any]:
     return _aot_autograd(**kwargs)
 
 
+def dynamo_seconds() -> float:
+    """Seconds since Dynamo began with what is being compiled; 0 outside of it. 2.11-2.13."""
+    context = get_metrics_context()
+    begin = context._start_time_ns if context._level else 0
+    return (time.time_ns() - begin) / 1e9 if begin else 0.0
+
+
 def forward_metadata() -> Any:
     """AOT autograd's metadata of the graph that is being compiled, or None outside of it."""
     context = TracingContext.try_get()
@@ -288,32 +301,41 @@ def serializable(compiler: Callable[..., Any]) -> Any:
 @contextmanager
 def caching(tag: str, read: Callable[[str], Iterable[bytes]], write: Callable[[str, bytes], None]) -> Iterator[bool]:
     """In this thread AOT autograd takes its results by `read` and keeps them by `write`, both by the key that it makes
-    of a graph, its inputs, torch's settings and `tag`; a backward is compiled with its forward. Gives True. 2.13."""
-    me = threading.get_ident()
-    theirs, written = _Cache.iterate_over_candidates, _Cache._write_to_local_cache
+    of a graph, its inputs, torch's settings and `tag`; a backward is compiled with its forward. Gives True. 2.13.
+
+    Of the key, what names Inductor's own code is left out: to digest it takes half a second in each process.
+    """
+    me, cache, key_of = threading.get_ident(), cast(Any, _Cache), cast(Any, _Details)
+    theirs, written = cache.iterate_over_candidates, cache._write_to_local_cache
+    digested, settings = key_of._init_fx_graph_hash_details, cast(Any, torch.compiler.config)
 
     def candidates(local: bool, remote: Any, key: str) -> Iterator[tuple[Any, bytes, bool]]:
-        if threading.get_ident() != me:
-            yield from theirs(local, remote, key)
-            return
-        for data in read(key):
-            yield pickle.loads(data), data, True
+        mine = threading.get_ident() == me
+        yield from ((pickle.loads(data), data, True) for data in read(key)) if mine else theirs(local, remote, key)
 
     def keep(key: str, content: bytes) -> None:
         (write if threading.get_ident() == me else written)(key, content)
 
-    settings = torch.compiler.config
-    both = f"{settings.cache_key_tag}{tag}"
-    _Cache.iterate_over_candidates, _Cache._write_to_local_cache = staticmethod(candidates), staticmethod(keep)  # type: ignore[method-assign, assignment]
+    def details(self: Any, gm: fx.GraphModule, example_inputs: Sequence[Any], fx_config: Any) -> None:
+        if threading.get_ident() != me:
+            digested(self, gm, example_inputs, fx_config)
+            return
+        FxGraphCache._check_can_cache(gm, example_inputs, fx_config)
+        for node in gm.graph.nodes:
+            if isinstance(node.target, HigherOrderOperator) and "triton" in node.target.name():
+                raise NotCachedError(f"{node.target.name()} runs a kernel that the graph does not show")
+        self.gm, self.example_inputs, self.cache_key_tag = gm, list(example_inputs), settings.cache_key_tag
+        self.defaults = (torch.get_default_dtype(), torch.get_default_device(), torch.get_float32_matmul_precision())
+
+    cache.iterate_over_candidates, cache._write_to_local_cache = staticmethod(candidates), staticmethod(keep)
+    key_of._init_fx_graph_hash_details = details
+    both: dict[str, Any] = {"bundled_autograd_cache": True, "force_non_lazy_backward_lowering": True}
     try:
-        with (
-            settings.patch(cache_key_tag=both),  # type: ignore[attr-defined]
-            _functorch_config.patch(bundled_autograd_cache=True, force_non_lazy_backward_lowering=True),
-        ):
+        with settings.patch(cache_key_tag=f"{settings.cache_key_tag}{tag}"), _functorch_config.patch(both):
             yield True
     finally:
-        del _Cache.iterate_over_candidates
-        _Cache._write_to_local_cache = staticmethod(written)  # type: ignore[method-assign]
+        del cache.iterate_over_candidates
+        cache._write_to_local_cache, key_of._init_fx_graph_hash_details = staticmethod(written), digested
 
 
 def guards_of(data: bytes) -> str | None:
@@ -420,9 +442,8 @@ def triton_compile(
     from triton.compiler import ASTSource
 
     target = target or triton.runtime.driver.active.get_current_target()
-    source = ASTSource(
-        function, dict(signature), dict(constants or {}), {(k,): [["tt.divisibility", 16]] for k in divisible}
-    )
+    attributes = {(k,): [["tt.divisibility", 16]] for k in divisible}
+    source = ASTSource(function, dict(signature), dict(constants or {}), attributes)
     warps = max(warps * 32 // target.warp_size, 1)
     return triton.compile(source, target=target, options={"num_warps": warps, "enable_fp_fusion": False})
 
@@ -474,7 +495,5 @@ def triton_tensor(array: Any, dtype: Any) -> Any:
     from triton.runtime.interpreter import TensorHandle
 
     shape = [int(n) for n in array.shape]
-    scalar = dtype.scalar
-    return tl.tensor(
-        TensorHandle(array.reshape(shape or [1]), scalar), tl.block_type(scalar, shape) if shape else scalar
-    )
+    kind = tl.block_type(dtype.scalar, shape) if shape else dtype.scalar
+    return tl.tensor(TensorHandle(array.reshape(shape or [1]), dtype.scalar), kind)

@@ -142,5 +142,5 @@ SHIPPED = tables()
 @functools.cache
 def sources() -> str:
     """A digest of this package's own text, and torch's version."""
-    files = sorted(Path(__file__).parent.rglob("*.py"))
-    return content_hash(torch.__version__ + "".join(path.read_text() for path in files))
+    texts = [path.read_text() for path in sorted(Path(__file__).parent.rglob("*.py"))]
+    return content_hash("".join((torch.__version__, str(torch.version.git_version), *texts)))

@@ -68,7 +68,7 @@ def test_a_training_step_is_taken_from_the_disk_and_is_the_same_to_the_bit(folde
     same(step(folder), first)
     assert warm() == [True, True]
     for old, new in zip(before, minifuse.reports()[-2:], strict=True):
-        assert old.name != new.name and [*new.seconds] == ["warm start"] and "warm start" in str(new)
+        assert old.name != new.name and "warm start" in str(new) and "fuse" not in new.seconds
         assert [str(d) for d in old.decisions] == [str(d) for d in new.decisions]
         assert {**old.to_json(), "name": "", "seconds": 0} == {**new.to_json(), "name": "", "seconds": 0}
 

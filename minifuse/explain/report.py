@@ -163,7 +163,8 @@ class Report:
 
     @property
     def seconds(self) -> dict[str, float]:
-        """Seconds of the compile by phase."""
+        """Seconds of the compile by phase: `dynamo` captures, `aot` traces and decomposes; both stand with a graph's
+        forward. A `warm start` reads the rest from the disk."""
         return self.record.seconds
 
     @property
@@ -261,8 +262,8 @@ class Report:
             loaded = f"loads {len(self.saved)} values ({bytes_text(self.remat.saved_bytes)})"
             again = f"recomputes {len(self.recomputed)} in {model}"
             lines.append(f"backward, by {self.remat.policy}: {loaded}, {again}")
-        spent = sorted(self.seconds.items(), key=lambda item: -item[1])[:5]
         total = sum(self.seconds.values())
+        spent = [(phase, s) for phase, s in sorted(self.seconds.items(), key=lambda item: -item[1]) if s >= total / 200]
         lines.append(f"compiled in {total:.2f} s: " + ", ".join(f"{phase} {1e3 * s:.0f} ms" for phase, s in spent))
         if self.interpreted:
             lines.append(f"interpreted, slowly: {', '.join(self.interpreted)}")

@@ -6,6 +6,7 @@ Every constructor checks what it is given; a wrong value cannot exist.
 
 from __future__ import annotations
 
+import ctypes
 import weakref
 from collections.abc import Callable, Iterable, Mapping
 from typing import Any, Literal, TypeVar
@@ -239,7 +240,11 @@ def _const_casts(value: Any, dtype: torch.dtype) -> bool:
 
 
 def _round_const(value: Any, dtype: torch.dtype) -> Any:
-    return torch.tensor(value, dtype=dtype).item() if isinstance(value, float) else value
+    if not isinstance(value, float) or dtype is torch.float64:
+        return value
+    if dtype is torch.float32:
+        return ctypes.c_float(value).value  # a tensor takes a millisecond where fake ones are made
+    return torch.tensor(value, dtype=dtype).item()
 
 
 RandomKind = Literal["uniform", "normal", "bits"]

@@ -24,7 +24,7 @@ from minifuse.ir.interpret import run_plan
 from minifuse.ir.plan import Plan
 from minifuse.options import Options
 from minifuse.passes.context import CompileContext
-from minifuse.passes.decompose import decompositions
+from minifuse.passes.decompose import Decompositions
 from minifuse.passes.pipeline import make_plan
 from minifuse.runtime.build import build_all
 from minifuse.runtime.program import Program
@@ -82,7 +82,7 @@ def guarded(case: Case, stage: str, work: Callable[[], Any]) -> Any:
 def trace(recipe: Recipe) -> fx.GraphModule:
     """The ATen graph of a program, decomposed as the compiler does."""
     mode = "symbolic" if recipe.dynamic else "fake"
-    gm = make_fx(recipe.function(), decomposition_table=decompositions("fast"), tracing_mode=mode)(*recipe.arguments())
+    gm = make_fx(recipe.function(), decomposition_table=Decompositions("fast"), tracing_mode=mode)(*recipe.arguments())
     gm.graph.eliminate_dead_code()
     return gm
 

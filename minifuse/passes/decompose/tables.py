@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from minifuse import compat
+from minifuse.ir.lazy import lazy
 
 from . import foreach, gradients, norms, optimisers, quantised, random, scatters, softmaxes
 
@@ -67,11 +68,29 @@ _OURS: dict[Any, Callable[..., Any]] = {
 }
 
 
-def decompositions(rng: str) -> dict[Any, Callable[..., Any]]:
-    """Overload -> function. With rng="eager" dropout stays ATen's own."""
-    fma = compat.registered_prim("fma")
-    late = {} if fma is None else {fma: lambda a, b, c: a * b + c}
-    return {**_table(rng), **quantised.decompositions(), **late}
+class Decompositions(Mapping[Any, Callable[..., Any]]):
+    """Overload -> function. With rng="eager" dropout stays ATen's own.
+
+    Made when somebody looks into it: a warm start does not, and torch takes 0.3 s to give its own.
+    """
+
+    def __init__(self, rng: str) -> None:
+        self.rng = rng
+
+    @lazy
+    def table(self) -> dict[Any, Callable[..., Any]]:
+        fma = compat.registered_prim("fma")
+        late = {} if fma is None else {fma: lambda a, b, c: a * b + c}
+        return {**_table(self.rng), **quantised.decompositions(), **late}
+
+    def __getitem__(self, op: Any) -> Callable[..., Any]:
+        return self.table[op]
+
+    def __iter__(self) -> Iterator[Any]:
+        return iter(self.table)
+
+    def __len__(self) -> int:
+        return len(self.table)
 
 
 @functools.cache

@@ -8,13 +8,13 @@ is seen, and the problem solved again. The rules and the costs are those of the 
 
 from __future__ import annotations
 
+import importlib
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 import networkx as nx
 import numpy as np
-from scipy.optimize import Bounds, LinearConstraint, milp
 from scipy.sparse import csr_array, vstack
 
 from .cost import alone
@@ -90,10 +90,12 @@ def choose(search: Search, given: Sequence[Column]) -> list[Column]:
     cover = csr_array((ones, tuple(np.array(cells).T)), shape=(len(kernels), len(given)))
     rows, low, high = [cover], [np.ones(len(kernels))], [np.ones(len(kernels))]
     cost = np.array([c.seconds for c in given])
+    optimize = importlib.import_module("scipy.optimize")  # half a second, which only this planner pays
     while True:
-        constraint = LinearConstraint(vstack(rows, format="csr"), np.concatenate(low), np.concatenate(high))
+        constraint = optimize.LinearConstraint(vstack(rows, format="csr"), np.concatenate(low), np.concatenate(high))
         # In microseconds: the solver's tolerances are absolute.
-        solved = milp(1e6 * cost, constraints=constraint, integrality=np.ones(len(given)), bounds=Bounds(0, 1))
+        whole, bounds = np.ones(len(given)), optimize.Bounds(0, 1)
+        solved = optimize.milp(1e6 * cost, constraints=constraint, integrality=whole, bounds=bounds)
         if solved.x is None:
             raise TooLargeError(f"the solver found nothing: {solved.message}")
         picked = [int(k) for k in np.flatnonzero(solved.x > 0.5)]
