@@ -33,6 +33,8 @@ def figure(column: str, value: Any) -> str:
         return "-"
     if isinstance(value, dict):
         return str(harness.Sample(**value))
+    if isinstance(value, int) and "bytes" not in column and "peak" not in column:
+        return f"{value:,}"
     if not isinstance(value, (int, float)):
         return str(value)
     if "ratio" in column or column.startswith("vs "):

@@ -9,7 +9,7 @@ from pathlib import Path
 import torch
 
 from minifuse.passes import lower, normalise
-from minifuse.passes.decompose import KEEP_ON_CPU, decompositions
+from minifuse.passes.decompose import KEEP_ON_CPU, Decompositions
 from minifuse.passes.lower.externs import EXPECTED, reason
 from minifuse.passes.lower.pointwise import ROWS
 from minifuse.passes.lower.structural import STRUCTURAL

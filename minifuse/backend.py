@@ -40,7 +40,7 @@ from .passes.pipeline import make_plan
 from .passes.remat import partition
 from .records import RECORDS, Record
 from .runtime import toolchain
-from .runtime.build import build
+from .runtime.build import begin
 from .runtime.measure import cpu_model
 
 Boxed = Callable[[list[Any]], Any]
@@ -95,6 +95,8 @@ def run_aot(graph: Graph, gm: fx.GraphModule, example_inputs: Sequence[Any]) -> 
             keep_inference_input_mutations=True,
         )
         program = aot(gm, example_inputs)
+        for finish in graph.unfinished:
+            finish()
         mine = [r for r in RECORDS if r.name.startswith(f"{graph.name}_")]
         if mine:  # what torch took, its decompositions among it, stands with the first that is compiled of the graph
             rest = time.perf_counter() - begin - sum(s for r in mine for s in r.seconds.values())
@@ -112,6 +114,7 @@ class Graph:
         self.captured: dict[str, Any] = {}
         self.remat: CompileContext | None = None
         self.kept = False
+        self.unfinished: list[Callable[[], None]] = []
 
     def session(self, gm: fx.GraphModule) -> AbstractContextManager[bool]:
         """Where AOT autograd takes its results from, and keeps them; gives whether it does."""
@@ -204,16 +207,25 @@ class Graph:
                 return boxed(gm)
             plan = make_plan(gm.graph, ctx, strides)
             report_fallbacks(plan, ctx)
-            program = build(plan, ctx)
-            report_interpreted(ctx)
+            finish = begin([(plan, ctx)])
             record = Record(
                 ctx.name, stage, ctx.stages, ctx.decisions, ctx.seconds, options=self.options, device=ctx.device
             )
             record.source.update(self.captured)
-            RECORDS.append(record)
-            if self.options.debug_dir is not None:
-                dump.write(record, self.options.debug_dir, self.options)
-            return warm.CompiledGraph(record, program) if self.kept else program
+
+            def build() -> Boxed:
+                (program,) = finish()
+                report_interpreted(ctx)
+                RECORDS.append(record)
+                if self.options.debug_dir is not None:
+                    dump.write(record, self.options.debug_dir, self.options)
+                return program
+
+            if not self.kept:
+                return build()
+            compiled = warm.CompiledGraph(record, build)
+            self.unfinished.append(compiled.finish)
+            return compiled
 
 
 class Lazy:

@@ -48,15 +48,21 @@ class CompiledGraph(compat.OutputCode):
 
     loading = ""
 
-    def __init__(self, record: Record, program: Callable[[list[Any]], Any]) -> None:
+    def __init__(self, record: Record, build: Callable[[], Callable[[list[Any]], Any]]) -> None:
         super().__init__()
         self._boxed_call = True  # on the instance: wrappers copy its dictionary alone
         self.record: Record | None = record
-        self.program: Callable[[list[Any]], Any] | None = program
+        self.build: Callable[[], Callable[[list[Any]], Any]] | None = build
+        self.program: Callable[[list[Any]], Any] | None = None
         self.saved = b""
 
     def __call__(self, args: Any) -> Any:
         return self.program(args)  # type: ignore[misc]
+
+    def finish(self) -> None:
+        """Wait for the program."""
+        if self.build is not None:
+            self.program, self.build = self.build(), None
 
     def prepare_for_serialization(self) -> None:
         """Raises what makes AOT autograd go on without its cache, where a record holds what cannot be written."""
@@ -66,7 +72,7 @@ class CompiledGraph(compat.OutputCode):
             _Pickler(written, pickle.HIGHEST_PROTOCOL).dump(self.record)
         except Exception as why:
             raise compat.NotCachedError(f"{self.record.name}: {why}") from why
-        self.saved, self.record, self.program = written.getvalue(), None, None
+        self.saved, self.record, self.build, self.program = written.getvalue(), None, None, None
 
     def post_compile(self, example_inputs: Any, constants: Any, graph_kwargs: Any) -> None:
         begin = time.perf_counter()

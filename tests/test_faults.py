@@ -147,24 +147,24 @@ def test_a_kernel_that_does_not_compile_is_a_fallback_like_others() -> None:
 
 
 def test_a_compiler_that_fails_at_everything_is_reported(monkeypatch: pytest.MonkeyPatch) -> None:
-    def fails(source: str, tools: Any) -> bytes:
-        raise CompileError(("cc", "unit.c"), "no space left on device", source)
+    def fails(self: toolchain.Compiling, timeout: float = 0) -> bytes:
+        raise CompileError(("cc", "unit.c"), "no space left on device", self.source)
 
-    monkeypatch.setattr(toolchain, "compile_shared", fails)
+    monkeypatch.setattr(toolchain.Compiling, "result", fails)
     train({"cache_dir": None})
     assert any("no space left" in words for words in interpreted())
 
 
 def test_a_compiler_that_fails_once_is_survived(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    compile_shared, calls = toolchain.compile_shared, []
+    result, calls = toolchain.Compiling.result, []
 
-    def flaky(source: str, tools: Any) -> bytes:
-        calls.append(source)
+    def flaky(self: toolchain.Compiling, timeout: float = 60) -> bytes:
+        calls.append(self.source)
         if len(calls) == 1:
-            raise CompileError(("cc",), "killed", source)
-        return compile_shared(source, tools)
+            raise CompileError(("cc",), "killed", self.source)
+        return result(self, timeout)
 
-    monkeypatch.setattr(toolchain, "compile_shared", flaky)
+    monkeypatch.setattr(toolchain.Compiling, "result", flaky)
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
         train({"cache_dir": str(tmp_path)})
@@ -229,19 +229,19 @@ def test_two_processes_compile_one_graph_at_once(tmp_path: Path) -> None:
 def test_an_interrupt_while_compiling_leaves_nothing_half_written(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    compile_shared = toolchain.compile_shared
+    result = toolchain.Compiling.result
 
-    def interrupted(source: str, tools: Any) -> bytes:
-        compile_shared(source, tools)
+    def interrupted(self: toolchain.Compiling, timeout: float = 60) -> bytes:
+        result(self, timeout)
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(toolchain, "compile_shared", interrupted)
+    monkeypatch.setattr(toolchain.Compiling, "result", interrupted)
     x = torch.randn(7)
     run = compiled(lambda x: x.sin() * 1.5 + 2, {"cache_dir": str(tmp_path), "debug_dir": str(tmp_path / "dump")})
     with pytest.raises(KeyboardInterrupt):
         run(x)
     assert not list(tmp_path.iterdir()) and not len(RECORDS)
-    monkeypatch.setattr(toolchain, "compile_shared", compile_shared)
+    monkeypatch.setattr(toolchain.Compiling, "result", result)
     same(run(x), x.sin() * 1.5 + 2)
 
 

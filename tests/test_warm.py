@@ -85,7 +85,7 @@ def test_another_process_compiles_nothing(folder: str) -> None:
             torch._dynamo.reset()
             out = torch.compile(model, backend="minifuse", options={{"cache_dir": {folder!r}}})(x)
             out.sum().backward()
-            toolchain.compile_shared = refuse
+            toolchain.Compiling = refuse
         print(out.sum().item(), [r.record.warm for r in minifuse.reports()])
     """
     clean = {k: v for k, v in os.environ.items() if k != "MINIFUSE_PLAN_CACHE"}

@@ -13,7 +13,7 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 from minifuse.codegen.printer import CodegenError
-from minifuse.codegen.program import write_program
+from minifuse.codegen.program import HostProgram, write_program
 from minifuse.codegen.unit import KernelText, Unit, write_kernel, write_unit
 from minifuse.errors import CompileError
 from minifuse.ir.plan import Extern, Free, Join, Launch, Plan, content_hash, launch_traffic
@@ -26,6 +26,7 @@ from .cache import DiskCache
 from .program import Program
 
 Run = list[tuple[int, Launch, KernelText]]
+Jobs = Sequence[tuple[Plan, CompileContext]]
 _loaded: dict[str, Any] = {}
 _lock = threading.Lock()
 
@@ -46,46 +47,77 @@ def build(plan: Plan, ctx: CompileContext) -> Program:
     return build_all([(plan, ctx)])[0]
 
 
-def build_all(jobs: Sequence[tuple[Plan, CompileContext]]) -> list[Program]:
+def build_all(jobs: Jobs) -> list[Program]:
     """`build` for several plans of one toolchain with one C unit, compiled once: the start of a
     compiler costs more than the kernels of a small graph. The time is the first job's."""
+    return begin(jobs)()
+
+
+def begin(jobs: Jobs) -> Callable[[], list[Program]]:
+    """Start what `build_all` does: the C compiler runs beside what comes next. Gives what waits for it."""
     first = jobs[0][1]
     targets = [target(plan, ctx.options) for plan, ctx in jobs]
     if "triton" in targets:  # a graph's forward may be on one device and its backward on another
-        return [
+        made = [
             triton_launch.build(*job) if kind == "triton" else build(*job)
             for job, kind in zip(jobs, targets, strict=True)
         ]
+        return lambda: made
     tools = None if first.options.target == "interpret" else toolchain.find(first.options.precise)
     with first.phase("codegen"):
         texts = [write_all(plan, ctx) if tools is not None else {} for plan, ctx in jobs]
     plans = [plan for plan, _ in jobs]
     unit, runs = assemble(plans, texts, tools)
-    library: Any = None
-    if tools is not None and unit.functions:
+    hosts = write_hosts(jobs, unit, runs)
+    if tools is None or not unit.functions:
+        return functools.partial(programs, jobs, unit, runs, hosts, None)
+    first.stages["compiler seconds"] = 0.0
+    loading = Loading(unit.source, tools, first.options.cache_dir)
+
+    def finish() -> list[Program]:
         with first.phase("compile"):
             try:
-                library = load_unit(unit.source, tools, first.options.cache_dir)
+                library = loading.result()
+                first.stages["compiler seconds"] = loading.seconds
             except CompileError as error:
                 if len(jobs) > 1:
                     return [build(plan, ctx) for plan, ctx in jobs]
-                texts = [without_broken(plans[0], texts[0], tools, first, error)]
-                unit, runs = assemble(plans, texts, tools)
-                library = load_unit(unit.source, tools, first.options.cache_dir) if unit.functions else None
-    programs, begin = [], 0
+                less = [without_broken(plans[0], texts[0], tools, first, error)]
+            else:
+                return programs(jobs, unit, runs, hosts, library)
+            rest, mine = assemble(plans, less, tools)
+            library = Loading(rest.source, tools, first.options.cache_dir).result() if rest.functions else None
+            return programs(jobs, rest, mine, write_hosts(jobs, rest, mine), library)
+
+    return finish
+
+
+def write_hosts(jobs: Jobs, unit: Unit, runs: Sequence[list[Run]]) -> list[HostProgram]:
+    """The host program of each plan, whose runs are the unit's in order."""
+    found, at = [], 0
     for (plan, ctx), mine in zip(jobs, runs, strict=True):
-        own = slice(begin, begin + len(mine))
-        begin = own.stop
-        ctx.stages["unit"] = unit
         run_of = {i: k for k, run in enumerate(mine) for i, _, _ in run}
-        host = ctx.stages["program"] = write_program(plan, unit.binding[own], unit.symbols, run_of)
+        host = write_program(plan, unit.binding[at : at + len(mine)], unit.symbols, run_of)
+        ctx.stages["unit"], ctx.stages["program"] = unit, host
+        found.append(host)
+        at += len(mine)
+    return found
+
+
+def programs(
+    jobs: Jobs, unit: Unit, runs: Sequence[list[Run]], hosts: Sequence[HostProgram], library: Any
+) -> list[Program]:
+    """The programs of plans whose unit is loaded."""
+    found, at = [], 0
+    for (plan, ctx), mine, host in zip(jobs, runs, hosts, strict=True):
+        own = slice(at, at + len(mine))
+        at = own.stop
         functions = [entry(library, name) for name in unit.functions[own]]
-        constants = ctx.stages.get("constants", {})
-        programs.append(
-            Program(plan, host, functions, unit.binding[own], unit.symbols, unit.messages[own], constants,
-                    ctx.options.deterministic)
+        found.append(
+            Program(plan, host, functions, unit.binding[own], unit.symbols, unit.messages[own],
+                    ctx.stages.get("constants", {}), ctx.options.deterministic)
         )  # fmt: skip
-    return programs
+    return found
 
 
 def restore(record: Record) -> Program:
@@ -99,7 +131,7 @@ def restore(record: Record) -> Program:
         tools = toolchain.find(options.precise)
         if tools is None:
             raise CompileError(("find",), "there is no C compiler any more", unit.source)
-        library = load_unit(unit.source, tools, options.cache_dir)
+        library = Loading(unit.source, tools, options.cache_dir).result()
         functions = [entry(library, name) for name in unit.functions]
     stages = record.stages
     return Program(stages["memory"], stages["program"], functions, unit.binding, unit.symbols, unit.messages,
@@ -171,26 +203,28 @@ def disk_cache(folder: str | None) -> DiskCache:
     return DiskCache(folder)
 
 
-def load_unit(source: str, tools: toolchain.Toolchain, cache_dir: str | None) -> Any:
-    """The loaded library of a unit: from this process, from the disk, or from the compiler."""
-    key = content_hash(tools.key + source)
-    with _lock:
-        found = _loaded.get(key)
-    if found is not None:
-        return found
-    cache = disk_cache(cache_dir)
-    path = cache.get(key)
-    library = None
-    if path is not None:
-        try:
-            library = toolchain.load(path)
-        except OSError:
-            path = None
-    if library is None:
-        library = load_bytes(key, toolchain.compile_shared(source, tools), cache)
-    with _lock:
-        _loaded[key] = library
-    return library
+class Loading:
+    """The library of a unit: from this process, from the disk, or from the compiler, which runs until `result`."""
+
+    def __init__(self, source: str, tools: toolchain.Toolchain, cache_dir: str | None) -> None:
+        self.key, self.seconds = content_hash(tools.key + source), 0.0
+        self.cache = disk_cache(cache_dir)
+        with _lock:
+            self.library = _loaded.get(self.key)
+        path = self.cache.get(self.key) if self.library is None else None
+        if path is not None:
+            with contextlib.suppress(OSError):
+                self.library = toolchain.load(path)
+        self.compiling = toolchain.Compiling(source, tools) if self.library is None else None
+
+    def result(self) -> Any:
+        """Raises CompileError."""
+        if self.compiling is not None:
+            self.library = load_bytes(self.key, self.compiling.result(), self.cache)
+            self.seconds, self.compiling = self.compiling.seconds, None
+        with _lock:
+            _loaded[self.key] = self.library
+        return self.library
 
 
 def load_bytes(key: str, data: bytes, cache: DiskCache) -> Any:

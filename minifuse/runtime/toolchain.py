@@ -7,6 +7,7 @@ loaded globally; Sleef's functions are resolved from the `libtorch_cpu` that is 
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
 import hashlib
 import os
@@ -14,9 +15,12 @@ import platform
 import re
 import shlex
 import shutil
+import signal
 import subprocess
 import tempfile
+import time
 import warnings
+import weakref
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
@@ -191,30 +195,69 @@ def mapped_openmp() -> tuple[str, ...]:
     return tuple(sorted(p for p in paths if re.match(r"lib(gomp|iomp5|omp)\b", os.path.basename(p))))
 
 
-def compile_shared(source: str, toolchain: Toolchain, timeout: float = _TIMEOUT) -> bytes:
-    """The bytes of the shared library of one C unit. Nothing is left behind, whatever happens.
+class Compiling:
+    """The compiler at work on one C unit, in a process of its own. Nothing is left behind, whatever happens."""
 
-    Raises CompileError with the command, the compiler's words and the source when it fails or takes longer
-    than `timeout` seconds.
-    """
-    with tempfile.TemporaryDirectory(prefix="minifuse-cc-") as folder:
-        unit, library = Path(folder, "unit.c"), Path(folder, "unit.so")
+    def __init__(self, source: str, toolchain: Toolchain) -> None:
+        self.source = source
+        self.folder = tempfile.TemporaryDirectory(prefix="minifuse-cc-")
+        unit, self.library, self.words = (Path(self.folder.name, name) for name in ("unit.c", "unit.so", "words"))
         unit.write_text(source)
-        command = [*toolchain.compiler, *toolchain.flags, "-shared", str(unit), "-o", str(library)]
+        self.command = [*toolchain.compiler, *toolchain.flags, "-shared", str(unit), "-o", str(self.library)]
         if "Sleef_" in source:
-            command += ["-Wl,--no-as-needed", _torch_stub(toolchain.compiler)]
-        command += [*toolchain.libs, "-lm"]
+            self.command += ["-Wl,--no-as-needed", _torch_stub(toolchain.compiler)]
+        self.command += [*toolchain.libs, "-lm"]
+        self.begin, self.seconds = time.perf_counter(), 0.0
+        self.process: subprocess.Popen[bytes] | None = None
+        self.refused = ""
         try:
-            done = subprocess.run(command, capture_output=True, text=True, timeout=timeout, stdin=subprocess.DEVNULL)
-        except subprocess.TimeoutExpired:
-            raise CompileError(command, f"no result after {timeout:g} s", source) from None
+            with open(self.words, "w") as words:
+                self.process = subprocess.Popen(
+                    self.command,
+                    stdin=subprocess.DEVNULL,
+                    stdout=words,
+                    stderr=subprocess.STDOUT,
+                    start_new_session=True,
+                )
         except OSError as error:
-            raise CompileError(command, str(error), source) from error
-        if done.returncode:
-            raise CompileError(command, done.stderr, source)
-        if not library.exists():
-            raise CompileError(command, f"it exited with 0 and wrote no library {done.stderr}", source)
-        return library.read_bytes()
+            self.refused = str(error)
+        self.end = weakref.finalize(self, _stop, self.process, self.folder)
+
+    def result(self, timeout: float = _TIMEOUT) -> bytes:
+        """The bytes of the shared library.
+
+        Raises CompileError with the command, the compiler's words and the source when it fails or takes longer than
+        `timeout` seconds.
+        """
+        try:
+            if self.process is None:
+                raise CompileError(self.command, self.refused, self.source)
+            status = self.process.wait(timeout)
+            self.seconds = time.perf_counter() - self.begin
+            words = self.words.read_text(errors="replace")
+            if status:
+                raise CompileError(self.command, words, self.source)
+            if not self.library.exists():
+                raise CompileError(self.command, f"it exited with 0 and wrote no library {words}", self.source)
+            return self.library.read_bytes()
+        except subprocess.TimeoutExpired:
+            raise CompileError(self.command, f"no result after {timeout:g} s", self.source) from None
+        finally:
+            self.end()
+
+
+def _stop(process: subprocess.Popen[bytes] | None, folder: tempfile.TemporaryDirectory[str]) -> None:
+    """End a compiler and what it started, if it runs, and remove what it wrote."""
+    if process is not None and process.poll() is None:
+        with contextlib.suppress(OSError):
+            os.killpg(process.pid, signal.SIGKILL)
+        process.wait()
+    folder.cleanup()
+
+
+def compile_shared(source: str, toolchain: Toolchain, timeout: float = _TIMEOUT) -> bytes:
+    """The bytes of the shared library of one C unit: see `Compiling`."""
+    return Compiling(source, toolchain).result(timeout)
 
 
 @lru_cache(maxsize=4)
