@@ -85,7 +85,7 @@ class Group:
     """Operators that will be one kernel.
 
     `inlined` names what is stored, read inside and never written; a `chunked` group sums columns of what it also walks
-    row by row. `first` and `last` are its places in the captured graph; `extent` gives the points of a space.
+    row by row; one with `copies` computes what others may compute too. `first` and `last` are its places in the captured graph; `extent` gives the points of a space.
     `cost` is instructions a point, `instructions` those of a run; `moving` the seconds that its bytes take and `alone`
     those of its kernel, -1 where nobody asked; `inner` holds what `innermost` found, once somebody did.
     """
@@ -103,6 +103,7 @@ class Group:
     succs: set[int] = field(default_factory=set)
     version: int = 0
     chunked: bool = False
+    copies: bool = False
     inner: tuple[Axis | None] | None = None
     values: InitVar[Iterable[Value] | None] = None
 
@@ -239,7 +240,12 @@ class Group:
         self.cost, self.size = self.cost + other.cost, self.size + other.size
         self.instructions += other.instructions
         self.pure, self.whole = self.pure and other.pure, self.whole and other.whole
-        self.nodes = self.nodes + other.nodes
+        if self.copies or other.copies:  # a value is computed once in a kernel, whoever brought it
+            self.nodes = tuple(dict.fromkeys(self.nodes + other.nodes))
+            self.copies = True
+            self.survey()
+        else:
+            self.nodes = self.nodes + other.nodes
         if other.last > self.last:
             self.name = other.name
         self.first, self.last = min(self.first, other.first), max(self.last, other.last)

@@ -224,4 +224,5 @@ def into(search: Search, a: Group, reader: Group, reason: str, saved: int | None
             if n in graph.writer:
                 graph.edge(graph.writer[n], reader.id)
     reader.nodes = (*a.nodes, *(n for n in reader.nodes if n not in a.nodes))
+    reader.copies = True
     reader.version += 1
