@@ -85,7 +85,8 @@ class Group:
     """Operators that will be one kernel.
 
     `inlined` names what is stored, read inside and never written; a `chunked` group sums columns of what it also walks
-    row by row; one with `copies` computes what others may compute too. `first` and `last` are its places in the captured graph; `extent` gives the points of a space.
+    row by row; one with `copies` computes what others may compute too. `first` and `last` are its places in the
+    captured graph; `extent` gives the points of a space.
     `cost` is instructions a point, `instructions` those of a run; `moving` the seconds that its bytes take and `alone`
     those of its kernel, -1 where nobody asked; `inner` holds what `innermost` found, once somebody did.
     """
