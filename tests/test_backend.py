@@ -5,6 +5,7 @@ from __future__ import annotations
 import subprocess
 import sys
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import pytest
@@ -12,6 +13,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from minifuse.records import RECORDS
 from tests.judge import check, compiled, externs, kernels, records, same, shares, twin
 
 FLOATS = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
@@ -426,3 +428,47 @@ def test_one_kernel_for_a_chain_and_none_goes_to_aten() -> None:
     check(lambda x: ((x.sin() + 1) * x).softmax(-1), torch.randn(8, 16))
     assert kernels() == 1
     assert externs() == []
+
+
+# -- what a call costs ------------------------------------------------------------------------------
+def host(name: str) -> str:
+    return next(r for r in RECORDS if r.name.endswith(name)).stages["program"].source
+
+
+@pytest.mark.parametrize("dynamic", [False, True])
+def test_a_call_takes_no_arena_and_asks_no_threads_that_it_has_no_work_for(dynamic: bool) -> None:
+    torch._dynamo.reset()
+    RECORDS.clear()
+    run = torch.compile(lambda x: x.sin() + 1, backend="minifuse", dynamic=dynamic)
+    for n in (1 << 8, 1 << 20, 1 << 8):
+        x = torch.randn(n)
+        torch.testing.assert_close(run(x), x.sin() + 1)
+    texts = [r.stages["program"].source for r in RECORDS]
+    assert len(texts) == (1 if dynamic else 2)
+    assert "frame.sizes, 1)" in texts[0]
+    if dynamic:
+        assert texts[0].count("if 4*sym_") == 1 and "make0 = empty if" in texts[0]
+    else:
+        assert "empty(" in texts[0] and "new(" in texts[1] and "frame.sizes, threads())" in texts[1]
+
+
+def test_a_graph_without_a_kernel_enters_no_frame() -> None:
+    torch._dynamo.reset()
+    RECORDS.clear()
+    x = torch.randn(16, requires_grad=True)
+    torch.compile(lambda x: x + 1, backend="minifuse")(x).sum().backward()
+    assert torch.equal(x.grad, torch.ones(16))
+    assert "enter" in host("_forward") and "enter" not in host("_backward")
+
+
+def test_calls_at_once_without_an_arena_have_frames_of_their_own() -> None:
+    torch._dynamo.reset()
+    run = torch.compile(lambda x, y: x * 2 + y, backend="minifuse")
+    xs = [torch.full((64,), float(k)) for k in range(8)]
+    run(xs[0], xs[0])
+
+    def many(x: torch.Tensor) -> bool:
+        return all(torch.equal(run(x, x), x * 3) for _ in range(200))
+
+    with ThreadPoolExecutor(8) as pool:
+        assert all(pool.map(many, xs))

@@ -38,9 +38,11 @@ class _Writer:
     binding: tuple[tuple[str, ...], ...]
     unit_symbols: tuple[str, ...]
     run_of: dict[int, int]
+    threads: tuple[int, ...] = ()
     lines: list[str] = field(default_factory=list)
     objects: dict[str, Any] = field(default_factory=dict)
     views: dict[TensorRef, int] = field(default_factory=dict)
+    makers: dict[str, str] = field(default_factory=dict)
     known: set[str] = field(default_factory=set)
 
     # -- expressions -----------------------------------------------------------------------------
@@ -122,16 +124,18 @@ class _Writer:
             if name in used and name not in late:
                 out.append(f"sym_{name} = {self.source(symbol.source, name)}")
         key = tuple(sorted(n for n in used if n not in late))
-        out.append(f"frame = enter(({''.join(f'sym_{n}, ' for n in key)}))")
-        out.append("try:")
         mark = len(out)
         self.steps(late)
-        body = [f"    {line}" for line in out[mark:]]
+        body = out[mark:]
         del out[mark:]
+        body.append(f"return ({', '.join(self.outputs())}{',' if len(plan.outputs) == 1 else ''})")
         if any("V[" in line for line in body):
-            body.insert(0, "    V = frame.views")
-        body.append(f"    return ({', '.join(self.outputs())}{',' if len(plan.outputs) == 1 else ''})")
-        out += [*body, "finally:", "    leave(frame)"]
+            body.insert(0, "V = frame.views")
+        if any("frame." in line for line in body):
+            enter = f"frame = enter(({''.join(f'sym_{n}, ' for n in key)}))"
+            out += [enter, "try:", *(f"    {line}" for line in body), "finally:", "    leave(frame)"]
+        else:
+            out += body
         text = "def call(args):\n" + "\n".join(f"    {line}" for line in out) + "\n"
         return HostProgram(text, self.objects, tuple(self.views), key)
 
@@ -203,7 +207,8 @@ class _Writer:
             for k, symbol in enumerate(self.unit_symbols):
                 if symbol in late & self.known:
                     out.append(f"frame.sizes[{k}] = sym_{symbol}")
-            out.append(f"error = run{run}(P, frame.sizes, threads())  # {launches}")
+            threads = "1" if self.threads and self.threads[run] == 1 else "threads()"
+            out.append(f"error = run{run}(P, frame.sizes, {threads})  # {launches}")
             out.append(f"if error: fail({run}, error)")
 
     def interpret(self, step: Launch) -> None:
@@ -238,11 +243,19 @@ class _Writer:
     def allocate(self, b: Buffer) -> str:
         if b.reuses is not None:
             return f"{self.var(b.name)} = {self.ref(TensorRef(b.reuses, b.shape, b.stride, ZERO))}"
-        cpu = b.device.type == "cpu"
-        small = cpu and b.extent.is_const and b.extent.value * b.dtype.itemsize < POOLED_BYTES
-        where = "" if cpu else f", {self.constant(b.device)}"
         layout = f"{self.sizes(b.shape)}, {self.sizes(b.stride)}, {b.dtype}"
-        return f"{self.var(b.name)} = {'empty' if small else 'new'}({layout}{where})"
+        if b.device.type != "cpu":
+            return f"{self.var(b.name)} = new({layout}, {self.constant(b.device)})"
+        nbytes = b.extent * b.dtype.itemsize
+        if nbytes.is_const:
+            maker = "empty" if nbytes.value < POOLED_BYTES else "new"
+        else:  # asked once a size
+            size = self.size(nbytes)
+            maker = self.makers.setdefault(size, f"make{len(self.makers)}")
+            line = f"{maker} = empty if {size} < {POOLED_BYTES} else new"
+            if line not in self.lines:
+                self.lines.append(line)
+        return f"{self.var(b.name)} = {maker}({layout})"
 
     def extern(self, step: Extern, made: set[str]) -> None:
         plan, out = self.plan, self.lines
@@ -337,8 +350,12 @@ def returns_alias(target: Any) -> bool:
 
 
 def write_program(
-    plan: Plan, binding: tuple[tuple[str, ...], ...], unit_symbols: tuple[str, ...], run_of: dict[int, int]
+    plan: Plan,
+    binding: tuple[tuple[str, ...], ...],
+    unit_symbols: tuple[str, ...],
+    run_of: dict[int, int],
+    threads: tuple[int, ...] = (),
 ) -> HostProgram:
-    """The host program of a placed plan. `run_of` maps a launch's step to the C run that holds it;
-    launches without one are interpreted."""
-    return _Writer(plan, binding, unit_symbols, run_of).write()
+    """The host program of a placed plan. `run_of` maps a launch's step to the C run that holds it; launches without one
+    are interpreted. `threads` is how many each run has work for, where that is known."""
+    return _Writer(plan, binding, unit_symbols, run_of, threads).write()

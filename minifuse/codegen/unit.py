@@ -93,7 +93,7 @@ class Unit:
     """C source, with what the caller must know to run it.
 
     `symbols[i]` are the sizes, in order, that run `i` takes; `messages[i]` what its error codes
-    mean; `binding[i]` the buffers whose addresses it takes.
+    mean; `binding[i]` the buffers whose addresses it takes; `threads[i]` how many threads it has work for.
     """
 
     source: str
@@ -101,6 +101,7 @@ class Unit:
     binding: tuple[tuple[str, ...], ...]
     symbols: tuple[str, ...]
     messages: tuple[tuple[str, ...], ...]
+    threads: tuple[int, ...]
 
 
 def write_kernel(launch: Launch) -> KernelText:
@@ -125,21 +126,24 @@ def write_unit(
     bodies: list[str] = []
     bindings: list[tuple[str, ...]] = []
     messages: list[tuple[str, ...]] = []
+    threads: list[int] = []
     for i, run in enumerate(runs):
         binding: dict[str, int] = {}
+        threads.append(1)
         said: list[str] = []
         lines = [f"int64_t run{i}(void* const* B, const int64_t* Z, int64_t threads) {{", "  int64_t err[1] = {0};"]
         for launch, kernel in run:
             kernels.setdefault(kernel.name, kernel.text)
             slots = [binding.setdefault(b, len(binding)) for b in launch.binding]
-            hint = max(bytes_of(launch), 1)
+            most = max(bytes_of(launch) // GRAIN_BYTES, 1)
+            threads[-1] = max(threads[-1], most)
             side_by_side = launch.batched and slots == list(range(slots[0], slots[0] + len(slots)))
             pointers = array("void* const P", [f"B[{k}]" for k in slots])
             lines += [
                 f"  {{ // {launch.name}",
                 f"    {f'void* const* P = B + {slots[0]};' if side_by_side else pointers}",
             ]
-            lines += call(launch, kernel, max(hint // GRAIN_BYTES, 1), lambda a: f"Z[{at[a.name]}]")
+            lines += call(launch, kernel, most, lambda a: f"Z[{at[a.name]}]")
             if kernel.messages:
                 lines.append(f"    if (err[0]) return err[0] + {len(said)};")
                 said += kernel.messages
@@ -153,7 +157,7 @@ def write_unit(
     driver = DRIVER % {"openmp": WITH_OPENMP if openmp else WITHOUT_OPENMP}
     batches = BATCH if any(launch.batched for run in runs for launch, _ in run) else ""
     source = prelude(body, maths) + driver + batches + "\n" + body + "\n"
-    return Unit(source, tuple(functions), tuple(bindings), symbols, tuple(messages))
+    return Unit(source, tuple(functions), tuple(bindings), symbols, tuple(messages), tuple(threads))
 
 
 def call(launch: Launch, kernel: KernelText, most: int, size: Callable[[Sym | Axis], str]) -> list[str]:

@@ -97,7 +97,8 @@ def write_hosts(jobs: Jobs, unit: Unit, runs: Sequence[list[Run]]) -> list[HostP
     found, at = [], 0
     for (plan, ctx), mine in zip(jobs, runs, strict=True):
         run_of = {i: k for k, run in enumerate(mine) for i, _, _ in run}
-        host = write_program(plan, unit.binding[at : at + len(mine)], unit.symbols, run_of)
+        own = slice(at, at + len(mine))
+        host = write_program(plan, unit.binding[own], unit.symbols, run_of, unit.threads[own])
         ctx.stages["unit"], ctx.stages["program"] = unit, host
         found.append(host)
         at += len(mine)
@@ -165,7 +166,7 @@ def assemble(
     """Group each plan's launches between other steps into runs, and write the unit that holds them all."""
     runs = [group_runs(plan, by_step) if tools is not None else [] for plan, by_step in zip(plans, texts, strict=True)]
     if tools is None:
-        return Unit("", (), (), (), ()), runs
+        return Unit("", (), (), (), (), ()), runs
     moved: dict[int, int] = {}
     for plan, mine in zip(plans, runs, strict=True):
         moved.update({id(launch): launch_traffic(plan, launch).total for run in mine for _, launch, _ in run})

@@ -21,6 +21,7 @@ from typing import Any
 import numpy as np
 import torch
 
+from minifuse import compat
 from minifuse.passes.memory import POOLED_BYTES
 
 # Below this many bytes torch's allocator is used: malloc keeps such pieces warm itself once it has grown, and wrapping
@@ -221,13 +222,13 @@ class Pool:
         The storage cannot grow: `resize_` to more bytes raises, as for any tensor over foreign memory.
         """
         count = 1
-        for n, s in zip(shape, stride, strict=True):
+        for n, s in zip(shape, stride):
             if n == 0:
-                return torch.empty_strided(shape, stride, dtype=dtype)
+                return compat.empty_strided_cpu(shape, stride, dtype)
             count += (n - 1) * s
         nbytes = count * dtype.itemsize
         if nbytes < SMALL:
-            return torch.empty_strided(shape, stride, dtype=dtype)
+            return compat.empty_strided_cpu(shape, stride, dtype)
         piece = self._take(nbytes)
         tenant = np.ndarray.__new__(_Tenant, (nbytes,), np.uint8, piece.array, piece.offset)
         tenant.piece = piece

@@ -7,7 +7,7 @@ import math
 import os
 import threading
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -24,6 +24,7 @@ from minifuse.passes.memory import arena_intervals, pack
 from .pool import Lease, Pool
 
 POOL = Pool()
+NO_ARENA = torch.empty(0, dtype=torch.uint8)
 
 
 class _Threads:
@@ -78,18 +79,20 @@ deterministic = _Deterministic()
 
 @dataclass(frozen=True)
 class Layout:
-    """A plan's arena at given sizes: bytes, offsets, and the values of the unit's symbols."""
+    """A plan's arena at given sizes: bytes, offsets, the values of the unit's symbols, and, where there is no arena to
+    keep them with, the frames that no call has."""
 
     nbytes: int
     offsets: dict[str, int]
     env: dict[str, int]
+    idle: list[Frame] = field(default_factory=list)
 
 
 @dataclass
 class Frame:
     """What one call needs that does not change between calls over the same memory."""
 
-    key: tuple[int, ...]
+    layout: Layout
     pointers: list[Any]
     views: list[torch.Tensor]
     sizes: Any
@@ -157,26 +160,33 @@ class Program:
     def enter(self, key: tuple[int, ...]) -> Frame:
         """Lease an arena for a call with these sizes."""
         layout = self.layouts.get(key) or self.layout(key)
+        if not layout.nbytes:
+            try:
+                return layout.idle.pop()
+            except IndexError:
+                return self.make_frame(layout, NO_ARENA)
         lease = POOL.lease(layout.nbytes)
         kept = lease.memo.get(self)
-        frame = kept if kept is not None and kept.key == key else self.make_frame(key, layout, lease.tensor)
+        frame = kept if kept is not None and kept.layout is layout else self.make_frame(layout, lease.tensor)
         frame.lease = lease
         return frame
 
     def leave(self, frame: Frame) -> None:
         """Give the arena back; the frame stays with the memory for the next call over it."""
         lease, frame.lease = frame.lease, None
-        if lease is not None:
+        if lease is None:
+            frame.layout.idle.append(frame)
+        else:
             lease.memo[self] = frame
             lease.release()
 
-    def make_frame(self, key: tuple[int, ...], layout: Layout, base: torch.Tensor) -> Frame:
+    def make_frame(self, layout: Layout, base: torch.Tensor) -> Frame:
         address = base.data_ptr()
         places = {name: x.data_ptr() for name, x in self.constants.items() if isinstance(x, torch.Tensor)}
         places |= {name: address + offset for name, offset in layout.offsets.items()}
         pointers = [self.array(ctypes.c_void_p, [places.get(name, 0) for name in names]) for names in self.binding]
         sizes = self.array(ctypes.c_int64, [layout.env.get(name, 0) for name in self.unit_symbols])
-        return Frame(key, pointers, [self.arena_view(r, layout, base) for r in self.host.views], sizes)
+        return Frame(layout, pointers, [self.arena_view(r, layout, base) for r in self.host.views], sizes)
 
     def array(self, kind: Any, items: list[int]) -> Any:
         """Addresses or sizes as a run takes them."""

@@ -351,7 +351,7 @@ class TritonProgram(Program):
         elif self.checked:
             self.make_flags()
         layout = self.layouts.get(key) or self.layout(key)
-        return self.make_frame(key, layout, torch.empty(layout.nbytes, dtype=torch.uint8, device=self.device))
+        return self.make_frame(layout, torch.empty(layout.nbytes, dtype=torch.uint8, device=self.device))
 
     def leave(self, frame: Frame) -> None:
         if not self.on_gpu:
