@@ -18,7 +18,7 @@ from minifuse.ir.shape import cdiv, product
 from minifuse.ir.value import LANES, Cast, Load, Op, Random, Reduce, Scan, Value
 from minifuse.passes.schedule import tile_elements
 
-from . import c_rows
+from . import c_rows, c_tiles
 from .c_text import (
     MAX_LOCAL,
     SCALAR,
@@ -67,6 +67,7 @@ class CDialect:
         self.vectors: dict[Fold, tuple[str, ...]] = {}
         self.scalars: dict[Fold, tuple[str, ...]] = {}
         self.streamed: set[Param] = set()
+        self.tiles: dict[Load, str] = {}
         self.kept: dict[Fold, c_rows.Kept] = {}
 
     # -- names -----------------------------------------------------------------------------------
@@ -236,6 +237,8 @@ class CDialect:
             text = f"mf_loadn_{t}({base}, n)" if self.ragged(p) else f"mf_load_{t}({base})"
             if streams(p, param, offset, self.streamed):
                 text = f"({ahead(base)}, {text})"
+        elif (place := c_tiles.staged(self, p, v, offset, step)) is not None:
+            text = f"mf_loadn_{t}({place}, n)" if self.ragged(p) else f"mf_load_{t}({place})"
         else:
             text = f"mf_loads_{t}({base}, {self.expr(step)}, {self.n(p)})"
         if v.mask is None:

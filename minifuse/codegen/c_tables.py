@@ -167,6 +167,15 @@ MF $V mf_loads_$T(const $S* p, int64_t stride, int64_t n) {
   else for (int l = 0; l < n; l++) r[l] = q[l * stride];
   return $widen(r);
 }""",
+    "stage": """
+/* A tile of rows that lie `step` apart, as columns `ld` apart: each line of memory is read once, whole. */
+static void mf_stage_$T($S* t, int64_t ld, const $S* p, int64_t step, int64_t columns, int64_t rows) {
+  for (int64_t r = 0; r < rows; ++r, p += step) {
+    $S* q = t + r;
+    if (columns == 16) { for (int c = 0; c < 16; ++c) q[c * ld] = p[c]; }
+    else for (int64_t c = 0; c < columns; ++c) q[c * ld] = p[c];
+  }
+}""",
     "gather": """
 MF $V mf_gather_$T(const $S* p, v_i64 offsets, int64_t n) {
   const $Q* q = (const void*)p; $P r = {0};

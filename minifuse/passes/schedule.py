@@ -22,7 +22,8 @@ from minifuse.passes.split import Tree, closed, divide, halves, splits
 
 LANE_TILE = 4096
 COLUMN_TILE = 256
-TRANSPOSE_TILE = 16
+# Columns of a tile that is turned: 16 fill a line of memory, 64 leave its page for fewer others.
+TRANSPOSE_TILES = (64, 16)
 MIN_PARALLEL = 16
 SPLIT_WORK = 65_536
 LEAST_ROWS = 4 * COLUMN_CHUNK
@@ -232,7 +233,11 @@ def choose(kernel: Kernel, hint: Hint) -> Schedule:
             others = hint(product(a.size for a in grid if a is not lane))
             while inner_work and lane_tile > 64 and others * (hint(lane.size) // lane_tile) < MIN_PARALLEL:
                 lane_tile //= 2
-    loops = [Loop(a, "grid", TRANSPOSE_TILE if a is across else 1) for a in grid if a is not lane]
+    loops = [Loop(a, "grid") for a in grid if a is not lane]
+    if across is not None and lane is not None:
+        points = hint(product(a.size for a in grid if a is not lane)) * -(-hint(lane.size) // lane_tile)
+        tile = next((t for t in TRANSPOSE_TILES if points >= t * MIN_PARALLEL), TRANSPOSE_TILES[-1])
+        loops = [replace(loop, step=tile) if loop.axis is across else loop for loop in loops]
     if lane in grid and lane is not None and lane_tile > 1:
         loops.append(Loop(lane, "grid", lane_tile))
     if across is not None:
