@@ -7,12 +7,10 @@ from __future__ import annotations
 
 import functools
 import inspect
-import pickle
-import threading
 import time
-from collections.abc import Callable, Iterable, Iterator, Mapping, MutableMapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, MutableMapping, Sequence
 from contextlib import contextmanager
-from typing import Any, cast
+from typing import Any
 
 import sympy  # type: ignore[import-untyped]
 import torch
@@ -21,7 +19,6 @@ from torch._C._dynamo import guards as _guards  # 2.11-2.13
 from torch._decomp import core_aten_decompositions, decomposition_table  # 2.11-2.13
 from torch._dynamo.backends.common import aot_autograd as _aot_autograd  # 2.11-2.13
 from torch._dynamo.utils import get_metrics_context  # 2.11-2.13
-from torch._functorch import config as _functorch_config  # 2.11-2.13
 from torch._functorch import partitioners  # 2.11-2.13
 from torch._guards import TracingContext, tracing  # 2.11-2.13
 from torch._ops import HigherOrderOperator as HigherOrderOperator  # 2.11-2.13
@@ -44,23 +41,6 @@ try:  # 2.13
     from torch._functorch._aot_autograd.graph_compile import is_opaque_node as _is_opaque_node
 except ImportError:  # 2.11
     _is_opaque_node = None  # type: ignore[assignment]
-
-
-try:  # 2.13
-    from torch._functorch._aot_autograd.autograd_cache import AOTAutogradCache as _Cache
-    from torch._functorch._aot_autograd.autograd_cache import AOTAutogradCacheDetails as _Details
-    from torch._functorch._aot_autograd.autograd_cache import BypassAOTAutogradCache as _NotCached
-    from torch._functorch._aot_autograd.schemas import SerializableAOTDispatchCompiler as _Serializable
-    from torch._inductor.codecache import FxGraphCache
-    from torch._inductor.output_code import OutputCode as OutputCode
-except ImportError:
-    _Cache, _Details, _Serializable, OutputCode, _NotCached = None, None, None, object, RuntimeError  # type: ignore[assignment, misc]
-NotCachedError: type[Exception] = _NotCached
-"""Raised by what is to be written: it goes on without."""
-CACHES = all(hasattr(_Cache, name) for name in ("iterate_over_candidates", "_write_to_local_cache")) and hasattr(
-    _Details, "_init_fx_graph_hash_details"
-)
-"""Whether AOT autograd's cache is one that `caching` knows."""
 
 
 # -- sizes ------------------------------------------------------------------------------------------
@@ -280,6 +260,13 @@ def aot_autograd(**kwargs: Any) -> Callable[..., Any]:
     return _aot_autograd(**kwargs)
 
 
+def keep_saved() -> None:
+    """What the forward that is being compiled saves stays its owner's: a backward that buffers are donated to may not
+    run twice. 2.11-2.13."""
+    if (meta := forward_metadata()) is not None:
+        meta.bw_donated_idxs = []
+
+
 def dynamo_seconds() -> float:
     """Seconds since Dynamo began with what is being compiled; 0 outside of it. 2.11-2.13."""
     context = get_metrics_context()
@@ -291,56 +278,6 @@ def forward_metadata() -> Any:
     """AOT autograd's metadata of the graph that is being compiled, or None outside of it."""
     context = TracingContext.try_get()
     return None if context is None else context.fw_metadata
-
-
-def serializable(compiler: Callable[..., Any]) -> Any:
-    """A compiler whose results AOT autograd's cache may write: it returns an `OutputCode`. 2.13."""
-    return _Serializable(OutputCode, compiler)
-
-
-@contextmanager
-def caching(tag: str, read: Callable[[str], Iterable[bytes]], write: Callable[[str, bytes], None]) -> Iterator[bool]:
-    """In this thread AOT autograd takes its results by `read` and keeps them by `write`, both by the key that it makes
-    of a graph, its inputs, torch's settings and `tag`; a backward is compiled with its forward. Gives True. 2.13.
-
-    Of the key, what names Inductor's own code is left out: to digest it takes half a second in each process.
-    """
-    me, cache, key_of = threading.get_ident(), cast(Any, _Cache), cast(Any, _Details)
-    theirs, written = cache.iterate_over_candidates, cache._write_to_local_cache
-    digested, settings = key_of._init_fx_graph_hash_details, cast(Any, torch.compiler.config)
-
-    def candidates(local: bool, remote: Any, key: str) -> Iterator[tuple[Any, bytes, bool]]:
-        mine = threading.get_ident() == me
-        yield from ((pickle.loads(data), data, True) for data in read(key)) if mine else theirs(local, remote, key)
-
-    def keep(key: str, content: bytes) -> None:
-        (write if threading.get_ident() == me else written)(key, content)
-
-    def details(self: Any, gm: fx.GraphModule, example_inputs: Sequence[Any], fx_config: Any) -> None:
-        if threading.get_ident() != me:
-            digested(self, gm, example_inputs, fx_config)
-            return
-        FxGraphCache._check_can_cache(gm, example_inputs, fx_config)
-        for node in gm.graph.nodes:
-            if isinstance(node.target, HigherOrderOperator) and "triton" in node.target.name():
-                raise NotCachedError(f"{node.target.name()} runs a kernel that the graph does not show")
-        self.gm, self.example_inputs, self.cache_key_tag = gm, list(example_inputs), settings.cache_key_tag
-        self.defaults = (torch.get_default_dtype(), torch.get_default_device(), torch.get_float32_matmul_precision())
-
-    cache.iterate_over_candidates, cache._write_to_local_cache = staticmethod(candidates), staticmethod(keep)
-    key_of._init_fx_graph_hash_details = details
-    both: dict[str, Any] = {"bundled_autograd_cache": True, "force_non_lazy_backward_lowering": True}
-    try:
-        with settings.patch(cache_key_tag=f"{settings.cache_key_tag}{tag}"), _functorch_config.patch(both):
-            yield True
-    finally:
-        del cache.iterate_over_candidates
-        cache._write_to_local_cache, key_of._init_fx_graph_hash_details = staticmethod(written), digested
-
-
-def guards_of(data: bytes) -> str | None:
-    """What must hold of a graph's sizes for what AOT autograd kept of it."""
-    return pickle.loads(data).guards_expr
 
 
 # -- AOT autograd's joint graph and its partitioner ------------------------------------------------------------------

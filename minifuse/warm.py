@@ -1,9 +1,9 @@
 """Warm starts: what was made of a graph is kept on disk, and a later process takes it from there.
 
 AOT autograd has a cache for its own results, the metadata of a captured graph and what compilers made of it, and takes
-the results of any compiler that says how they are serialised (`compat.OutputCode`). With it a second process traces no
-joint graph and runs no pass: it reads the plan, the host program and the source of its C unit, whose library is an
-entry of its own. The files are this package's (`runtime.cache`): checked, private, dropped by age.
+the results of any compiler that says how they are serialised (`compat_cache.OutputCode`). With it a second process
+traces no joint graph and runs no pass: it reads the plan, the host program and the source of its C unit, whose library
+is an entry of its own. The files are this package's (`runtime.cache`): checked, private, dropped by age.
 
 Kept is what a key can name: the target is C, the options are plain values, the tables of operators, passes and rules
 are those that the package came with, and nothing is to be written or warned about while a graph compiles.
@@ -23,7 +23,7 @@ from typing import Any
 
 import torch
 
-from . import compat
+from . import compat, compat_cache
 from .ir import ops
 from .ir.device import DeviceModel
 from .ir.plan import content_hash
@@ -40,7 +40,7 @@ from .runtime.build import disk_cache, restore
 VARIANTS = 8
 
 
-class CompiledGraph(compat.OutputCode):
+class CompiledGraph(compat_cache.OutputCode):
     """A program that AOT autograd can write to its cache: as its record, from which `runtime.build` makes it again.
 
     `loading` names the graph that is being compiled: a record that is taken from the disk has its name in this process.
@@ -71,7 +71,7 @@ class CompiledGraph(compat.OutputCode):
         try:
             _Pickler(written, pickle.HIGHEST_PROTOCOL).dump(self.record)
         except Exception as why:
-            raise compat.NotCachedError(f"{self.record.name}: {why}") from why
+            raise compat_cache.NotCachedError(f"{self.record.name}: {why}") from why
         self.saved, self.record, self.build, self.program = written.getvalue(), None, None, None
 
     def post_compile(self, example_inputs: Any, constants: Any, graph_kwargs: Any) -> None:
@@ -103,7 +103,7 @@ def _operator(namespace: str, name: str, overload: str) -> Any:
 def session(name: str, options: Options, device: DeviceModel, target: str) -> AbstractContextManager[bool]:
     """Inside, where a graph of this name is compiled, AOT autograd keeps its results in the disk cache; gives whether
     it does."""
-    if not plain(options, target) or tables() != SHIPPED or not compat.CACHES:
+    if not plain(options, target) or tables() != SHIPPED or not compat_cache.CACHES:
         return nullcontext(False)
     tools = toolchain.find(options.precise)
     if tools is None:
@@ -120,11 +120,11 @@ def session(name: str, options: Options, device: DeviceModel, target: str) -> Ab
                 yield data
 
     def write(name: str, data: bytes) -> None:
-        kept = [*read(name)]
-        if len(kept) < VARIANTS and not any(compat.guards_of(one) == compat.guards_of(data) for one in kept):
+        kept = [compat_cache.guards_of(one) for one in read(name)]
+        if len(kept) < VARIANTS and compat_cache.guards_of(data) not in kept:
             cache.put(f"graph_{name}.{len(kept)}", data)
 
-    return compat.caching(key, read, write)
+    return compat_cache.caching(key, read, write)
 
 
 def plain(options: Options, target: str) -> bool:

@@ -405,3 +405,14 @@ def test_an_input_that_is_written_when_the_forward_has_run_is_not_what_the_backw
         (a,) = torch.autograd.grad(f(want).sum(), leaf, retain_graph=True)
         (b,) = torch.autograd.grad(run(got).sum(), leaf, retain_graph=True)
         torch.testing.assert_close(b, a)
+
+
+def test_a_backward_is_run_again_whether_or_not_the_first_one_kept_its_graph() -> None:
+    torch._dynamo.reset()
+    run = torch.compile(lambda x: (x.sin() * x.exp()).softmax(1), backend="minifuse")
+    x = torch.randn(4, 6, requires_grad=True)
+    run(x).sum().backward()
+    for _ in range(2):
+        out = run(x)
+        first = torch.autograd.grad((out * x).sum(), x, retain_graph=True)
+        assert torch.equal(first[0], torch.autograd.grad((out * x).sum(), x)[0])

@@ -12,6 +12,7 @@ from typing import Any
 
 import pytest
 import torch
+import torch.utils.checkpoint
 from torch import nn
 
 import minifuse
@@ -68,7 +69,7 @@ def test_a_training_step_is_taken_from_the_disk_and_is_the_same_to_the_bit(folde
     same(step(folder), first)
     assert warm() == [True, True]
     for old, new in zip(before, minifuse.reports()[-2:], strict=True):
-        assert old.name != new.name and "warm start" in str(new) and "fuse" not in new.seconds
+        assert old.name != new.name and "read from the cache" in str(new) and "fuse" not in new.seconds
         assert [str(d) for d in old.decisions] == [str(d) for d in new.decisions]
         assert {**old.to_json(), "name": "", "seconds": 0} == {**new.to_json(), "name": "", "seconds": 0}
 
@@ -165,6 +166,84 @@ def test_a_pass_or_an_operator_of_the_users_own_keeps_graphs_off_the_disk(
         torch.compile(torch.exp, backend="minifuse", options={"plan_cache": True, "cache_dir": folder})(torch.ones(3))
     step(folder)
     assert warm() == [True, True] and len(entries(folder)) == 1
+
+
+@torch.library.custom_op("warm::twice", mutates_args=())
+def twice(x: torch.Tensor) -> torch.Tensor:
+    return x * 2
+
+
+twice.register_fake(torch.empty_like)
+
+
+def test_what_a_custom_operator_does_is_not_in_the_graph(folder: str) -> None:
+    options = {"plan_cache": True, "cache_dir": folder}
+    for factor in (2, 5):
+        twice.register_autograd(lambda ctx, g, factor=factor: g * factor)
+        torch._dynamo.reset()
+        x = torch.ones(4, requires_grad=True)
+        torch.compile(lambda x: twice(x).sin(), backend="minifuse", options=options)(x).sum().backward()
+        torch.testing.assert_close(x.grad, torch.full((4,), 2.0).cos() * factor)
+    assert not entries(folder)
+
+
+def grads(run: Callable[[torch.Tensor], torch.Tensor]) -> list[torch.Tensor]:
+    """Two backwards through one forward, and a forward that nobody differentiates."""
+    x = torch.linspace(-2, 2, 24).reshape(4, 6).requires_grad_()
+    out = run(x)
+    (first,) = torch.autograd.grad(out.sum(), x, retain_graph=True)
+    (second,) = torch.autograd.grad((out * out).sum(), x)
+    return [out.detach(), first, second, run(x.detach()), run(x).detach()]
+
+
+SCALE = torch.tensor([1.0, 2.0, 3.0, 4.0, 5.0, 6.0])
+
+
+@pytest.mark.parametrize(
+    "fn",
+    [
+        lambda x: (x.sin() * x.exp()).softmax(1),
+        lambda x: x.sin() * SCALE + torch.tensor([1.0, 2.0, 3.0, 4.0, 5.0, 6.5]),
+        lambda x: torch.utils.checkpoint.checkpoint(lambda x: x.sin().exp() * x, x, use_reentrant=False),
+        lambda x: x.t().sin().unsqueeze(0)[0] * 2,
+        lambda x: x.clone().mul_(2).add_(x),
+        lambda x: torch.nn.functional.scaled_dot_product_attention(x[None, None], x[None, None], x[None, None]),
+    ],
+)
+def test_gradients_of_a_warm_start_are_the_cold_ones(fn: Callable[..., torch.Tensor], folder: str) -> None:
+    found = []
+    for _ in range(2):
+        torch._dynamo.reset()
+        found.append(grads(torch.compile(fn, backend="minifuse", options={"plan_cache": True, "cache_dir": folder})))
+    same(found[1], found[0])
+    torch.testing.assert_close(found[0], grads(fn), rtol=1e-4, atol=1e-5)
+
+
+def test_a_view_of_an_input_and_a_mutated_one_are_eagers(folder: str) -> None:
+    def fn(x: torch.Tensor, y: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        y.add_(1)
+        return x[1:].t(), (x * y).sum(0)
+
+    for _ in range(2):
+        torch._dynamo.reset()
+        x, y = torch.arange(12.0).reshape(4, 3), torch.ones(4, 3)
+        run = torch.compile(fn, backend="minifuse", options={"plan_cache": True, "cache_dir": folder})
+        view, total = run(x, y)
+        assert view.data_ptr() == x[1:].data_ptr() and torch.equal(y, torch.full((4, 3), 2.0))
+        assert torch.equal(view, x[1:].t()) and torch.equal(total, (x * 2).sum(0))
+    assert minifuse.reports()[-1].record.warm
+
+
+def test_random_numbers_are_drawn_anew_from_the_seed(folder: str) -> None:
+    drawn = []
+    for _ in range(2):
+        torch._dynamo.reset()
+        torch.manual_seed(3)
+        run = torch.compile(lambda x: torch.nn.functional.dropout(x, 0.5), backend="minifuse",
+                            options={"plan_cache": True, "cache_dir": folder})  # fmt: skip
+        drawn += [run(torch.ones(64)), run(torch.ones(64))]
+    assert torch.equal(drawn[0], drawn[2]) and torch.equal(drawn[1], drawn[3]) and not torch.equal(drawn[0], drawn[1])
+    assert minifuse.reports()[-1].record.warm
 
 
 def test_a_dump_is_written_each_time(folder: str, tmp_path: Path) -> None:

@@ -264,7 +264,8 @@ class Report:
             lines.append(f"backward, by {self.remat.policy}: {loaded}, {again}")
         total = sum(self.seconds.values())
         spent = [(phase, s) for phase, s in sorted(self.seconds.items(), key=lambda item: -item[1]) if s >= total / 200]
-        lines.append(f"compiled in {total:.2f} s: " + ", ".join(f"{phase} {1e3 * s:.0f} ms" for phase, s in spent))
+        how = "read from the cache" if self.record.warm else "compiled"
+        lines.append(f"{how} in {total:.2f} s: " + ", ".join(f"{phase} {1e3 * s:.0f} ms" for phase, s in spent))
         if self.interpreted:
             lines.append(f"interpreted, slowly: {', '.join(self.interpreted)}")
         return lines
