@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import os
 import signal
 import stat
@@ -22,6 +23,7 @@ from torch.nn import functional as F
 from minifuse import backend
 from minifuse.codegen.unit import KernelText
 from minifuse.errors import CompileError
+from minifuse.ir.ops import TABLE
 from minifuse.records import RECORDS
 from minifuse.runtime import build, toolchain
 from tests.judge import compiled, records, same, twin
@@ -390,3 +392,41 @@ def test_a_fork_while_another_thread_compiles_does_not_hang() -> None:
     done.set()
     holder.join()
     assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 0
+
+
+# -- a large unit, compiled in parts ------------------------------------------------------------------
+def many(x: torch.Tensor) -> torch.Tensor:
+    for op in (torch.sin, torch.cos, torch.exp, torch.tanh, torch.erf, torch.sigmoid, torch.relu, torch.abs, torch.neg,
+               torch.square, torch.floor, torch.ceil, torch.log1p, torch.expm1, torch.atan, torch.sinh, torch.cosh,
+               torch.asinh, torch.sign, torch.trunc):  # fmt: skip
+        x = op(x * 0.1) + 0.5
+    return x
+
+
+@pytest.mark.parametrize("cores", [1, 2, 5])
+def test_a_large_unit_in_parts_is_the_unit(cores: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(toolchain, "_cores", lambda: cores)
+    started: list[list[str]] = []
+    start = toolchain.Compiling.start
+
+    def watch(self: toolchain.Compiling, command: list[str]) -> None:
+        started.append(command)
+        start(self, command)
+
+    monkeypatch.setattr(toolchain.Compiling, "start", watch)
+    x = torch.linspace(-1, 1, 100)
+    out = compiled(many, {"fusion_fuel": 0, "cache_dir": str(tmp_path)})(x)
+    same(out, many(x), tolerance=1e-5)
+    assert interpreted() == []
+    parts = {1: 0, 2: 2, 5: 2}[cores]
+    assert sum("-c" in command for command in started) == parts and len(started) == (parts + 1 if parts else 1)
+    whole = compiled(many, {"cache_dir": str(tmp_path)})(x)
+    assert torch.equal(out, whole)
+
+
+def test_a_part_that_does_not_compile_is_interpreted_alone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(toolchain, "_cores", lambda: 2)
+    monkeypatch.setitem(TABLE, "tanh", dataclasses.replace(TABLE["tanh"], c="(this is no C)"))
+    x = torch.linspace(-1, 1, 100)
+    same(compiled(many, {"fusion_fuel": 0, "cache_dir": str(tmp_path)})(x), many(x), tolerance=1e-5)
+    assert len(interpreted()) == 1

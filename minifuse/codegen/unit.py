@@ -78,6 +78,17 @@ WITHOUT_OPENMP = """static int64_t mf_thread(void) { return 0; }
 static int64_t mf_threads(void) { return 1; }
 static void mf_parallel(void (*f)(void*), void* data, unsigned threads) { f(data); }"""
 
+# Kernels that are worth a process of the compiler's. A unit of more may be compiled in parts, by as many at once.
+PART = 8
+PARTS = """
+#ifdef MF_PARTS
+#define MF_HERE(k) ((k) % MF_PARTS == MF_PART)
+#define MF_KERNEL
+#else
+#define MF_HERE(k) 1
+#define MF_KERNEL static
+#endif"""
+
 
 @dataclass(frozen=True)
 class KernelText:
@@ -102,6 +113,12 @@ class Unit:
     symbols: tuple[str, ...]
     messages: tuple[tuple[str, ...], ...]
     threads: tuple[int, ...]
+
+
+def part(k: int, text: str) -> str:
+    """A kernel where its part of the unit is compiled, and its declaration elsewhere."""
+    text = text.replace("static", "MF_KERNEL", 1)
+    return f"#if MF_HERE({k})\n{text}\n#else\n{text.partition(chr(10))[0]};\n#endif"
 
 
 def write_kernel(launch: Launch) -> KernelText:
@@ -153,7 +170,11 @@ def write_unit(
         bodies.append('__attribute__((visibility("default")))\n' + "\n".join(lines))
         bindings.append(tuple(binding))
         messages.append(tuple(said))
-    body = "\n\n".join([*kernels.values(), *bodies])
+    if len(kernels) < 2 * PART:
+        body = "\n\n".join([*kernels.values(), *bodies])
+    else:
+        body = "\n\n".join([PARTS, *map(part, range(len(kernels)), kernels.values()),
+                            "#if MF_HERE(0)", *bodies, "#endif"])  # fmt: skip
     driver = DRIVER % {"openmp": WITH_OPENMP if openmp else WITHOUT_OPENMP}
     batches = BATCH if any(launch.batched for run in runs for launch, _ in run) else ""
     source = prelude(body, maths) + driver + batches + "\n" + body + "\n"

@@ -28,6 +28,7 @@ from pathlib import Path
 import torch
 
 from minifuse.codegen.c_prelude import MathLibrary, candidates
+from minifuse.codegen.unit import PART
 from minifuse.errors import CompileError
 
 # -O1 is the lowest level that turns the lane loops of the prelude into whole-register code. Integers wrap, as in
@@ -196,32 +197,59 @@ def mapped_openmp() -> tuple[str, ...]:
 
 
 class Compiling:
-    """The compiler at work on one C unit, in a process of its own. Nothing is left behind, whatever happens."""
+    """The compiler at work on one C unit, in processes of its own: several where the unit is large, each compiling a
+    part of it (`codegen.unit.PARTS`). Nothing is left behind, whatever happens."""
 
     def __init__(self, source: str, toolchain: Toolchain) -> None:
         self.source = source
         self.folder = tempfile.TemporaryDirectory(prefix="minifuse-cc-")
         unit, self.library, self.words = (Path(self.folder.name, name) for name in ("unit.c", "unit.so", "words"))
         unit.write_text(source)
-        self.command = [*toolchain.compiler, *toolchain.flags, "-shared", str(unit), "-o", str(self.library)]
+        parts = min(_cores(), source.count("#if MF_HERE(") // PART)
+        build = [*toolchain.compiler, *toolchain.flags]
+        self.link = ["-shared", "-o", str(self.library)]
         if "Sleef_" in source:
-            self.command += ["-Wl,--no-as-needed", _torch_stub(toolchain.compiler)]
-        self.command += [*toolchain.libs, "-lm"]
+            self.link += ["-Wl,--no-as-needed", _torch_stub(toolchain.compiler)]
+        self.link += [*toolchain.libs, "-lm"]
+        if parts > 1:
+            objects = [f"{self.folder.name}/part{k}.o" for k in range(parts)]
+            self.link = [*build, *objects, *self.link]
+            commands = [
+                [*build, f"-DMF_PARTS={parts}", f"-DMF_PART={k}", "-c", str(unit), "-o", made]
+                for k, made in enumerate(objects)
+            ]
+        else:
+            commands, self.link = [[*build, str(unit), *self.link]], []
         self.begin, self.seconds = time.perf_counter(), 0.0
-        self.process: subprocess.Popen[bytes] | None = None
-        self.refused = ""
+        self.running: list[tuple[list[str], subprocess.Popen[bytes]]] = []
+        self.refused: CompileError | None = None
+        self.end = weakref.finalize(self, _stop, self.running, self.folder)
+        for command in commands:
+            self.start(command)
+
+    def start(self, command: list[str]) -> None:
         try:
-            with open(self.words, "w") as words:
-                self.process = subprocess.Popen(
-                    self.command,
-                    stdin=subprocess.DEVNULL,
-                    stdout=words,
-                    stderr=subprocess.STDOUT,
-                    start_new_session=True,
+            with open(self.words, "a") as words:
+                process = subprocess.Popen(
+                    command, stdin=subprocess.DEVNULL, stdout=words, stderr=words, start_new_session=True
                 )
+            self.running.append((command, process))
         except OSError as error:
-            self.refused = str(error)
-        self.end = weakref.finalize(self, _stop, self.process, self.folder)
+            self.refused = CompileError(command, str(error), self.source)
+
+    def wait(self, until: float) -> None:
+        while self.running and self.refused is None:
+            command, process = self.running[0]
+            try:
+                status = process.wait(max(until - time.perf_counter(), 0.0))
+            except subprocess.TimeoutExpired:
+                taken = f"no result after {until - self.begin:g} s"
+                raise CompileError(command, taken, self.source) from None
+            self.running.pop(0)
+            if status:
+                raise CompileError(command, self.words.read_text(errors="replace"), self.source)
+        if self.refused is not None:
+            raise self.refused
 
     def result(self, timeout: float = _TIMEOUT) -> bytes:
         """The bytes of the shared library.
@@ -230,29 +258,32 @@ class Compiling:
         `timeout` seconds.
         """
         try:
-            if self.process is None:
-                raise CompileError(self.command, self.refused, self.source)
-            status = self.process.wait(timeout)
+            self.wait(self.begin + timeout)
+            if self.link:
+                self.start(self.link)
+                self.wait(self.begin + timeout)
             self.seconds = time.perf_counter() - self.begin
-            words = self.words.read_text(errors="replace")
-            if status:
-                raise CompileError(self.command, words, self.source)
             if not self.library.exists():
-                raise CompileError(self.command, f"it exited with 0 and wrote no library {words}", self.source)
+                words = self.words.read_text(errors="replace")
+                raise CompileError(self.link, f"it exited with 0 and wrote no library {words}", self.source)
             return self.library.read_bytes()
-        except subprocess.TimeoutExpired:
-            raise CompileError(self.command, f"no result after {timeout:g} s", self.source) from None
         finally:
             self.end()
 
 
-def _stop(process: subprocess.Popen[bytes] | None, folder: tempfile.TemporaryDirectory[str]) -> None:
-    """End a compiler and what it started, if it runs, and remove what it wrote."""
-    if process is not None and process.poll() is None:
-        with contextlib.suppress(OSError):
-            os.killpg(process.pid, signal.SIGKILL)
-        process.wait()
+def _stop(running: list[tuple[list[str], subprocess.Popen[bytes]]], folder: tempfile.TemporaryDirectory[str]) -> None:
+    """End the compilers that run, and what they started, and remove what they wrote."""
+    for _, process in running:
+        if process.poll() is None:
+            with contextlib.suppress(OSError):
+                os.killpg(process.pid, signal.SIGKILL)
+            process.wait()
     folder.cleanup()
+
+
+def _cores() -> int:
+    """Processors that this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 def compile_shared(source: str, toolchain: Toolchain, timeout: float = _TIMEOUT) -> bytes:
