@@ -171,3 +171,20 @@ def test_the_place_of_an_extremum_is_found_in_generated_code(dtype: torch.dtype)
     x = (torch.randn(48, 129) * 100).to(dtype)
     identical(lambda x: [x.argmax(), x.argmin(1), x.max(0).indices, x.argmax(1, keepdim=True)], x)
     assert not minifuse.reports()[-1].interpreted
+
+
+@pytest.mark.parametrize("shape", [(), (1,), (1, 1), (3,)])
+@pytest.mark.parametrize("grad", [False, True])
+def test_what_is_turned_round_is_a_tensor_of_its_own_whatever_its_size(shape: tuple[int, ...], grad: bool) -> None:
+    def fn(x: Tensor) -> tuple[Tensor, ...]:
+        y = x * 2
+        dims = [0] if x.dim() else []
+        return x.flip(dims), x.view(-1), y, y.flip(dims)
+
+    x = torch.randn(shape, requires_grad=grad)
+    found, wanted = compiled(fn)(x), fn(x)
+    for a, b in zip(found, wanted, strict=True):
+        assert torch.equal(a, b)
+    everything = [[t.untyped_storage().data_ptr() for t in (x, *some)] for some in (found, wanted)]
+    one, other = ([[p == q for q in row] for p in row] for row in everything)
+    assert one == other

@@ -460,6 +460,7 @@ class Lowering:
     def outputs(self, node: fx.Node, strides: dict[int, tuple[Any, ...]]) -> tuple[Output, ...]:
         outs: list[Output] = []
         first: dict[fx.Node, int] = {}
+        memory = {n.name: memory_of(n) for n in self.graph.find_nodes(op="placeholder")}
         for i, arg in enumerate(node.args[0]):  # type: ignore[arg-type]
             value = self.env[arg] if isinstance(arg, fx.Node) else arg
             if isinstance(value, View):
@@ -469,17 +470,20 @@ class Lowering:
                     continue
                 want = strides.get(i)
                 wanted = self.strides(arg.meta["val"].stride() if want is None else want)
-                outs.append(self.output_ref(value, wanted))
+                # what eager computes anew (a row of one, turned round) is no view of an input or of another output
+                mine = memory_of(arg)
+                apart = memory.setdefault(value.buffer.name, mine) != mine
+                outs.append(self.output_ref(value, wanted, apart))
             elif isinstance(value, (Expr, *Number)) or value is None or isinstance(value, Opaque):
                 outs.append(value)
             else:
                 raise TypeError(f"output {i} of {self.ctx.name}: expected a tensor or a number, found {value!r}")
         return tuple(outs)
 
-    def output_ref(self, view: View, stride: tuple[Expr, ...]) -> TensorRef:
-        """The view with the strides that eager gives it, copied where it has others."""
+    def output_ref(self, view: View, stride: tuple[Expr, ...], apart: bool) -> TensorRef:
+        """The view with the strides that eager gives it, copied where it has others, or is to lie `apart`."""
         found = view.strided()
-        if found is not None:
+        if found is not None and not apart:
             same = all(s is ONE or a is b for s, a, b in zip(view.shape, found.stride, stride, strict=True))
             if same or any(s is ZERO for s in view.shape):
                 return TensorRef(found.buffer, found.shape, stride, found.offset)
