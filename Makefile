@@ -43,6 +43,8 @@ bench: env
 	$(PY) -m benchmarks.cpu
 	$(PY) -m benchmarks.traffic
 	$(PY) -m benchmarks.memory_roof
+	$(PY) -m benchmarks.compile_time
+	$(PY) -m benchmarks.overhead
 
 # Minutes to hours: every Triton kernel of the model set compiled for four GPUs, small models in Triton's interpreter.
 kernels: env
