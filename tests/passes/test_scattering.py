@@ -175,3 +175,10 @@ def test_a_scatter_reads_back_from_its_text() -> None:
 def test_a_scatter_that_says_too_little_is_refused(old: str, new: str, message: str) -> None:
     with pytest.raises((VerificationError, ValueError), match=message):
         verify_kernel(parse_kernel(SCATTER.replace(old, new)))
+
+
+@pytest.mark.parametrize("reduce", ["sum", "prod", "amax", "amin"])
+def test_booleans_are_reduced_by_aten(reduce: str) -> None:
+    x, at = torch.rand(20) > 0.5, torch.randint(0, 20, (20,))
+    run = compiled(lambda x, at: x.scatter_reduce(0, at, x, reduce, include_self=False))
+    assert torch.equal(run(x, at), x.scatter_reduce(0, at, x, reduce, include_self=False))

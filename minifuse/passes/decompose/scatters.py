@@ -19,7 +19,8 @@ def scatter_reduce(
     x: Tensor, dim: int, index: Tensor, src: Tensor, reduce: str, *, include_self: bool = True
 ) -> Tensor:
     """A mean as a sum and a count; what is not to count is replaced by the identity where something is scattered."""
-    if x.device.type != "cpu" or x.dim() == 0 or index.dim() == 0 or reduce != "mean" and include_self:
+    plain = x.dim() == 0 or index.dim() == 0 or x.dtype is torch.bool
+    if x.device.type != "cpu" or plain or reduce != "mean" and include_self:
         return NotImplemented
     if not include_self:
         lowest, highest = (-math.inf, math.inf) if x.is_floating_point() else (_bounds(x.dtype))

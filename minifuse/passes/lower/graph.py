@@ -458,21 +458,17 @@ class Lowering:
         return Opaque(node.name, None)
 
     def outputs(self, node: fx.Node, strides: dict[int, tuple[Any, ...]]) -> tuple[Output, ...]:
-        outs: list[Output] = []
-        first: dict[fx.Node, int] = {}
+        outs, first = list[Output](), dict[fx.Node, int]()
         memory = {n.name: memory_of(n) for n in self.graph.find_nodes(op="placeholder")}
         for i, arg in enumerate(node.args[0]):  # type: ignore[arg-type]
             value = self.env[arg] if isinstance(arg, fx.Node) else arg
-            if isinstance(value, View):
+            if isinstance(value, View) and first.setdefault(arg, i) != i:
+                outs.append(Again(first[arg]))
+            elif isinstance(value, View):
                 self.node = arg
-                if first.setdefault(arg, i) != i:
-                    outs.append(Again(first[arg]))
-                    continue
-                want = strides.get(i)
-                wanted = self.strides(arg.meta["val"].stride() if want is None else want)
+                wanted = self.strides(strides.get(i, arg.meta["val"].stride()))
                 # what eager computes anew (a row of one, turned round) is no view of an input or of another output
-                mine = memory_of(arg)
-                apart = memory.setdefault(value.buffer.name, mine) != mine
+                apart = memory.setdefault(value.buffer.name, memory_of(arg)) != memory_of(arg)
                 outs.append(self.output_ref(value, wanted, apart))
             elif isinstance(value, (Expr, *Number)) or value is None or isinstance(value, Opaque):
                 outs.append(value)
