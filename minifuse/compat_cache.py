@@ -73,15 +73,24 @@ def caching(tag: str, read: Callable[[str], Iterable[bytes]], write: Callable[[s
             kernels.mem_efficient_sdp_enabled(), kernels.math_sdp_enabled(),
         )  # fmt: skip
 
-    cache.iterate_over_candidates, cache._write_to_local_cache = staticmethod(candidates), staticmethod(keep)
-    key_of._init_fx_graph_hash_details = details
+    changes = (
+        (cache, "iterate_over_candidates", staticmethod(candidates)),
+        (cache, "_write_to_local_cache", staticmethod(keep)),
+        (key_of, "_init_fx_graph_hash_details", details),
+    )
+    before = [vars(owner).get(name) for owner, name, _ in changes]
     both: dict[str, Any] = {"bundled_autograd_cache": True, "force_non_lazy_backward_lowering": True}
     try:
+        for owner, name, own in changes:
+            setattr(owner, name, own)
         with settings.patch(cache_key_tag=f"{settings.cache_key_tag}{tag}"), _functorch_config.patch(both):
             yield True
     finally:
-        del cache.iterate_over_candidates
-        cache._write_to_local_cache, key_of._init_fx_graph_hash_details = staticmethod(written), digested
+        for (owner, name, _), old in zip(changes, before, strict=True):
+            if old is None:
+                delattr(owner, name)  # it was a base class'
+            else:
+                setattr(owner, name, old)
 
 
 def guards_of(data: bytes) -> str | None:

@@ -120,9 +120,11 @@ def session(name: str, options: Options, device: DeviceModel, target: str) -> Ab
                 yield data
 
     def write(name: str, data: bytes) -> None:
-        kept = [compat_cache.guards_of(one) for one in read(name)]
-        if len(kept) < VARIANTS and compat_cache.guards_of(data) not in kept:
-            cache.put(f"graph_{name}.{len(kept)}", data)
+        if compat_cache.guards_of(data) in map(compat_cache.guards_of, read(name)):
+            return
+        free = (k for k in range(VARIANTS) if not cache.having(f"graph_{name}.{k}-"))
+        if (k := next(free, None)) is not None:
+            cache.put(f"graph_{name}.{k}", data)
 
     return compat_cache.caching(key, read, write)
 

@@ -16,6 +16,7 @@ import torch.utils.checkpoint
 from torch import nn
 
 import minifuse
+from minifuse import compat_cache
 from minifuse.ir.ops import TABLE
 from minifuse.passes import pipeline
 from minifuse.passes.fuse import forbid
@@ -244,6 +245,38 @@ def test_random_numbers_are_drawn_anew_from_the_seed(folder: str) -> None:
         drawn += [run(torch.ones(64)), run(torch.ones(64))]
     assert torch.equal(drawn[0], drawn[2]) and torch.equal(drawn[1], drawn[3]) and not torch.equal(drawn[0], drawn[1])
     assert minifuse.reports()[-1].record.warm
+
+
+def test_of_the_variants_of_a_key_a_lost_one_is_written_again(folder: str) -> None:
+    def run(n: int) -> None:
+        torch._dynamo.reset()
+        fn = torch.compile(lambda x: x.exp() * (2 if x.shape[0] > 20 else 3), backend="minifuse", dynamic=True,
+                           options={"plan_cache": True, "cache_dir": folder})  # fmt: skip
+        torch.testing.assert_close(fn(torch.zeros(n, 4)), torch.full((n, 4), 2.0 if n > 20 else 3.0))
+
+    for n in (8, 30):
+        run(n)
+    before = entries(folder)
+    for lost in before:
+        lost.unlink()
+        for n in (8, 30):
+            run(n)
+        assert [p.stem.rpartition("-")[0] for p in entries(folder)] == [p.stem.rpartition("-")[0] for p in before]
+
+
+def test_one_compile_inside_another_leaves_torchs_cache_as_it_was() -> None:
+    def state() -> list[Any]:
+        cache, details = compat_cache._Cache, compat_cache._Details
+        names = ("iterate_over_candidates", "_write_to_local_cache")
+        return [*map(vars(cache).get, names), details._init_fx_graph_hash_details]
+
+    before = state()
+    with compat_cache.caching("a", lambda key: [], lambda key, data: None):
+        outer = state()
+        with compat_cache.caching("b", lambda key: [], lambda key, data: None):
+            assert state() != outer
+        assert state() == outer
+    assert state() == before
 
 
 def test_a_dump_is_written_each_time(folder: str, tmp_path: Path) -> None:
