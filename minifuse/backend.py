@@ -42,6 +42,7 @@ from .records import RECORDS, Record
 from .runtime import toolchain
 from .runtime.build import begin
 from .runtime.measure import cpu_model
+from .runtime.program import Program
 
 Boxed = Callable[[list[Any]], Any]
 _numbers = itertools.count()
@@ -214,7 +215,7 @@ class Graph:
             )
             record.source.update(self.captured)
 
-            def build() -> Boxed:
+            def build() -> Program:
                 (program,) = finish()
                 report_interpreted(ctx)
                 RECORDS.append(record)

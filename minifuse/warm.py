@@ -35,6 +35,7 @@ from .passes.remat import policies
 from .records import RECORDS, Record
 from .runtime import toolchain
 from .runtime.build import disk_cache, restore
+from .runtime.program import Program
 
 # Results kept of one key: AOT autograd's has the sizes of a graph's inputs in it, what was guarded on them not.
 VARIANTS = 8
@@ -48,21 +49,21 @@ class CompiledGraph(compat_cache.OutputCode):
 
     loading = ""
 
-    def __init__(self, record: Record, build: Callable[[], Callable[[list[Any]], Any]]) -> None:
+    def __init__(self, record: Record, build: Callable[[], Program]) -> None:
         super().__init__()
         self._boxed_call = True  # on the instance: wrappers copy its dictionary alone
         self.record: Record | None = record
-        self.build: Callable[[], Callable[[list[Any]], Any]] | None = build
-        self.program: Callable[[list[Any]], Any] | None = None
+        self.build: Callable[[], Program] | None = build
+        self.call: Callable[[list[Any]], Any] | None = None
         self.saved = b""
 
     def __call__(self, args: Any) -> Any:
-        return self.program(args)  # type: ignore[misc]
+        return self.call(args)  # type: ignore[misc]
 
     def finish(self) -> None:
         """Wait for the program."""
         if self.build is not None:
-            self.program, self.build = self.build(), None
+            self.call, self.build = self.build().direct, None
 
     def prepare_for_serialization(self) -> None:
         """Raises what makes AOT autograd go on without its cache, where a record holds what cannot be written."""
@@ -72,7 +73,7 @@ class CompiledGraph(compat_cache.OutputCode):
             _Pickler(written, pickle.HIGHEST_PROTOCOL).dump(self.record)
         except Exception as why:
             raise compat_cache.NotCachedError(f"{self.record.name}: {why}") from why
-        self.saved, self.record, self.build, self.program = written.getvalue(), None, None, None
+        self.saved, self.record, self.build, self.call = written.getvalue(), None, None, None
 
     def post_compile(self, example_inputs: Any, constants: Any, graph_kwargs: Any) -> None:
         begin = time.perf_counter()
@@ -80,7 +81,7 @@ class CompiledGraph(compat_cache.OutputCode):
         program = restore(record)
         seconds = {"warm start": time.perf_counter() - begin}
         self.record = replace(record, name=f"{self.loading}_{record.stage}", seconds=seconds, warm=True)
-        self.program = program
+        self.call = program.direct
         RECORDS.append(self.record)
 
     def set_triton_bundle(self, triton_bundle: Any) -> None:

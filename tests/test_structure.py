@@ -19,9 +19,9 @@ LONGEST_FILE = 500
 WHOLE = 16_580
 # The design aims at 9,000 for the core; the two targets, the capture surface, an allocator and vector maths of our own,
 # scans, scatters, joins, batches and the lowering of all of core ATen take it past that.
-CORE = 15_715
+CORE = 15_730
 # Lines of code a folder may have; the policies of rematerialisation, `explain` and the command line are no core.
-BUDGETS = {"ir": 2_755, "passes": 7_530, "codegen": 3_090, "runtime": 1_515, "explain": 1_500}
+BUDGETS = {"ir": 2_755, "passes": 7_530, "codegen": 3_090, "runtime": 1_520, "explain": 1_500}
 POLICIES = {"baselines", "policies", "mincut", "checkpoint", "optimal", "budget", "offload"}
 # What each layer may import, itself aside. Leaves are data that every layer reads.
 LEAVES = {"compat", "compat_cache", "errors", "options", "records"}

@@ -134,6 +134,11 @@ class Program:
         exec(compile(host.source, f"<minifuse {plan.name}>", "exec"), namespace)
         self.call: Callable[[list[Any]], Any] = namespace["call"]
 
+    @property
+    def direct(self) -> Callable[[list[Any]], Any]:
+        """What a call comes to, without a step in between."""
+        return self if self.deterministic else self.call
+
     def __call__(self, args: list[Any]) -> Any:
         if not self.deterministic:
             return self.call(args)
