@@ -3,10 +3,9 @@
     python -m benchmarks.compile_time [--quick] [--models bert,gpt2] [--json FILE] [--check]
 
 A training step of each model (a call, where it is not trained). `cold` starts with empty caches; `again` is the same
-process after `torch.compiler.reset()`; `warm` is a new process with the caches that the cold one left. `dynamo` (the
-`eager` backend) and `aot` (`aot_eager`, Dynamo and AOT autograd) are what capture takes alone. `a kernel` is the time
-of the C compiler over the kernels that it was given; `ours` is all of minifuse's own phases, which the last column
-names. How planning grows with the graph is `benchmarks.growth`.
+process after `torch.compiler.reset()`; `warm` is a new process with the caches that the cold one left. `dynamo` and
+`aot` (`aot_eager`, Dynamo and AOT autograd) are what capture takes alone. `a kernel` is the time of the C compiler over
+the kernels that it was given; `ours` is all of minifuse's own phases, which the last column names. How planning grows with the graph is `benchmarks.growth`.
 """
 
 from __future__ import annotations
@@ -24,7 +23,7 @@ import minifuse
 from . import harness, models
 from .harness import Board, Column, ProbeError, Target
 
-BACKENDS = ("eager", "aot_eager", "inductor", "minifuse")
+BACKENDS = ("dynamo", "aot_eager", "inductor", "minifuse")
 THEIRS = ("dynamo", "aot", "compile", "warm start")
 
 
@@ -89,7 +88,7 @@ def measure(table: Board, entry: models.Entry, backends: tuple[str, ...]) -> Non
                 found[backend]["warm"] = warm["first"]
     ours = found["minifuse"]
     own = {phase: s for phase, s in ours["seconds"].items() if phase not in THEIRS}
-    dynamo, aot = found["eager"]["first"], found["aot_eager"]["first"]
+    dynamo, aot = found["dynamo"]["first"], found["aot_eager"]["first"]
     spent = sorted(ours["seconds"].items(), key=lambda item: -item[1])
     table.add(
         entry.name,

@@ -223,13 +223,15 @@ def resolve(backend: str) -> str | Callable[..., Any]:
     """What `torch.compile` takes for a backend's name; minifuse's function where the package is not installed."""
     if backend == "minifuse" and backend not in torch._dynamo.list_backends():
         return importlib.import_module("minifuse.backend").minifuse_backend
+    if backend == "dynamo":
+        return lambda gm, inputs: gm.forward
     return backend
 
 
 def stepper(path: str, backend: str, training: bool) -> Callable[[], Any]:
     """One step of a model as a function without arguments: forward and backward, or forward without gradients.
 
-    `backend` is `eager` or a name that `torch.compile` takes. Gradients are dropped before each step, so that no step
+    `backend` is `eager`, `dynamo` (captured, then run as it is) or a name of `torch.compile`'s. Gradients are dropped before each step, so that no step
     accumulates. Inference puts the model into evaluation mode (no dropout).
     """
     model, args, kwargs = load(path)

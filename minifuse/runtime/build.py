@@ -72,7 +72,8 @@ def begin(jobs: Jobs) -> Callable[[], list[Program]]:
     if tools is None or not unit.functions:
         return functools.partial(programs, jobs, unit, runs, hosts, None)
     first.stages["compiler seconds"] = 0.0
-    loading = Loading(unit.source, tools, first.options.cache_dir)
+    # behind a forward its backward is planned, on a processor of its own
+    loading = Loading(unit.source, tools, first.options.cache_dir, int(first.stage == "forward"))
 
     def finish() -> list[Program]:
         with first.phase("compile"):
@@ -207,7 +208,7 @@ def disk_cache(folder: str | None) -> DiskCache:
 class Loading:
     """The library of a unit: from this process, from the disk, or from the compiler, which runs until `result`."""
 
-    def __init__(self, source: str, tools: toolchain.Toolchain, cache_dir: str | None) -> None:
+    def __init__(self, source: str, tools: toolchain.Toolchain, cache_dir: str | None, others: int = 0) -> None:
         self.key, self.seconds = content_hash(tools.key + source), 0.0
         self.cache = disk_cache(cache_dir)
         with _lock:
@@ -216,7 +217,7 @@ class Loading:
         if path is not None:
             with contextlib.suppress(OSError):
                 self.library = toolchain.load(path)
-        self.compiling = toolchain.Compiling(source, tools) if self.library is None else None
+        self.compiling = toolchain.Compiling(source, tools, others) if self.library is None else None
 
     def result(self) -> Any:
         """Raises CompileError."""

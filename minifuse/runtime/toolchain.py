@@ -200,12 +200,13 @@ class Compiling:
     """The compiler at work on one C unit, in processes of its own: several where the unit is large, each compiling a
     part of it (`codegen.unit.PARTS`). Nothing is left behind, whatever happens."""
 
-    def __init__(self, source: str, toolchain: Toolchain) -> None:
+    def __init__(self, source: str, toolchain: Toolchain, others: int = 0) -> None:
+        """`others`: processors to leave to what runs meanwhile."""
         self.source = source
         self.folder = tempfile.TemporaryDirectory(prefix="minifuse-cc-")
         unit, self.library, self.words = (Path(self.folder.name, name) for name in ("unit.c", "unit.so", "words"))
         unit.write_text(source)
-        parts = min(_cores(), source.count("#if MF_HERE(") // PART)
+        parts = min(_cores() - others, source.count("#if MF_HERE(") // PART)
         build = [*toolchain.compiler, *toolchain.flags]
         self.link = ["-shared", "-o", str(self.library)]
         if "Sleef_" in source:
