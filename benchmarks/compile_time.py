@@ -5,7 +5,8 @@
 A training step of each model (a call, where it is not trained). `cold` starts with empty caches; `again` is the same
 process after `torch.compiler.reset()`; `warm` is a new process with the caches that the cold one left. `dynamo` and
 `aot` (`aot_eager`, Dynamo and AOT autograd) are what capture takes alone. `a kernel` is the time of the C compiler over
-the kernels that it was given; `ours` is all of minifuse's own phases, which the last column names. How planning grows with the graph is `benchmarks.growth`.
+the kernels that it was given; `ours` is all of minifuse's own phases, which the last column names. How planning grows
+with the graph is `benchmarks.growth`.
 """
 
 from __future__ import annotations

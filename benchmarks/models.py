@@ -231,8 +231,8 @@ def resolve(backend: str) -> str | Callable[..., Any]:
 def stepper(path: str, backend: str, training: bool) -> Callable[[], Any]:
     """One step of a model as a function without arguments: forward and backward, or forward without gradients.
 
-    `backend` is `eager`, `dynamo` (captured, then run as it is) or a name of `torch.compile`'s. Gradients are dropped before each step, so that no step
-    accumulates. Inference puts the model into evaluation mode (no dropout).
+    `backend` is `eager`, `dynamo` (captured, then run as it is) or a name of `torch.compile`'s. Gradients are dropped
+    before each step, so that no step accumulates. Inference puts the model into evaluation mode (no dropout).
     """
     model, args, kwargs = load(path)
     model.train(training)
