@@ -41,6 +41,8 @@ def figure(column: str, value: Any) -> str:
         return harness.ratio(value)
     if "bytes" in column or "peak" in column:
         return harness.megabytes(value)
+    if column in ("eager", "dynamo", "aot_eager", "inductor", "minifuse"):
+        return f"{value:,.3g} us"
     if column in ("median distance", "worst"):
         return f"{value:.2%}"
     return harness.seconds(value) if column in ("greedy", "exact") or "compile" in column else f"{value:,.3g}"
