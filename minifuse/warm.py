@@ -121,11 +121,12 @@ def session(name: str, options: Options, device: DeviceModel, target: str) -> Ab
                 yield data
 
     def write(name: str, data: bytes) -> None:
-        if compat_cache.guards_of(data) in map(compat_cache.guards_of, read(name)):
-            return
-        free = (k for k in range(VARIANTS) if not cache.having(f"graph_{name}.{k}-"))
-        if (k := next(free, None)) is not None:
-            cache.put(f"graph_{name}.{k}", data)
+        with cache.lock("graphs"):  # of processes that started together the first one's is kept
+            if compat_cache.guards_of(data) in map(compat_cache.guards_of, read(name)):
+                return
+            free = (k for k in range(VARIANTS) if not cache.having(f"graph_{name}.{k}-"))
+            if (k := next(free, None)) is not None:
+                cache.put(f"graph_{name}.{k}", data)
 
     return compat_cache.caching(key, read, write)
 
