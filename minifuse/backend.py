@@ -20,7 +20,7 @@ from typing import Any
 import torch
 from torch import fx
 
-from . import compat, compat_cache, dump, warm
+from . import compat, dump, warm
 from .errors import FallbackError
 from .ir import device as devices
 from .ir import prims  # noqa: F401 - registers the random operators before anything is captured
@@ -85,7 +85,7 @@ def run_aot(graph: Graph, gm: fx.GraphModule, example_inputs: Sequence[Any]) -> 
     """AOT autograd over a captured graph; it calls back `graph` for each stage."""
     dynamo, begin = compat.dynamo_seconds(), time.perf_counter()
     with _compiling, compat.resizing_whole(RESIZING), graph.session(gm) as kept:
-        wrap = compat_cache.serializable if kept else lambda compiler: compiler
+        wrap = compat.serializable if kept else lambda compiler: compiler
         graph.kept = kept
         aot = compat.aot_autograd(
             fw_compiler=wrap(graph.forward),

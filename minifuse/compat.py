@@ -7,8 +7,10 @@ from __future__ import annotations
 
 import functools
 import inspect
+import pickle
+import threading
 import time
-from collections.abc import Callable, Iterator, Mapping, MutableMapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, MutableMapping, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -19,10 +21,12 @@ from torch._C._dynamo import guards as _guards  # 2.11-2.13
 from torch._decomp import core_aten_decompositions, decomposition_table  # 2.11-2.13
 from torch._dynamo.backends.common import aot_autograd as _aot_autograd  # 2.11-2.13
 from torch._dynamo.utils import get_metrics_context  # 2.11-2.13
+from torch._functorch import config as _functorch_config  # 2.11-2.13
 from torch._functorch import partitioners  # 2.11-2.13
 from torch._guards import TracingContext, tracing  # 2.11-2.13
 from torch._ops import HigherOrderOperator as HigherOrderOperator  # 2.11-2.13
 from torch._ops import OpOverload as OpOverload  # 2.11-2.13
+from torch._ops import OpOverloadPacket as OpOverloadPacket  # 2.11-2.13
 from torch._subclasses import FakeTensorMode  # 2.11-2.13
 from torch.fx.experimental.proxy_tensor import is_sym_node, make_fx  # 2.11-2.13
 from torch.fx.experimental.symbolic_shapes import free_unbacked_symbols, statically_known_true  # 2.11-2.13
@@ -36,6 +40,24 @@ from torch.utils._sympy.printers import PythonPrinter  # 2.11-2.13
 from minifuse.ir.index import Expr, Sym, as_expr
 from minifuse.ir.plan import Symbol
 from minifuse.ir.shape import product
+
+try:  # 2.13
+    from torch._functorch._aot_autograd.autograd_cache import AOTAutogradCache, AOTAutogradCacheDetails
+    from torch._functorch._aot_autograd.autograd_cache import BypassAOTAutogradCache as _NotCached
+    from torch._functorch._aot_autograd.schemas import SerializableAOTDispatchCompiler as _Serializable
+    from torch._inductor.codecache import FxGraphCache
+    from torch._inductor.output_code import OutputCode as OutputCode
+
+    _HOOKS: tuple[tuple[Any, str], ...] = (
+        *((AOTAutogradCache, name) for name in ("iterate_over_candidates", "_write_to_local_cache")),
+        (AOTAutogradCacheDetails, "_init_fx_graph_hash_details"),
+    )
+    CACHES = all(hasattr(owner, name) for owner, name in _HOOKS)  # what `caching` knows
+except ImportError:
+    CACHES, _NotCached, OutputCode = False, RuntimeError, object  # type: ignore[assignment, misc]
+
+
+NotCachedError: type[Exception] = _NotCached
 
 try:  # 2.13
     from torch._functorch._aot_autograd.graph_compile import is_opaque_node as _is_opaque_node
@@ -251,8 +273,7 @@ def tree_flatten(tree: Any) -> tuple[list[Any], Any]:
     return pytree.tree_flatten(tree)
 
 
-def tree_unflatten(leaves: Sequence[Any], spec: Any) -> Any:
-    return pytree.tree_unflatten(leaves, spec)
+tree_unflatten = pytree.tree_unflatten
 
 
 def aot_autograd(**kwargs: Any) -> Callable[..., Any]:
@@ -278,6 +299,49 @@ def forward_metadata() -> Any:
     """AOT autograd's metadata of the graph that is being compiled, or None outside of it."""
     context = TracingContext.try_get()
     return None if context is None else context.fw_metadata
+
+
+# -- AOT autograd's cache ------------------------------------------------------------------------------
+def serializable(compiler: Callable[..., Any]) -> Any:
+    """A compiler whose results AOT autograd's cache may write: it returns an `OutputCode`. 2.13."""
+    return _Serializable(OutputCode, compiler)
+
+
+@contextmanager
+def caching(tag: str, read: Callable[[str], Iterable[bytes]], write: Callable[[str, bytes], None],
+            describe: Callable[[Any, fx.GraphModule, Sequence[Any]], None]) -> Iterator[bool]:  # fmt: skip
+    """In this thread AOT autograd takes its results by `read` and keeps them by `write`, both by a key: a digest of
+    `tag`, of what it knows of a graph, and of what `describe` adds as attributes of its first argument (or raises
+    NotCachedError). A backward is compiled with its forward. Gives True. 2.13."""
+    me, before = threading.get_ident(), [vars(owner).get(name) for owner, name in _HOOKS]
+    theirs, written, described = (getattr(owner, name) for owner, name in _HOOKS)
+
+    def candidates(local: bool, remote: Any, key: str) -> Iterator[tuple[Any, bytes, bool]]:
+        mine = threading.get_ident() == me
+        yield from ((pickle.loads(data), data, True) for data in read(key)) if mine else theirs(local, remote, key)
+
+    def keep(key: str, content: bytes) -> None:
+        (write if threading.get_ident() == me else written)(key, content)
+
+    def details(self: Any, gm: fx.GraphModule, inputs: Sequence[Any], fx_config: Any) -> None:
+        if threading.get_ident() != me:
+            described(self, gm, inputs, fx_config)
+            return
+        FxGraphCache._check_can_cache(gm, inputs, fx_config)
+        describe(self, gm, inputs)
+
+    both: dict[str, Any] = {"bundled_autograd_cache": True, "force_non_lazy_backward_lowering": True}
+    settings: Any = torch.compiler.config
+    try:
+        for (owner, name), own in zip(_HOOKS, (staticmethod(candidates), staticmethod(keep), details), strict=True):
+            setattr(owner, name, own)
+        with settings.patch(cache_key_tag=f"{settings.cache_key_tag}{tag}"), _functorch_config.patch(both):
+            yield True
+    finally:
+        for (owner, name), old in zip(_HOOKS, before, strict=True):
+            delattr(owner, name)
+            if old is not None:  # none of its own: it is a base class' again
+                setattr(owner, name, old)
 
 
 # -- AOT autograd's joint graph and its partitioner ------------------------------------------------------------------

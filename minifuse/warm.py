@@ -1,7 +1,7 @@
 """Warm starts: what was made of a graph is kept on disk, and a later process takes it from there.
 
 AOT autograd has a cache for its own results, the metadata of a captured graph and what compilers made of it, and takes
-the results of any compiler that says how they are serialised (`compat_cache.OutputCode`). With it a second process
+the results of any compiler that says how they are serialised (`compat.OutputCode`). With it a second process
 traces no joint graph and runs no pass: it reads the plan, the host program and the source of its C unit, whose library
 is an entry of its own. The files are this package's (`runtime.cache`): checked, private, dropped by age.
 
@@ -15,15 +15,16 @@ import functools
 import io
 import pickle
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import asdict, fields, replace
 from pathlib import Path
 from typing import Any
 
 import torch
+from torch import fx
 
-from . import compat, compat_cache
+from . import compat
 from .ir import ops
 from .ir.device import DeviceModel
 from .ir.plan import content_hash
@@ -39,9 +40,10 @@ from .runtime.program import Program
 
 # Results kept of one key: AOT autograd's has the sizes of a graph's inputs in it, what was guarded on them not.
 VARIANTS = 8
+TORCHS_OPERATORS = ("aten", "prims", "prim", "inductor", "_c10d_functional")
 
 
-class CompiledGraph(compat_cache.OutputCode):
+class CompiledGraph(compat.OutputCode):
     """A program that AOT autograd can write to its cache: as its record, from which `runtime.build` makes it again.
 
     `loading` names the graph that is being compiled: a record that is taken from the disk has its name in this process.
@@ -72,7 +74,7 @@ class CompiledGraph(compat_cache.OutputCode):
         try:
             _Pickler(written, pickle.HIGHEST_PROTOCOL).dump(self.record)
         except Exception as why:
-            raise compat_cache.NotCachedError(f"{self.record.name}: {why}") from why
+            raise compat.NotCachedError(f"{self.record.name}: {why}") from why
         self.saved, self.record, self.build, self.call = written.getvalue(), None, None, None
 
     def post_compile(self, example_inputs: Any, constants: Any, graph_kwargs: Any) -> None:
@@ -104,7 +106,7 @@ def _operator(namespace: str, name: str, overload: str) -> Any:
 def session(name: str, options: Options, device: DeviceModel, target: str) -> AbstractContextManager[bool]:
     """Inside, where a graph of this name is compiled, AOT autograd keeps its results in the disk cache; gives whether
     it does."""
-    if not plain(options, target) or tables() != SHIPPED or not compat_cache.CACHES:
+    if not plain(options, target) or tables() != SHIPPED or not compat.CACHES:
         return nullcontext(False)
     tools = toolchain.find(options.precise)
     if tools is None:
@@ -122,13 +124,39 @@ def session(name: str, options: Options, device: DeviceModel, target: str) -> Ab
 
     def write(name: str, data: bytes) -> None:
         with cache.lock("graphs"):  # of processes that started together the first one's is kept
-            if compat_cache.guards_of(data) in map(compat_cache.guards_of, read(name)):
+            if guards_of(data) in map(guards_of, read(name)):
                 return
             free = (k for k in range(VARIANTS) if not cache.having(f"graph_{name}.{k}-"))
             if (k := next(free, None)) is not None:
                 cache.put(f"graph_{name}.{k}", data)
 
-    return compat_cache.caching(key, read, write)
+    return compat.caching(key, read, write, describe)
+
+
+def describe(key: Any, gm: fx.GraphModule, inputs: Sequence[Any]) -> None:
+    """What a graph's key is made of: the graph, its inputs, and torch's settings that choose operators while it is
+    traced. What names Inductor's own code is left out: to digest it takes half a second in each process.
+
+    Raises NotCachedError for operators whose meaning, or whose gradient, the graph does not show.
+    """
+    parts = [part for part in gm.modules() if isinstance(part, fx.GraphModule)]
+    for op in {node.target for part in parts for node in part.graph.nodes}:
+        packet = isinstance(op, (compat.OpOverload, compat.OpOverloadPacket))
+        custom = packet and str(op).partition(".")[0] not in TORCHS_OPERATORS
+        if custom or isinstance(op, compat.HigherOrderOperator) and "triton" in op.name():
+            raise compat.NotCachedError(f"what {op} does, and its gradient, are not in the graph")
+    kernels = torch.backends.cuda
+    key.gm, key.example_inputs, key.cache_key_tag = gm, list(inputs), torch.compiler.config.cache_key_tag
+    key.settings = (
+        torch.get_default_dtype(), torch.get_default_device(), torch.get_float32_matmul_precision(),
+        torch.is_inference_mode_enabled(), torch.backends.mkldnn.enabled, kernels.flash_sdp_enabled(),
+        kernels.mem_efficient_sdp_enabled(), kernels.math_sdp_enabled(),
+    )  # fmt: skip
+
+
+def guards_of(data: bytes) -> str | None:
+    """What must hold of a graph's sizes for what AOT autograd kept of it."""
+    return pickle.loads(data).guards_expr
 
 
 def plain(options: Options, target: str) -> bool:

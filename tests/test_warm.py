@@ -16,7 +16,8 @@ import torch.utils.checkpoint
 from torch import nn
 
 import minifuse
-from minifuse import compat_cache
+from minifuse import compat
+from minifuse import warm as warm_start
 from minifuse.ir.ops import TABLE
 from minifuse.passes import pipeline
 from minifuse.passes.fuse import forbid
@@ -266,14 +267,12 @@ def test_of_the_variants_of_a_key_a_lost_one_is_written_again(folder: str) -> No
 
 def test_one_compile_inside_another_leaves_torchs_cache_as_it_was() -> None:
     def state() -> list[Any]:
-        cache, details = compat_cache._Cache, compat_cache._Details
-        names = ("iterate_over_candidates", "_write_to_local_cache")
-        return [*map(vars(cache).get, names), details._init_fx_graph_hash_details]
+        return [vars(owner).get(name) for owner, name in compat._HOOKS]
 
     before = state()
-    with compat_cache.caching("a", lambda key: [], lambda key, data: None):
+    with compat.caching("a", lambda key: [], lambda key, data: None, warm_start.describe):
         outer = state()
-        with compat_cache.caching("b", lambda key: [], lambda key, data: None):
+        with compat.caching("b", lambda key: [], lambda key, data: None, warm_start.describe):
             assert state() != outer
         assert state() == outer
     assert state() == before

@@ -9,7 +9,7 @@ import os
 import tempfile
 import threading
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from minifuse.codegen.printer import CodegenError
@@ -17,6 +17,7 @@ from minifuse.codegen.program import HostProgram, write_program
 from minifuse.codegen.unit import KernelText, Unit, write_kernel, write_unit
 from minifuse.errors import CompileError
 from minifuse.ir.plan import Extern, Free, Join, Launch, Plan, content_hash, launch_traffic
+from minifuse.options import Options
 from minifuse.passes.context import CompileContext
 from minifuse.passes.schedule_triton import target
 from minifuse.records import Record
@@ -114,12 +115,17 @@ def programs(
     for (plan, ctx), mine, host in zip(jobs, runs, hosts, strict=True):
         own = slice(at, at + len(mine))
         at = own.stop
-        functions = [entry(library, name) for name in unit.functions[own]]
-        found.append(
-            Program(plan, host, functions, unit.binding[own], unit.symbols, unit.messages[own],
-                    ctx.stages.get("constants", {}), ctx.options.deterministic)
-        )  # fmt: skip
+        found.append(wired(plan, host, unit, own, library, ctx.stages, ctx.options))
     return found
+
+
+def wired(
+    plan: Plan, host: HostProgram, unit: Unit, own: slice, library: Any, stages: Mapping[str, Any], options: Options
+) -> Program:
+    """A plan's program: its part of a loaded unit's functions behind its host program."""
+    functions = [entry(library, name) for name in unit.functions[own]]
+    return Program(plan, host, functions, unit.binding[own], unit.symbols, unit.messages[own],
+                   stages.get("constants", {}), options.deterministic)  # fmt: skip
 
 
 def restore(record: Record) -> Program:
@@ -127,17 +133,14 @@ def restore(record: Record) -> Program:
 
     Raises CompileError where neither has it.
     """
-    unit, options = record.stages["unit"], record.options
-    functions: list[Callable[..., int]] = []
+    stages, options, library = record.stages, record.options, None
+    unit = stages["unit"]
     if unit.functions:
         tools = toolchain.find(options.precise)
         if tools is None:
             raise CompileError(("find",), "there is no C compiler any more", unit.source)
         library = Loading(unit.source, tools, options.cache_dir).result()
-        functions = [entry(library, name) for name in unit.functions]
-    stages = record.stages
-    return Program(stages["memory"], stages["program"], functions, unit.binding, unit.symbols, unit.messages,
-                   stages.get("constants", {}), options.deterministic)  # fmt: skip
+    return wired(stages["memory"], stages["program"], unit, slice(None), library, stages, options)
 
 
 def write_all(plan: Plan, ctx: CompileContext) -> dict[int, KernelText]:
