@@ -7,8 +7,6 @@ the parameters' addresses P and the dynamic sizes S, and sets err[0] when a chec
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-
 import torch
 
 from minifuse.ir import dtypes, ops
@@ -22,6 +20,8 @@ from . import c_rows, c_tiles
 from .c_text import (
     MAX_LOCAL,
     SCALAR,
+    Local,
+    Place,
     ahead,
     combine,
     divisions,
@@ -38,27 +38,6 @@ from .looptree import Fold
 from .printer import CodegenError, Printer, Scope
 
 
-@dataclass(frozen=True)
-class Local:
-    """A buffer of a kernel's own: one row of `size` elements a result, with `rows` lanes of a tree."""
-
-    names: tuple[str, ...]
-    size: str
-    rows: int
-    dtypes: tuple[torch.dtype, ...]
-
-
-@dataclass(frozen=True)
-class Place:
-    """Where an access is: the address but for what differs between lanes, and the element offset as what is an
-    expression, what is loaded for all lanes, and what is loaded for each."""
-
-    base: str
-    offset: Expr
-    uniform: str
-    varying: str
-
-
 class CDialect:
     """Text of one kernel in C."""
 
@@ -68,6 +47,7 @@ class CDialect:
         self.scalars: dict[Fold, tuple[str, ...]] = {}
         self.streamed: set[Param] = set()
         self.tiles: dict[Load, str] = {}
+        self.behind: list[str] = []
         self.kept: dict[Fold, c_rows.Kept] = {}
 
     # -- names -----------------------------------------------------------------------------------
@@ -147,6 +127,9 @@ class CDialect:
         p.here.lines.append(f"for (int64_t {var} = {begin}; {var} < {self.end(p, k)}; {var} += {step}) {{")
         p.here.lines += ["  " + text for text in lines]
         p.here.lines.append("}")
+        if k == 0 or p.loops[k - 1].kind == "grid":
+            p.here.lines += self.behind
+            self.behind.clear()
 
     def ragged(self, p: Printer) -> bool:
         """Whether the last vector of a row may be partial."""
@@ -284,8 +267,12 @@ class CDialect:
         if place.varying or step is None:
             return f"mf_scatter_{t}({pointer(p, param)}, {self.offsets(p, place)}, {value}, {self.n(p)});"
         if step is ONE:
+            if root.param in p.tree.schedule.past:
+                return f"mf_storep_{t}({at}, {value}, {self.n(p)});"
             text = f"mf_storen_{t}({at}, {value}, n);" if self.ragged(p) else f"mf_store_{t}({at}, {value});"
             return f"{ahead(at, write=True)}; {text}" if streams(p, param, offset, self.streamed) else text
+        if (tile := c_tiles.gathered(self, p, root, offset, step)) is not None:
+            return f"mf_storen_{t}({tile}, {value}, n);" if self.ragged(p) else f"mf_store_{t}({tile}, {value});"
         return f"mf_stores_{t}({at}, {value}, {self.expr(step)}, {self.n(p)});"
 
     def check(self, p: Printer, root: Check) -> None:
@@ -491,6 +478,8 @@ class CDialect:
         opening = "for (int64_t g = lo; g < hi; ++g) {" if grid else "if (lo < hi) {"
         body = [f"  {text}" for text in lines[:counted]]
         body += [f"  {opening}", *(f"    {text}" for text in lines[counted:]), "  }"]
+        if p.tree.schedule.past:
+            body.append("  mf_fence();")
         return "\n".join([head, "{", *body, "}"])
 
 

@@ -18,9 +18,8 @@ from functools import lru_cache
 from string import Template
 
 from minifuse.codegen.c_maths import INLINE, definition
-from minifuse.codegen.c_rows import HELPERS
+from minifuse.codegen.c_rows import ARG_REDUCTIONS, HELPERS
 from minifuse.codegen.c_tables import (
-    ARG_REDUCTIONS,
     FIXED,
     HEADER,
     MEMORY,
@@ -29,6 +28,10 @@ from minifuse.codegen.c_tables import (
     REGISTERS,
     Register,
 )
+from minifuse.codegen.c_tiles import TILES
+
+# What is one text for every dtype.
+TEMPLATES = MEMORY | HELPERS | TILES
 
 # Element-wise functions of the C library with a vector counterpart, and how many arguments they take.
 _ONE_ARGUMENT = (
@@ -187,8 +190,8 @@ def helper(name: str, maths: MathLibrary) -> str | None:
         # True is -1 in a register, so that the order of bools is turned round.
         better = ">" if op.endswith("max") != (reg.kind == "b") else "<"
         return _fill(ARG_REDUCTIONS[key], reg, better=better, op=op.removeprefix("h"))
-    table = HELPERS if key in HELPERS else MEMORY
-    return _fill(table[key], reg) if key in table else None
+    text = TEMPLATES.get(key)
+    return None if text is None else _fill(text, reg)
 
 
 def _fill(template: str, reg: Register, **more: str) -> str:

@@ -216,3 +216,33 @@ MF void mf_welford_${T}_s($R* n, $R* m, $R* q, $R k, $R w, $R r) {
   *q = *q + r + away * (away * (*n * part)); *m = *m + away * part; *n = all;
 }""",
 }  # fmt: skip
+
+# Pairs (value, index): NaN wins, then the better value, then the smaller index, whatever the order of joining.
+_BETTER = "(w $better x) | ((w != w) & (x == x)) | (((w == x) | ((w != w) & (x != x))) & (j < k))"
+ARG_REDUCTIONS = {
+    name: text.replace("BETTER", _BETTER)
+    for op in ("argmax", "argmin")
+    for name, text in {
+        op: """
+MF void mf_${op}_$T($V* v, v_i64* i, $V v2, v_i64 i2) {
+  $V x0 = *v, xr; v_i64 k0 = *i, kr;
+  MF_LANES {
+    $R x = x0[l], w = v2[l]; int64_t k = k0[l], j = i2[l];
+    int take = BETTER;
+    xr[l] = take ? w : x; kr[l] = take ? j : k;
+  }
+  *v = xr; *i = kr;
+}""",
+        op + "_s": """
+MF void mf_${op}_${T}_s($R* v, int64_t* i, $R v2, int64_t i2) {
+  $R x = *v, w = v2; int64_t k = *i, j = i2;
+  if (BETTER) { *v = w; *i = j; }
+}""",
+        "h" + op: """
+MF void mf_h${op}_$T($V v, v_i64 i, $R* out_v, int64_t* out_i) {
+  $R x = v[0]; int64_t k = i[0];
+  for (int l = 1; l < 16; l++) mf_${op}_${T}_s(&x, &k, v[l], i[l]);
+  *out_v = x; *out_i = k;
+}""",
+    }.items()
+}

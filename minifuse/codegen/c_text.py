@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from dataclasses import dataclass
 
 import torch
 
@@ -55,6 +56,27 @@ def literal(value: object, dtype: torch.dtype) -> str:
             return f"{'-' if value < 0 else ''}__builtin_inff()"
     text = value.hex() + suffix
     return f"({text})" if text.startswith("-") else text
+
+
+@dataclass(frozen=True)
+class Local:
+    """A buffer of a kernel's own: one row of `size` elements a result, with `rows` lanes of a tree."""
+
+    names: tuple[str, ...]
+    size: str
+    rows: int
+    dtypes: tuple[torch.dtype, ...]
+
+
+@dataclass(frozen=True)
+class Place:
+    """Where an access is: the address but for what differs between lanes, and the element offset as what is an
+    expression, what is loaded for all lanes, and what is loaded for each."""
+
+    base: str
+    offset: Expr
+    uniform: str
+    varying: str
 
 
 def identity(kind: str, dtype: torch.dtype) -> str:

@@ -256,10 +256,12 @@ class Loop:
 
 @dataclass(frozen=True)
 class Schedule:
-    """How a kernel runs: loops from the outermost in, and the values kept in a row buffer."""
+    """How a kernel runs: loops from the outermost in, the values kept in a row buffer, and the parameters that are
+    written past the caches, since nobody reads them while they would still be there."""
 
     loops: tuple[Loop, ...]
     held: tuple[Value, ...] = ()
+    past: tuple[str, ...] = ()
 
     @property
     def grid(self) -> tuple[Loop, ...]:

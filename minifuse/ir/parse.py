@@ -232,10 +232,14 @@ class _Parser:
     def schedule_line(self, r: _Reader) -> None:
         loops = [] if r.accept("scalar") else r.some(lambda: self.loop(r))
         held: list[Value] = []
-        if r.accept(";"):
-            r.expect("held")
-            held = r.some(lambda: self.value(r, None))
-        self.schedule = Schedule(tuple(loops), tuple(held))
+        past: list[str] = []
+        while r.accept(";"):
+            if r.accept("held"):
+                held = r.some(lambda: self.value(r, None))
+            else:
+                r.expect("past")
+                past = r.some(lambda: r.word("a parameter"))
+        self.schedule = Schedule(tuple(loops), tuple(held), tuple(past))
 
     def loop(self, r: _Reader) -> Loop:
         axis = self.axis(r)

@@ -108,6 +108,19 @@ class Binding:
 
 
 @dataclass(frozen=True)
+class Region:
+    """Launches that run tile by tile, one behind the other: each all points of a tile before the first starts the next.
+
+    A tile is one of `tiles` equal parts of each launch's grid. In each a launch reads and writes but that part of the
+    buffers `shared`, which one of them leaves for another. `number` tells a region from its neighbours.
+    """
+
+    number: int
+    tiles: int
+    shared: frozenset[str]
+
+
+@dataclass(frozen=True)
 class Launch:
     """A kernel with the buffers that its parameters stand for, in order of `kernel.params`.
 
@@ -122,6 +135,7 @@ class Launch:
     schedule: Schedule | None = None
     name: str = "kernel"
     sizes: tuple[Sizes, ...] = ((),)
+    region: Region | None = None
 
     @lazy
     def members(self) -> tuple[Binding, ...]:

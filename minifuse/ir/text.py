@@ -206,7 +206,8 @@ def print_kernel(
     lines += printer.body()
     if schedule is not None:
         held = f"; held {_list(printer.text[v] for v in schedule.held)}" if schedule.held else ""
-        lines.append(f"schedule {schedule}{held}")
+        past = f"; past {_list(schedule.past)}" if schedule.past else ""
+        lines.append(f"schedule {schedule}{held}{past}")
     if batch is not None:
         lines += [f"over {_run(m)}" for m in batch.members]
     header = f"kernel {name}" + (f"  {_list(map(_axis, kernel.axes))}" if kernel.axes else "")
@@ -275,7 +276,8 @@ def print_step(step: Step, plan: Plan) -> str:
     if isinstance(step, Launch):
         if step.batched:
             return "\n    ".join([f"launch {step.name} over{note}", *map(_run, step.members)])
-        return f"launch {step.name}({_list(step.binding)}) -> {_list(step.writes) or 'nothing'}{note}"
+        tiles = f", region {step.region.number} of {step.region.tiles} tiles" if step.region else ""
+        return f"launch {step.name}({_list(step.binding)}) -> {_list(step.writes) or 'nothing'}{tiles}{note}"
     return f"{_extern(step, plan)}{note}; {step.reason}"
 
 

@@ -125,7 +125,7 @@ def _verify_in_place(what: str, load: Load, stores: Iterable[Store]) -> None:
 # -- schedules ----------------------------------------------------------------------------------------
 def verify_schedule(kernel: Kernel, schedule: Schedule) -> None:
     """Raise VerificationError unless the loops run every point of every root once, grid loops first
-    and over no reduced axis, lane loops last, and the held values exist.
+    and over no reduced axis, lane loops last, and what is held or written past the caches exists.
     """
     needed = kernel.ordered.union(*(root.space for root in kernel.body))
     missing = [a.name for a in kernel.axes if a in needed and a not in {loop.axis for loop in schedule.loops}]
@@ -154,6 +154,8 @@ def verify_schedule(kernel: Kernel, schedule: Schedule) -> None:
     for v in schedule.held:
         if v not in values:
             raise VerificationError(f"schedule {schedule}: the held value {v!r} is not one of the kernel's")
+    if not set(schedule.past) <= set(kernel.writes) - set(kernel.reads):
+        raise VerificationError(f"schedule {schedule}: of {_list(schedule.past)} not each is written and not read")
 
 
 # -- plans --------------------------------------------------------------------------------------------

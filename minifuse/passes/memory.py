@@ -8,7 +8,7 @@ by `pack` when the sizes are known.
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 
 import torch
@@ -16,7 +16,7 @@ import torch
 from minifuse import compat
 from minifuse.ir import dtypes
 from minifuse.ir.kernel import Kernel, Store, rewrite
-from minifuse.ir.plan import Buffer, Extern, Free, Launch, Plan, Step, TensorRef
+from minifuse.ir.plan import Buffer, Extern, Free, Launch, Plan, Region, Step, TensorRef
 from minifuse.ir.value import Load, Value
 from minifuse.passes.context import CompileContext
 from minifuse.passes.schedule import canonical
@@ -54,21 +54,51 @@ def place(plan: Plan, ctx: CompileContext) -> Plan:
         else:
             buffers[name] = replace(b, storage="arena")
     last = {name: end for name, (_, end) in lifetimes(plan).items()}
+    spans = together(plan)
     ours = own_memory(plan, buffers)
     for i, step in enumerate(plan.steps):
         if isinstance(step, Free):
             continue
-        touched = dict.fromkeys(map(plan.memory, (*step.reads, *step.writes)))
-        dead = [n for n in touched if last[n] == i and n not in outputs and buffers[n].storage != "constant"]
+        first, end = spans[i]
+        users = memory_of(plan, plan.steps[first : end + 1])
+        dead = [n for n in users if last[n] == end and n not in outputs and buffers[n].storage != "constant"]
         if isinstance(step, Extern) and step.results and step.results[0] in real:
             step = replace(step, out=True)
         elif isinstance(step, Launch):
-            apart = [n for n in dead if n in ours and n not in step.writes and not used_in_part(n, step, plan)]
+            used = memory_of(plan, [step])
+            # what others of a region use as well, each tile its own part of, is dead when the last of them has run
+            later = memory_of(plan, plan.steps[i + 1 : end + 1])
+            alone = dead if step.region is None else [
+                n for n in dead if n in used and n not in later
+                and (n in step.region.shared or n not in memory_of(plan, plan.steps[first:i]))
+            ]  # fmt: skip
+            apart = [n for n in alone if n in ours and n not in step.writes and not used_in_part(n, step, plan)]
             step = take_over(step, apart, buffers)
         steps.append(step)
+        if i < end:
+            continue
         if dead:
             steps.append(Free(tuple(name for n in dead for name in (*plan.regions.get(n, ()), n))))
     return replace(plan, buffers=buffers, steps=tuple(steps))
+
+
+def memory_of(plan: Plan, steps: Iterable[Step]) -> dict[str, None]:
+    """The memory that steps use, in their order."""
+    used = (plan.memory(n) for s in steps if not isinstance(s, Free) for n in (*s.reads, *s.writes))
+    return dict.fromkeys(used)
+
+
+def together(plan: Plan) -> list[tuple[int, int]]:
+    """For each step the first and the last of those that run with it: itself, or the launches of its region."""
+    found = [(i, i) for i in range(len(plan.steps))]
+    regions: dict[Region, list[int]] = {}
+    for i, step in enumerate(plan.steps):
+        if isinstance(step, Launch) and step.region is not None:
+            regions.setdefault(step.region, []).append(i)
+    for members in regions.values():
+        for i in range(members[0], members[-1] + 1):
+            found[i] = (members[0], members[-1])
+    return found
 
 
 def own_memory(plan: Plan, buffers: Mapping[str, Buffer]) -> set[str]:
@@ -201,12 +231,12 @@ def arena_intervals(plan: Plan) -> tuple[Interval, ...]:
 
 
 def lifetimes(plan: Plan) -> dict[str, tuple[int, int]]:
-    """The first step that uses a buffer or a region of it, and the last, of each whose memory is its own."""
+    """The first step that uses a buffer or a part of it, and the last, of each whose memory is its own. Launches that
+    run tile by tile use theirs all of the time."""
     span: dict[str, tuple[int, int]] = {}
-    for i, step in enumerate(plan.steps):
-        if not isinstance(step, Free):
-            for name in map(plan.memory, (*step.reads, *step.writes)):
-                span[name] = (span[name][0] if name in span else i, i)
+    for step, (first, last) in zip(plan.steps, together(plan), strict=True):
+        for name in memory_of(plan, [step]):
+            span[name] = (span[name][0] if name in span else first, last)
     return span
 
 

@@ -19,6 +19,8 @@ from .memory import place
 from .schedule import schedule
 from .schedule_triton import schedule as schedule_triton
 from .schedule_triton import target
+from .streams import stream
+from .tiles import tile
 from .widen import widen
 
 
@@ -35,12 +37,18 @@ def schedule_for_target(plan: Plan, ctx: CompileContext) -> Plan:
     return schedule_triton(plan, ctx) if target(plan, ctx.options) == "triton" else schedule(plan, ctx)
 
 
+def place_and_stream(plan: Plan, ctx: CompileContext) -> Plan:
+    """Where each buffer lives, and what is written past the caches."""
+    return stream(place(plan, ctx), ctx)
+
+
 PASSES = (
     Pass("fuse", fuse_joined),
     Pass("widen", widen),
     Pass("schedule", schedule_for_target),
     Pass("batch", batch),
-    Pass("memory", place),
+    Pass("regions", tile),
+    Pass("memory", place_and_stream),
 )
 
 

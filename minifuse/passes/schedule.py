@@ -22,10 +22,14 @@ from minifuse.passes.split import Tree, closed, divide, halves, splits
 
 LANE_TILE = 4096
 COLUMN_TILE = 256
+# Bytes of a tile's running results: half of the nearest cache.
+COLUMN_BYTES = 16_384
 # Columns of a tile that is turned: 16 fill a line of memory, 64 leave its page for fewer others.
 TRANSPOSE_TILES = (64, 16)
 MIN_PARALLEL = 16
 SPLIT_WORK = 65_536
+# Elements of a column sum that are read faster row by row: a tile of columns asks for a piece of every page.
+SPLIT_COLUMNS = 1 << 19
 LEAST_ROWS = 4 * COLUMN_CHUNK
 """How many rows make enough chunks to be a grid: what sums their columns may then walk them row by row."""
 HOLD_BYTES = 131_072
@@ -202,9 +206,9 @@ def splittable(kernel: Kernel, hint: Hint) -> list[Reduce]:
         if any(over not in r.axes for r in reductions if r not in found):
             continue
         column = first.lanes == 1
-        if rest and column and hint(over.size) >= LEAST_ROWS:
-            return found
         others = hint(product(a.size for a in kernel.axes if a is not over))
+        if (rest or others * hint(over.size) >= SPLIT_COLUMNS) and column and hint(over.size) >= LEAST_ROWS:
+            return found
         if not rest and others < MIN_PARALLEL and others * hint(over.size) >= SPLIT_WORK:
             return found
     return []
@@ -227,8 +231,11 @@ def choose(kernel: Kernel, hint: Hint) -> Schedule:
     if lane in grid:
         assert lane is not None
         inner_work = any(a not in grid for a in kernel.axes)
-        wide = COLUMN_TILE if inner_work or across is not None else LANE_TILE
-        if hint(lane.size) > wide or inner_work or not lane.size.is_const:
+        wide = COLUMN_TILE if across is not None else LANE_TILE
+        if inner_work and across is None:
+            results = sum(r.results * max(r.dtype.itemsize, 4) for r in reductions)
+            wide = max(COLUMN_TILE, 1 << (COLUMN_BYTES // max(results, 4)).bit_length() - 1)
+        if hint(lane.size) > wide or inner_work or across is not None or not lane.size.is_const:
             lane_tile = wide
             others = hint(product(a.size for a in grid if a is not lane))
             while inner_work and lane_tile > 64 and others * (hint(lane.size) // lane_tile) < MIN_PARALLEL:

@@ -1,4 +1,4 @@
-"""What runs across the rows of memory is read tile by tile, each line once; no bit depends on it."""
+"""What runs across the rows of memory is read and written tile by tile, each line once; no bit depends on it."""
 
 from __future__ import annotations
 
@@ -48,6 +48,26 @@ def test_a_transpose_itself_a_part_of_one_and_several_at_once(shape: tuple[int, 
     ):
         out, _ = run(fn, x)
         torch.testing.assert_close(out, fn(x))
+
+
+def two_turned(x: Tensor, y: Tensor) -> Tensor:
+    return (x * 2 + y.sin() + x.mul(y)).transpose(-1, -2).contiguous()
+
+
+@pytest.mark.parametrize("shape", [(64, 256), (100, 300), (17, 1), (300, 20), (65, 257), (513, 1031), (3, 70, 90)])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16])
+def test_a_transposed_result_of_several_operands_is_the_plain_ones(shape: tuple[int, ...], dtype: torch.dtype) -> None:
+    x, y = torch.randn(shape).to(dtype), torch.randn(shape).to(dtype)
+    out, _ = run(two_turned, x, y)
+    plain, _ = run(lambda x, y: x * 2 + y.sin() + x.mul(y), x, y)
+    assert torch.equal(out, plain.transpose(-1, -2))
+
+
+def test_a_stored_tile_is_turned_once_behind_its_loops() -> None:
+    out, source = run(two_turned, torch.ones(1000, 2000), torch.ones(1000, 2000))
+    loops = source.split("static void k_")[-1]
+    assert "mf_stage_f32(p" in loops and "mf_stores_f32(" not in loops
+    assert out.shape == (2000, 1000)
 
 
 def test_sizes_known_at_the_call() -> None:
