@@ -303,6 +303,27 @@ def test_a_damaged_entry_is_a_miss(folder: str) -> None:
     assert warm() == [True, True]
 
 
+def test_an_entry_cut_at_any_tenth_byte_is_a_miss(folder: str) -> None:
+    """Of both kinds: a graph, and the library of its kernels."""
+    options = {"plan_cache": True, "cache_dir": folder}
+    torch._dynamo.reset()
+    x = torch.randn(64)
+    want = torch.compile(torch.sigmoid, backend="minifuse", options=options)(x)
+    cache = disk_cache(folder)
+    kept = {path: path.read_bytes() for path in Path(folder).glob("*.bin")}
+    assert len(kept) >= 2
+    for path, whole in kept.items():
+        path.unlink()  # this process runs the library from that file
+        for length in range(0, len(whole), 10):
+            path.write_bytes(whole[:length])
+            assert cache.read(path) is None and not path.exists()
+        path.write_bytes(whole[: len(whole) // 10 * 9])
+    minifuse.runtime.build._loaded.clear()  # type: ignore[attr-defined]
+    torch._dynamo.reset()
+    assert torch.equal(torch.compile(torch.sigmoid, backend="minifuse", options=options)(x), want)
+    assert not minifuse.reports()[-1].record.warm
+
+
 def test_a_kernel_that_is_gone_is_compiled_again(folder: str) -> None:
     first = step(folder)
     for path in Path(folder).glob("*.bin"):
@@ -333,7 +354,7 @@ def test_processes_that_start_together_leave_one_compile_of_files(folder: str) -
     """
     clean = {k: v for k, v in os.environ.items() if k not in ("MINIFUSE_PLAN_CACHE", "MINIFUSE_DEVICE_MODEL")}
     command = [sys.executable, "-c", textwrap.dedent(text)]
-    running = [subprocess.Popen(command, stdout=subprocess.PIPE, text=True, env=clean) for _ in range(3)]
+    running = [subprocess.Popen(command, stdout=subprocess.PIPE, text=True, env=clean) for _ in range(10)]
     said = {one.communicate()[0] for one in running}
     assert len(said) == 1 and all(one.returncode == 0 for one in running)
     kinds = [path.name.partition("_")[0] for path in Path(folder).glob("*.bin")]

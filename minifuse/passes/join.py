@@ -409,6 +409,13 @@ def compare(
     return {c: saved.get(g, 0) for c, g in groups.items()}, {c: more.get(g, 0) for c, g in groups.items()}
 
 
+def first_owner(plan: Plan, name: str) -> str:
+    """The buffer whose memory this one has taken over, itself where it has a memory of its own."""
+    while (before := plan.buffers[name].reuses) is not None:
+        name = before
+    return name
+
+
 def peak(plan: Plan) -> tuple[int, set[str]]:
     """The most bytes that are alive at once, and the joined buffers that are alive then before they are whole.
 
@@ -417,8 +424,12 @@ def peak(plan: Plan) -> tuple[int, set[str]]:
     end = len(plan.steps)
     spans = {n: (0, 0) for n in plan.donated if n in plan.buffers}
     spans |= {n: (0 if n in spans else first, last) for n, (first, last) in lifetimes(plan).items()}
+    for name in [n for n in spans if plan.buffers[n].reuses is not None]:  # what is taken over is one memory
+        first, last = spans.pop(name)
+        owner = first_owner(plan, name)
+        spans[owner] = (min(first, spans.get(owner, (first,))[0]), max(last, spans.get(owner, (0, last))[1]))
     whole = {step.buffer: k for k, step in enumerate(plan.steps) if isinstance(step, Join)}
-    returned = {o.buffer for o in plan.outputs if isinstance(o, TensorRef)}
+    returned = {first_owner(plan, o.buffer) for o in plan.outputs if isinstance(o, TensorRef)}
     given = {n for n, b in plan.buffers.items() if b.storage in ("input", "constant")} - plan.donated
     change = [0] * (end + 2)
     for name, (first, last) in spans.items():

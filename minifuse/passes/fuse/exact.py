@@ -8,14 +8,14 @@ is seen, and the problem solved again. The rules and the costs are those of the 
 
 from __future__ import annotations
 
-import importlib
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 import networkx as nx
 import numpy as np
-from scipy.sparse import csr_array, vstack
+
+from minifuse.ir.lazy import Deferred
 
 from .cost import alone
 from .graph import Graph
@@ -23,6 +23,8 @@ from .rules import Candidate
 
 if TYPE_CHECKING:
     from .search import Search
+
+sparse, optimize = Deferred("scipy.sparse"), Deferred("scipy.optimize")
 
 MOST_KERNELS = 60
 MOST_GROUPS = 30_000
@@ -87,12 +89,12 @@ def choose(search: Search, given: Sequence[Column]) -> list[Column]:
     row = {i: k for k, i in enumerate(kernels)}
     cells = [(row[i], k) for k, c in enumerate(given) for i in c.steps]
     ones = np.ones(len(cells))
-    cover = csr_array((ones, tuple(np.array(cells).T)), shape=(len(kernels), len(given)))
+    cover = sparse.csr_array((ones, tuple(np.array(cells).T)), shape=(len(kernels), len(given)))
     rows, low, high = [cover], [np.ones(len(kernels))], [np.ones(len(kernels))]
     cost = np.array([c.seconds for c in given])
-    optimize = importlib.import_module("scipy.optimize")  # half a second, which only this planner pays
     while True:
-        constraint = optimize.LinearConstraint(vstack(rows, format="csr"), np.concatenate(low), np.concatenate(high))
+        matrix = sparse.vstack(rows, format="csr")
+        constraint = optimize.LinearConstraint(matrix, np.concatenate(low), np.concatenate(high))
         # In microseconds: the solver's tolerances are absolute.
         whole, bounds = np.ones(len(given)), optimize.Bounds(0, 1)
         solved = optimize.milp(1e6 * cost, constraints=constraint, integrality=whole, bounds=bounds)
@@ -104,7 +106,7 @@ def choose(search: Search, given: Sequence[Column]) -> list[Column]:
             return [given[k] for k in picked]
         mask = np.zeros(len(given))
         mask[[picked[k] for k in cycle]] = 1
-        rows.append(csr_array(mask[None]))
+        rows.append(sparse.csr_array(mask[None]))
         low.append(np.zeros(1))
         high.append(np.array([len(cycle) - 1.0]))
 

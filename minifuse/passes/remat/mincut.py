@@ -7,15 +7,16 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 
 import numpy as np
-from scipy.sparse import csr_matrix
-from scipy.sparse.csgraph import breadth_first_order, maximum_flow
 
 from minifuse.errors import RematError
 from minifuse.ir.decision import bytes_text
+from minifuse.ir.lazy import Deferred
 
 from .baselines import SaveAll
 from .plan import RECOMPUTE, SAVE, RematPlan, assemble, closure
 from .problem import SYMBOL_BYTES, Problem, Value
+
+sparse, csgraph = Deferred("scipy.sparse"), Deferred("scipy.sparse.csgraph")
 
 INFINITE = float("inf")
 _FINITE_TOTAL = 2**30
@@ -61,21 +62,21 @@ def minimum_cut(size: int, edges: Sequence[tuple[int, int, float]], source: int,
     scale = 1.0 if exact else (_FINITE_TOTAL - len(finite)) / finite.sum()
     units = np.full(len(weight), _INFINITE_CAPACITY, dtype=np.int64)
     units[~infinite] = np.ceil(finite * scale)
-    graph = csr_matrix((units.astype(np.int32), (ends[:, 0], ends[:, 1])), shape=(size, size))
-    result = maximum_flow(graph, source, sink)
+    graph = sparse.csr_matrix((units.astype(np.int32), (ends[:, 0], ends[:, 1])), shape=(size, size))
+    result = csgraph.maximum_flow(graph, source, sink)
     residual = (graph.astype(np.int64) - result.flow.astype(np.int64)).tocsr()
     residual.data = (residual.data > 0).astype(np.int8)
     residual.eliminate_zeros()
     side = np.ones(size, dtype=bool)
-    side[breadth_first_order(residual.T.tocsr(), sink, return_predecessors=False)] = False
+    side[csgraph.breadth_first_order(residual.T.tocsr(), sink, return_predecessors=False)] = False
     crossing = side[ends[:, 0]] & ~side[ends[:, 1]]
     error = 0.0 if exact else len(finite) / scale
     return Cut(side, float(weight[crossing].sum()), max(0.0, result.flow_value / scale - error))
 
 
 def _reaches(size: int, ends: np.ndarray, source: int, sink: int) -> bool:
-    graph = csr_matrix((np.ones(len(ends), dtype=np.int8), (ends[:, 0], ends[:, 1])), shape=(size, size))
-    return sink in breadth_first_order(graph, source, return_predecessors=False)
+    graph = sparse.csr_matrix((np.ones(len(ends), dtype=np.int8), (ends[:, 0], ends[:, 1])), shape=(size, size))
+    return sink in csgraph.breadth_first_order(graph, source, return_predecessors=False)
 
 
 @dataclass(frozen=True)

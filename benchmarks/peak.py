@@ -1,0 +1,91 @@
+"""Peak memory of a step: eager, Inductor and minifuse beside the least that minifuse's plan needs.
+
+    python -m benchmarks.peak [--quick] [--models bert,llama] [--json FILE] [--check]
+
+The first three are the most bytes alive in a warm step beyond the model and its inputs (see `benchmarks.harness`).
+`live` is the most that is alive at once in minifuse's plans, each result from the step that writes it to its last
+reader, what it takes over counted once: no allocator could do with less. `arena` is what the small buffers are packed
+into, over the most of them that are alive at once.
+"""
+
+from __future__ import annotations
+
+import sys
+from typing import Any
+
+from minifuse.ir.plan import Plan
+from minifuse.passes.join import peak
+from minifuse.passes.memory import arena_intervals, pack
+from minifuse.records import RECORDS
+
+from . import harness, models
+from .harness import Board, Column, ProbeError, Target
+
+
+def board() -> Board:
+    return Board(
+        "Peak memory of a step",
+        [
+            Column("eager", harness.megabytes),
+            Column("inductor", harness.megabytes),
+            Column("minifuse", harness.megabytes),
+            Column("of eager", harness.ratio, Target("<=", 1.0)),
+            Column("of inductor", harness.ratio, Target("<=", 1.0)),
+            Column("live", harness.megabytes),
+            Column("of live", harness.ratio),
+            Column("arena", harness.ratio, Target("<=", 1.03)),
+        ],
+    )
+
+
+def probe_plans(path: str, training: bool) -> dict[str, float]:
+    """The most bytes alive in a step's plans, and how well the arenas are packed. Run it through `fresh`."""
+    models.stepper(path, "minifuse", training)()
+    plans = [r.stages["memory"] for r in RECORDS if "memory" in r.stages]
+    return {"live": max(peak(p)[0] for p in plans), "arena": max(map(packing, plans))}
+
+
+def packing(plan: Plan) -> float:
+    """Bytes of a plan's arena over the most bytes of its buffers that are alive at once."""
+    spans = arena_intervals(plan)
+    sizes = {s.buffer: plan.hint(plan.buffers[s.buffer].extent) * plan.buffers[s.buffer].dtype.itemsize for s in spans}
+    _, total = pack(spans, sizes)
+    change: dict[int, int] = {}
+    for s in spans:
+        rounded = -(-max(sizes[s.buffer], 1) // 64) * 64
+        change[s.first] = change.get(s.first, 0) + rounded
+        change[s.last + 1] = change.get(s.last + 1, 0) - rounded
+    live = most = 0
+    for step in sorted(change):
+        live += change[step]
+        most = max(most, live)
+    return total / most if most else 1.0
+
+
+def measure(table: Board, entry: models.Entry, training: bool) -> None:
+    row = f"{entry.name} {'training' if training else 'inference'}"
+    found: dict[str, Any] = {b: harness.peak(entry.path, b, training) for b in ("eager", "inductor", "minifuse")}
+    peaks = {name: figures["peak"] for name, figures in found.items() if figures}
+    table.add(row, **peaks, **harness.fresh(probe_plans, entry.path, training))
+    if len(peaks) == len(found):
+        ours = peaks["minifuse"]
+        table.add(row, of_eager=ours / peaks["eager"], of_inductor=ours / peaks["inductor"])
+        table.add(row, of_live=ours / table.rows[row]["live"])
+
+
+def main() -> int:
+    parser = harness.arguments(__doc__)
+    parser.add_argument("--models", default="", help="comma-separated names")
+    options = parser.parse_args()
+    table = board()
+    for entry in models.select(options.quick, False, options.models):
+        for training in (True, False) if entry.training else (False,):
+            try:
+                measure(table, entry, training)
+            except ProbeError as error:
+                table.fail(f"{entry.name} {'training' if training else 'inference'}", error)
+    return harness.finish(table, options)
+
+
+if __name__ == "__main__":
+    sys.exit(main())
