@@ -4,9 +4,10 @@
 
 A training step of each model (a call, where it is not trained). `cold` starts with empty caches; `again` is the same
 process after `torch.compiler.reset()`; `warm` is a new process with the caches that the cold one left. `dynamo` and
-`aot` (`aot_eager`, Dynamo and AOT autograd) are what capture takes alone. `a kernel` is the time of the C compiler over
-the kernels that it was given; `ours` is all of minifuse's own phases, which the last column names. How planning grows
-with the graph is `benchmarks.growth`.
+`aot` (`aot_eager`, Dynamo and AOT autograd) are what capture takes alone. `layers` compiles the layers of each stack
+and not the model (regional compilation), also from empty caches: equal layers are compiled once. `a kernel` is the time
+of the C compiler over the kernels that it was given; `ours` is all of minifuse's own phases, which the last column
+names. How planning grows with the graph is `benchmarks.growth`.
 """
 
 from __future__ import annotations
@@ -48,6 +49,8 @@ def board() -> Board:
             Column("over dynamo ratio", harness.ratio, Target("<=", 1.3)),
             Column("inductor again", harness.seconds),
             Column("again", harness.seconds),
+            Column("inductor layers", harness.seconds),
+            Column("layers", harness.seconds),
             Column("a kernel", milliseconds, Target("<=", 0.02)),
             Column("ours", harness.seconds, Target("<=", 1.0)),
             Column("phases"),
@@ -77,6 +80,18 @@ def probe(path: str, backend: str, training: bool) -> dict[str, Any]:
     return found
 
 
+def probe_layers(path: str, backend: str, training: bool) -> float | None:
+    """Seconds of the first call where each layer is compiled by itself; None of a model without. Run it through
+    `fresh`."""
+    if not models.compile_layers(models.load(path)[0], backend):
+        return None
+    models.stepper(path, "eager", training)()
+    step = models.stepper(path, backend, training, layers=True)
+    start = time.perf_counter()
+    step()
+    return time.perf_counter() - start
+
+
 def measure(table: Board, entry: models.Entry, backends: tuple[str, ...]) -> None:
     """Fill the row of one model. Raises ProbeError."""
     found: dict[str, dict[str, Any]] = {}
@@ -87,6 +102,7 @@ def measure(table: Board, entry: models.Entry, backends: tuple[str, ...]) -> Non
             if backend in ("inductor", "minifuse"):
                 warm = harness.fresh(probe, entry.path, backend, entry.training, env=caches)
                 found[backend]["warm"] = warm["first"]
+                found[backend]["layers"] = harness.fresh(probe_layers, entry.path, backend, entry.training)
     ours = found["minifuse"]
     own = {phase: s for phase, s in ours["seconds"].items() if phase not in THEIRS}
     dynamo, aot = found["dynamo"]["first"], found["aot_eager"]["first"]
@@ -100,6 +116,7 @@ def measure(table: Board, entry: models.Entry, backends: tuple[str, ...]) -> Non
         warm=ours["warm"],
         over_dynamo_ratio=ours["warm"] / dynamo,
         again=ours["again"],
+        layers=ours["layers"],
         a_kernel=ours["compiler"] / max(ours["kernels"], 1),
         ours=sum(own.values()),
         phases=", ".join(f"{phase} {1e3 * s:.0f} ms" for phase, s in spent if s >= 0.01),
@@ -113,6 +130,7 @@ def measure(table: Board, entry: models.Entry, backends: tuple[str, ...]) -> Non
             inductor_warm=theirs["warm"],
             warm_ratio=ours["warm"] / theirs["warm"],
             inductor_again=theirs["again"],
+            inductor_layers=theirs["layers"],
         )
 
 

@@ -228,15 +228,33 @@ def resolve(backend: str) -> str | Callable[..., Any]:
     return backend
 
 
-def stepper(path: str, backend: str, training: bool) -> Callable[[], Any]:
+def compile_layers(model: nn.Module, backend: str) -> int:
+    """Compile each layer of a stack of equal ones in place, so that their code is compiled once; how many they are.
+
+    A stack is a list or a sequence of modules, two or more of one class; of nested stacks it is the outermost.
+    """
+    layers = list(model.children())
+    if isinstance(model, (nn.ModuleList, nn.Sequential)) and len({type(m) for m in layers}) < len(layers):
+        for layer in layers:
+            layer.compile(backend=resolve(backend))
+        return len(layers)
+    return sum(compile_layers(layer, backend) for layer in layers)
+
+
+def stepper(path: str, backend: str, training: bool, layers: bool = False) -> Callable[[], Any]:
     """One step of a model as a function without arguments: forward and backward, or forward without gradients.
 
     `backend` is `eager`, `dynamo` (captured, then run as it is) or a name of `torch.compile`'s. Gradients are dropped
-    before each step, so that no step accumulates. Inference puts the model into evaluation mode (no dropout).
+    before each step, so that no step accumulates. Inference puts the model into evaluation mode (no dropout). With
+    `layers` the layers of its stacks are compiled, one by one, and not the model.
     """
     model, args, kwargs = load(path)
     model.train(training)
-    forward: Callable[..., Any] = model if backend == "eager" else torch.compile(model, backend=resolve(backend))
+    forward: Callable[..., Any] = model
+    if layers:
+        compile_layers(model, backend)
+    elif backend != "eager":
+        forward = torch.compile(model, backend=resolve(backend))
     parameters = list(model.parameters())
 
     def train() -> Any:
