@@ -56,7 +56,6 @@ try:  # 2.13
 except ImportError:
     CACHES, _NotCached, OutputCode = False, RuntimeError, object  # type: ignore[assignment, misc]
 
-
 NotCachedError: type[Exception] = _NotCached
 
 try:  # 2.13
@@ -335,7 +334,8 @@ def caching(tag: str, read: Callable[[str], Iterable[bytes]], write: Callable[[s
     try:
         for (owner, name), own in zip(_HOOKS, (staticmethod(candidates), staticmethod(keep), details), strict=True):
             setattr(owner, name, own)
-        with settings.patch(cache_key_tag=f"{settings.cache_key_tag}{tag}"), _functorch_config.patch(both):
+        with settings.patch(cache_key_tag=f"{settings.cache_key_tag}{tag}"), _functorch_config.patch(both), \
+             torch.compiler._cache.CacheArtifactManager.with_fresh_cache():  # else torch remembers the bytes of each  # fmt: skip
             yield True
     finally:
         for (owner, name), old in zip(_HOOKS, before, strict=True):

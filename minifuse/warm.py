@@ -80,6 +80,7 @@ class CompiledGraph(compat.OutputCode):
     def post_compile(self, example_inputs: Any, constants: Any, graph_kwargs: Any) -> None:
         begin = time.perf_counter()
         record = pickle.loads(self.saved)
+        self.saved = b""
         program = restore(record)
         seconds = {"warm start": time.perf_counter() - begin}
         self.record = replace(record, name=f"{self.loading}_{record.stage}", seconds=seconds, warm=True)

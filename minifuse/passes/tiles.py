@@ -46,8 +46,9 @@ def tile(plan: Plan, ctx: CompileContext) -> Plan:
 def tileable(step: Launch) -> bool:
     """Whether a launch's grid can be cut at all: one of known sizes, whose checks nobody waits for."""
     grid = step.schedule.grid if step.schedule is not None else ()
-    known = all(loop.axis.size.is_const and not loop.axis.size.value % loop.step for loop in grid)
-    return bool(grid) and known and not step.batched and not any(isinstance(r, Check) for r in step.kernel.body)
+    known = all(a.size.is_const and a.size.value for a in step.kernel.axes)
+    even = known and not any(loop.axis.size.value % loop.step for loop in grid)
+    return bool(grid) and even and not step.batched and not any(isinstance(r, Check) for r in step.kernel.body)
 
 
 def _joins(plan: Plan, ctx: CompileContext, before: Sequence[Launch], step: Launch) -> bool:
