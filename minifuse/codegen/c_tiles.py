@@ -50,6 +50,8 @@ def _tile(d: CDialect, p: Printer, param: Param, offset: Expr, step: Expr) -> _T
     begin = None if p.lane is None else p.start(p.lane)
     if across is None or begin is None or offset.coefficient(across) is not ONE:
         return None
+    if across.size.is_const and across.size.value < LANES:
+        return None  # its lines are read again while they are at hand
     lane, other = p.loops[begin].axis, p.start(across)
     innermost = max(k for k, loop in enumerate(p.loops) if loop.kind == "grid")
     rest = offset - across.expr - lane.expr * step
@@ -61,9 +63,10 @@ def _tile(d: CDialect, p: Printer, param: Param, offset: Expr, step: Expr) -> _T
 
 
 def staged(d: CDialect, p: Printer, v: Load, offset: Expr, step: Expr) -> str | None:
-    """Where a load is in a copy of its tile; `step` elements are between its lanes in memory."""
+    """Where a load is in a copy of its tile; `step` elements are between its lanes in memory. None of what a mask
+    guards: nothing may be there."""
     param = p.param(v.param)
-    tile = _tile(d, p, param, offset, step)
+    tile = _tile(d, p, param, offset, step) if v.mask is None else None
     if tile is None:
         return None
     if v not in d.tiles:

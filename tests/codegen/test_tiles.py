@@ -2,7 +2,12 @@
 
 from __future__ import annotations
 
+import os
+import subprocess
+import sys
+import textwrap
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -68,6 +73,34 @@ def test_a_stored_tile_is_turned_once_behind_its_loops() -> None:
     loops = source.split("static void k_")[-1]
     assert "mf_stage_f32(p" in loops and "mf_stores_f32(" not in loops
     assert out.shape == (2000, 1000)
+
+
+def test_a_masked_load_reads_no_more_than_is_there(tmp_path: Path) -> None:
+    """Memory that ends with a page: what lies behind it is not mapped."""
+    script = textwrap.dedent("""
+        import ctypes, mmap, torch
+        import minifuse
+
+        def ending_with_a_page(x):
+            memory = mmap.mmap(-1, -(-x.nbytes // 4096) * 4096 + 4096)
+            start = ctypes.addressof(ctypes.c_char.from_buffer(memory))
+            assert not ctypes.CDLL(None).mprotect(ctypes.c_void_p(start + len(memory) - 4096), 4096, 0)
+            ending_with_a_page.kept = [*getattr(ending_with_a_page, "kept", []), memory]
+            y = torch.frombuffer(memory, dtype=x.dtype, count=x.numel(), offset=len(memory) - 4096 - x.nbytes)
+            return y.view(x.shape).copy_(x)
+
+        def turned(x, y):
+            return torch.cat([x, y]).transpose(1, 2).contiguous() * 2
+
+        x, y = (ending_with_a_page(torch.randn(n, 64, 1024)) for n in (2, 1))
+        out = torch.compile(turned, backend="minifuse")(x, y)
+        assert torch.equal(out, turned(x, y))
+    """)
+    path = tmp_path / "script.py"
+    path.write_text(script)
+    done = subprocess.run([sys.executable, str(path)], cwd=Path(__file__).parents[2], capture_output=True, text=True,
+                          env={**os.environ, "PYTHONPATH": str(Path(__file__).parents[2])})  # fmt: skip
+    assert done.returncode == 0, done.stderr[-2000:]
 
 
 def test_sizes_known_at_the_call() -> None:
