@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import ctypes
 import math
+import mmap
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -41,6 +43,8 @@ def make(spec: Input, seed: int, before: Tensor | None = None) -> Tensor:
     elif spec.layout == "overlapping" and len(base) > 1:
         base = [base[0] + base[1], *base[2:]]
     x = _values(spec, base, g)
+    if seed % 2:
+        x = fenced(x)
     if spec.layout == "permuted":
         return x.permute(list(reversed(range(len(base)))))
     if spec.layout == "strided" and base:
@@ -70,3 +74,19 @@ def _values(spec: Input, shape: Sequence[int], g: torch.Generator) -> Tensor:
         for k, value in enumerate(SPECIAL):
             x = torch.where(which == k, torch.tensor(value, dtype=spec.dtype), x)
     return x
+
+
+def fenced(x: Tensor) -> Tensor:
+    """The tensor in memory that ends with a page that nothing may touch behind it: what reads on is a crash."""
+    if not x.numel():
+        return x
+    page = mmap.PAGESIZE
+    memory = mmap.mmap(-1, -(-x.nbytes // page) * page + page)
+    start = ctypes.addressof(ctypes.c_char.from_buffer(memory))
+    if ctypes.CDLL(None).mprotect(ctypes.c_void_p(start + len(memory) - page), ctypes.c_size_t(page), 0):
+        return x
+    return (
+        torch.frombuffer(memory, dtype=x.dtype, count=x.numel(), offset=len(memory) - page - x.nbytes)
+        .view(x.shape)
+        .copy_(x)
+    )
