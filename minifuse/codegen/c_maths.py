@@ -28,10 +28,12 @@ COEFFICIENTS = {
 @dataclass(frozen=True)
 class Inline:
     """`lane`: C statements from `x` that end in a return. `limit`: the largest |x| for which they hold; beyond it, and
-    for NaN, a lane takes the library's result."""
+    for NaN, a lane takes the library's result. `scaled`: statements from `x` to `p` and `n`, of which p * 2^n is the
+    result: AVX-512 has that in one instruction, equal in every bit."""
 
     lane: str
     limit: str = ""
+    scaled: str = ""
 
 
 def _polynomial(name: str, x: str) -> str:
@@ -67,6 +69,12 @@ _PI = _parts("3.14159265358979323846264338327950288419716939937510", 3)
 _LOG2E = _parts("1.44269504088896340735992468100189213742664595415299", 2)
 # 2^r of |r| <= 1/2 as p, in terms of r.
 _EXP2 = f"float r2 = r * r, r4 = r2 * r2, p = __builtin_fmaf({_polynomial('exp2', 'r')}, r, 1.0f);"
+# e^x as p * 2^n.
+_EXP = f"""
+  x = x > 89.0f ? 89.0f : x; x = x < -104.0f ? -104.0f : x;
+  float n = __builtin_fmaf(x, {_LOG2E[0]}, 0x1.8p23f) - 0x1.8p23f;
+  float r = __builtin_fmaf(x, {_LOG2E[1]}, __builtin_fmaf(x, {_LOG2E[0]}, -n));
+  {_EXP2}"""
 # The sine of r, within pi/2. It takes r's magnitude, as the polynomial loses the sign of -0; a cosine never has that r,
 # and its sign may go into r before.
 _REST = f"float s = r * r, s2 = s * s; r = __builtin_fmaf(-h, {_PI[2]}, r); uint32_t u; __builtin_memcpy(&u, &r, 4);"
@@ -90,15 +98,11 @@ INLINE = {
   {_SINE}
   return r;""", "0x1p16f"),
     # 2^n in two factors: a result may be denormal, and 2^128 is no float.
-    "exp": Inline(f"""
-  x = x > 89.0f ? 89.0f : x; x = x < -104.0f ? -104.0f : x;
-  float n = __builtin_fmaf(x, {_LOG2E[0]}, 0x1.8p23f);
-  uint32_t u, v; __builtin_memcpy(&u, &n, 4); n -= 0x1.8p23f;
-  float r = __builtin_fmaf(x, {_LOG2E[1]}, __builtin_fmaf(x, {_LOG2E[0]}, -n));
-  {_EXP2}
+    "exp": Inline(f"""{_EXP}
+  uint32_t u, v; n += 0x1.8p23f; __builtin_memcpy(&u, &n, 4);
   v = u >> 1; u = ((u - v) << 23) + 0x3f800000u; v = (v << 23) + 0x3f800000u;
   float a, b; __builtin_memcpy(&a, &u, 4); __builtin_memcpy(&b, &v, 4);
-  return p * a * b;"""),
+  return p * a * b;""", scaled=_EXP),
     # 1 - 2^(log2 erfc |x|) away from 0: what is subtracted is small, and so are its errors.
     "erf": Inline(f"""
   float y = __builtin_fabsf(x); y = y > 4.0f ? 4.0f : y;
@@ -117,7 +121,17 @@ def definition(op: str) -> str:
     row = INLINE[op]
     lane = f"MF float mf_lane_{op}(float x) {{{row.lane}\n}}\n"
     if not row.limit:
-        return f"{lane}MF v_f32 mf_{op}_f32(v_f32 x) {{ v_f32 r; MF_LANES r[l] = mf_lane_{op}(x[l]); return r; }}"
+        plain = f"MF v_f32 mf_{op}_f32(v_f32 x) {{ v_f32 r; MF_LANES r[l] = mf_lane_{op}(x[l]); return r; }}"
+        if not row.scaled:
+            return lane + plain
+        return f"""#if defined(__AVX512F__)
+MF v_f32 mf_{op}_f32(v_f32 a) {{
+  v_f32 b, c; MF_LANES {{ float x = a[l];{row.scaled} b[l] = p; c[l] = n; }}
+  return (v_f32)__builtin_ia32_scalefps512_mask(b, c, b, -1, 4);
+}}
+#else
+{lane}{plain}
+#endif"""
     # Out of line and cold, so that the common path keeps its registers.
     return f"""{lane}MF_ONCE v_f32 mf_wide_{op}(v_f32 x, v_f32 r) {{
   v_f32 far = mf_library_{op}(x);
