@@ -335,7 +335,7 @@ def caching(tag: str, read: Callable[[str], Iterable[bytes]], write: Callable[[s
         for (owner, name), own in zip(_HOOKS, (staticmethod(candidates), staticmethod(keep), details), strict=True):
             setattr(owner, name, own)
         with settings.patch(cache_key_tag=f"{settings.cache_key_tag}{tag}"), _functorch_config.patch(both), \
-             torch.compiler._cache.CacheArtifactManager.with_fresh_cache():  # else torch remembers the bytes of each  # fmt: skip
+             torch.compiler._cache.CacheArtifactManager.with_fresh_cache():  # it would keep the bytes  # fmt: skip
             yield True
     finally:
         for (owner, name), old in zip(_HOOKS, before, strict=True):
