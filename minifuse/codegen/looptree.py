@@ -10,10 +10,11 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
+from math import prod
 
 from minifuse.ir.index import Axis
 from minifuse.ir.kernel import Check, Kernel, Loop, Schedule, Store
-from minifuse.ir.value import Load, Pick, Reduce, Value, topological
+from minifuse.ir.value import Load, Pick, Reduce, Value
 from minifuse.passes.schedule import HOLD_BYTES, HOLD_COST, tile_elements, value_costs
 
 
@@ -114,13 +115,13 @@ def build(kernel: Kernel, schedule: Schedule) -> LoopTree:
         order.append(root)
         paths[root] = _loops_of(loops, root.space)
     needs = {item: _needs(item, maker, folds) for item in order}
-    late = _stores_last(order, needs, paths, maker, frozenset(kernel.reads))
+    late, behind = _stores_last(order, needs, paths, maker, frozenset(kernel.reads))
     grid = tuple(k for k, loop in enumerate(loops) if loop.kind == "grid")
     for item in order:
         if any(k not in paths[item] for k in grid):
             raise ValueError(f"{item} does not run over the grid {[str(loops[k]) for k in grid]}")
     top = Node(None)
-    _nest(top, _sorted(order, needs), 0, paths, needs)
+    _nest(top, _sorted(order, {item: needs[item] | behind.get(item, set()) for item in order}), 0, paths, needs, behind)
     return LoopTree(kernel, schedule, top, paths, folds, late)
 
 
@@ -159,25 +160,33 @@ def _stores_last(
     paths: dict[Item, tuple[int, ...]],
     maker: dict[Value, Item],
     read: frozenset[str],
-) -> dict[Store, tuple[Load, ...]]:
+) -> tuple[dict[Store, tuple[Load, ...]], dict[Item, set[Item]]]:
     """A store over something that the kernel reads waits for every item that reads it.
 
     Stores that read what another overwrites in turn run over the same axes, for a load is at the
-    stored index: these wait for the same items and run at one point, loads first.
+    stored index: these wait for the same items and run at one point, loads first. A store runs behind what folds or
+    keeps the element at the same point (the second result), where the loads are done and nothing is computed twice.
     """
     over = [item for item in order if isinstance(item, Store) and item.param in read]
     loads = {item: [v for v in _direct(item, maker) if isinstance(v, Load)] for item in order if over}
+    behind: dict[Item, set[Item]] = {}
     for store in over:
         for other, found in loads.items():
-            together = isinstance(other, Store) and other in over and paths[other] == paths[store]
-            if not together and any(v.param == store.param for v in found):
+            if not any(v.param == store.param for v in found):
+                continue
+            # what joins several values may read a whole row where it lies, later
+            at_once = isinstance(other, Hold) or isinstance(other, Fold) and other.value.results == 1
+            if at_once and paths[other] == paths[store]:
+                behind.setdefault(store, set()).add(other)
+            elif not (other in over and paths[other] == paths[store]):
                 needs[store].add(other)
     late: dict[Store, tuple[Load, ...]] = {}
     for store in over:
         here = [other for other in over if paths[other] == paths[store]]
         needs[store] |= {n for other in here for n in needs[other]}
+        behind[store] = {n for other in here for n in behind.get(other, ())}
         late[store] = tuple(v for other in here if other is not store for v in loads[other] if v.param == store.param)
-    return late
+    return late, behind
 
 
 def _sorted(order: list[Item], needs: dict[Item, set[Item]]) -> list[Item]:
@@ -196,9 +205,15 @@ def _sorted(order: list[Item], needs: dict[Item, set[Item]]) -> list[Item]:
 
 
 def _nest(
-    node: Node, items: list[Item], depth: int, paths: dict[Item, tuple[int, ...]], needs: dict[Item, set[Item]]
+    node: Node,
+    items: list[Item],
+    depth: int,
+    paths: dict[Item, tuple[int, ...]],
+    needs: dict[Item, set[Item]],
+    behind: dict[Item, set[Item]],
 ) -> None:
-    """Place items under a node whose enclosing loops are the first `depth` of each item's path."""
+    """Place items under a node whose enclosing loops are the first `depth` of each item's path: after what they need is
+    finished, and after what they only run behind has run at the same point."""
     segments: list[tuple[int | None, list[Item]]] = []
     place: dict[Item, int] = {}
     for item in items:
@@ -216,8 +231,9 @@ def _nest(
             finished_by_loop = isinstance(need, Fold) and need.loop == loop
             inside = segments[at][0] == loop and not finished_by_loop
             after = max(after, at if inside else at + 1)
-        behind = range(max(after, 0), len(segments))
-        found = next((k for k in behind if segments[k][0] == loop), None)
+        after = max([after, *(place[other] for other in behind.get(item, ()) if other in place)])
+        free = range(max(after, 0), len(segments))
+        found = next((k for k in free if segments[k][0] == loop), None)
         if found is None:
             segments.append((loop, [item]))
             found = len(segments) - 1
@@ -230,7 +246,7 @@ def _nest(
             continue
         child = Node(loop_or_none)
         node.items.append(child)
-        _nest(child, members, depth + 1, paths, needs)
+        _nest(child, members, depth + 1, paths, needs, behind)
 
 
 # -- row buffers ------------------------------------------------------------------------------------
@@ -277,46 +293,42 @@ def _parts_loops(tree: LoopTree, v: Value, leaves: Iterable[list[Item]]) -> bool
     return not around - {k for k, loop in enumerate(tree.loops) if loop.kind == "lane"} <= set(tree.loops_of(v.axes))
 
 
+def _each_time(tree: LoopTree, v: Value, leaf: list[Item]) -> bool:
+    """Whether a loop that a value does not vary over runs around one that it does: it would be computed each time."""
+    mine = tree.loops_of(v.axes)
+    others = (k for k in tree.paths[leaf[0]] if tree.loops[k].kind != "grid" and k not in mine)
+    outermost = next(others, len(tree.loops))
+    return any(k > outermost for k in mine)
+
+
 def _worth_holding(tree: LoopTree) -> tuple[Value, ...]:
     loops: dict[int, list[Item]] = {}
     for item, above in tree.root.walk():
         loops.setdefault(id(above[-1]), []).append(item)
     leaves = list(loops.values())
-    if len(leaves) < 2:
-        return ()
     used: dict[Value, set[int]] = {}
     lane = tree.schedule.lane
     for k, items in enumerate(leaves):
-        stack = [v for item in items for v in _item_values(item)]
-        seen: set[Value] = set()
-        while stack:
-            v = stack.pop()
-            if v in seen or isinstance(v, Reduce):
-                continue
-            seen.add(v)
+        for v in (v for item in items for v in _item_values(item)):
             used.setdefault(v, set()).add(k)
-            stack.extend(v.args)
     costs = value_costs(tree.kernel.values())
     room = HOLD_BYTES
     found: list[Value] = []
-    covered: set[Value] = set()
     for v in reversed(tree.kernel.values()):
-        again = len(used.get(v, ())) > 1 and not _parts_loops(tree, v, (leaves[k] for k in used[v]))
-        if not again or v in covered or lane not in v.axes or isinstance(v, Reduce) or costs[v] < HOLD_COST:
+        if isinstance(v, Reduce):
             continue
-        below = [a for a in v.axes if not _only_grid(tree, a)]
-        sizes = [tile_elements(tree.loops, a) for a in below]
-        if not all(s.is_const for s in sizes):
-            continue
-        count = 1
-        for s in sizes:
-            count *= s.value + 15
-        nbytes = count * 8
-        if nbytes > room:
-            continue
-        room -= nbytes
-        found.append(v)
-        covered.update(topological([v]))
+        readers = [leaves[k] for k in used.get(v, ())]
+        again = len(readers) > 1 and not _parts_loops(tree, v, readers)
+        again = again or any(_each_time(tree, v, leaf) for leaf in readers)
+        sizes = [tile_elements(tree.loops, a) for a in v.axes if not _only_grid(tree, a)]
+        if again and lane in v.axes and costs[v] >= HOLD_COST and all(s.is_const for s in sizes):
+            nbytes = 8 * prod(s.value + 15 for s in sizes)
+            if nbytes <= room:
+                room -= nbytes
+                found.append(v)
+                continue  # what it is made of is needed once for it
+        for a in v.args:
+            used.setdefault(a, set()).update(used.get(v, ()))
     return tuple(found)
 
 
