@@ -127,7 +127,7 @@ class CDialect:
         p.here.lines.append(f"for (int64_t {var} = {begin}; {var} < {self.end(p, k)}; {var} += {step}) {{")
         p.here.lines += ["  " + text for text in lines]
         p.here.lines.append("}")
-        if k == 0 or p.loops[k - 1].kind == "grid":
+        if p.here.loop is None or p.loops[p.here.loop].kind == "grid":
             p.here.lines += self.behind
             self.behind.clear()
 

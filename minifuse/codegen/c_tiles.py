@@ -9,7 +9,8 @@ from typing import TYPE_CHECKING
 from minifuse.ir import dtypes
 from minifuse.ir.index import ONE, Axis, Expr
 from minifuse.ir.kernel import Param, Store
-from minifuse.ir.value import LANES, Load
+from minifuse.ir.value import LANES, Load, Value
+from minifuse.passes.schedule import TILE_BYTES
 
 from .c_text import pointer
 from .printer import Printer
@@ -19,54 +20,76 @@ if TYPE_CHECKING:
 
 
 @dataclass(frozen=True)
+class _Range:
+    """Where a part of an axis begins and how many elements it has, as C; at most `most`."""
+
+    start: str
+    count: str
+    most: int
+
+
+@dataclass(frozen=True)
 class _Tile:
     """A tile whose columns lie in memory one behind the other, and whose rows, `step` apart, are the lanes.
 
-    `across` and `lane` are its axes, `here` and `there` where it begins along them, `row` the elements that its copy
-    has room for along the lane, `memory` its first element.
+    `across` and `lane` are its axes, `columns` and `rows` what it has of them, `row` the elements from one column of
+    its copy to the next, `memory` its first element, `scope` the loop that it belongs to.
     """
 
     across: Axis
     lane: Axis
-    here: str
-    there: str
+    columns: _Range
+    rows: _Range
     row: int
-    columns: int
     memory: str
     scope: int
 
     def place(self, d: CDialect, name: str) -> str:
         """Where the current vector is in the copy."""
-        return f"{name} + ({d.axis(self.across)} - {self.here}) * {self.row} + ({d.axis(self.lane)} - {self.there})"
+        column, row = f"{d.axis(self.across)} - {self.columns.start}", f"{d.axis(self.lane)} - {self.rows.start}"
+        return f"{name} + ({column}) * {self.row} + ({row})"
 
     def declare(self, p: Printer, storage: str, name: str) -> None:
         scope = next(s for s in p.scopes if s.loop == self.scope)
-        scope.lines.append(f"{storage} {name}[{self.columns * self.row}] __attribute__((aligned(64)));")
+        scope.lines.append(f"{storage} {name}[{self.columns.most * self.row}] __attribute__((aligned(64)));")
 
 
 def _tile(d: CDialect, p: Printer, param: Param, offset: Expr, step: Expr) -> _Tile | None:
-    """The tile of the grid that an access walks through; None where the grid has none of such rows."""
-    across = next((loop.axis for loop in p.loops if loop.kind == "loop" and p.start(loop.axis) is not None), None)
-    begin = None if p.lane is None else p.start(p.lane)
-    if across is None or begin is None or offset.coefficient(across) is not ONE:
-        return None
-    if across.size.is_const and across.size.value < LANES:
-        return None  # its lines are read again while they are at hand
-    lane, other = p.loops[begin].axis, p.start(across)
-    innermost = max(k for k, loop in enumerate(p.loops) if loop.kind == "grid")
+    """The tile that an access walks through below the grid; None where there is none of such rows, or a large one."""
+    lane = p.lane
+    across = next((a for a in offset.axes() if a is not lane and offset.coefficient(a) is ONE), None)
+    grid = [k for k, loop in enumerate(p.loops) if loop.kind == "grid"]
+    if lane is None or across is None or not grid or across.size.is_const and across.size.value < LANES:
+        return None  # of few columns the lines are read again while they are at hand
     rest = offset - across.expr - lane.expr * step
-    if other is None or any(p.last_loop(a) > innermost for a in rest.axes()):
+    if step.axes() or any(p.last_loop(a) > grid[-1] for a in rest.axes()):
         return None
-    here, there = d.var(p, other), d.var(p, begin)
-    memory = f"{pointer(p, param)} + {d.expr(rest)} + {here} + ({d.expr(step)}) * {there}"
-    return _Tile(across, lane, here, there, p.loops[begin].step + LANES, p.loops[other].step, memory, innermost)
+    columns, rows = _range(d, p, across), _range(d, p, lane)
+    if columns is None or rows is None:
+        return None
+    row = -(-rows.most // LANES) * LANES + LANES  # rows a power of two apart would meet in one set of the cache
+    if columns.most * row * param.dtype.itemsize > TILE_BYTES:
+        return None
+    memory = f"{pointer(p, param)} + {d.expr(rest)} + {columns.start} + ({d.expr(step)}) * {rows.start}"
+    return _Tile(across, lane, columns, rows, row, memory, grid[-1])
+
+
+def _range(d: CDialect, p: Printer, axis: Axis) -> _Range | None:
+    """What of an axis there is below the grid: a tile of it, or all of a short one."""
+    k = p.start(axis)
+    if k is not None:
+        return _Range(d.var(p, k), f"e_{d.var(p, k)} - {d.var(p, k)}", p.loops[k].step)
+    if not axis.size.is_const or any(loop.axis is axis and loop.kind == "grid" for loop in p.loops):
+        return None
+    return _Range("0", str(axis.size), axis.size.value)
 
 
 def staged(d: CDialect, p: Printer, v: Load, offset: Expr, step: Expr) -> str | None:
     """Where a load is in a copy of its tile; `step` elements are between its lanes in memory. None of what a mask
-    guards: nothing may be there."""
+    guards, where nothing may be, and of what is looked up."""
     param = p.param(v.param)
-    tile = _tile(d, p, param, offset, step) if v.mask is None else None
+    plain = v.mask is None and not any(isinstance(i, Value) for i in v.index)
+    tile = _tile(d, p, param, offset, step) if plain else None
     if tile is None:
         return None
     if v not in d.tiles:
@@ -74,7 +97,7 @@ def staged(d: CDialect, p: Printer, v: Load, offset: Expr, step: Expr) -> str | 
         tile.declare(p, t.c_storage, name)
         next(s for s in p.scopes if s.loop == tile.scope).lines.append(
             f"mf_stage_{dtypes.name(v.dtype)}({name}, {tile.row}, {tile.memory}, {d.expr(step)}, "
-            f"e_{tile.here} - {tile.here}, e_{tile.there} - {tile.there});"
+            f"{tile.columns.count}, {tile.rows.count});"
         )
     return tile.place(d, d.tiles[v])
 
@@ -82,7 +105,9 @@ def staged(d: CDialect, p: Printer, v: Load, offset: Expr, step: Expr) -> str | 
 def gathered(d: CDialect, p: Printer, root: Store, offset: Expr, step: Expr) -> str | None:
     """Where a store puts its vector in a copy of its tile, which goes to memory behind the tile's loops."""
     param = p.param(root.param)
-    if root.mask is not None or root.param in p.kernel.reads or sum(s.param == root.param for s in p.kernel.stores) > 1:
+    again = any(v.param == root.param and v not in d.tiles for v in p.kernel.loads)
+    looked_up = any(isinstance(i, Value) for i in root.index)
+    if root.mask is not None or looked_up or again or sum(s.param == root.param for s in p.kernel.stores) > 1:
         return None
     tile = _tile(d, p, param, offset, step)
     if tile is None:
@@ -91,7 +116,7 @@ def gathered(d: CDialect, p: Printer, root: Store, offset: Expr, step: Expr) -> 
     tile.declare(p, dtypes.row(param.dtype).c_storage, name)
     d.behind.append(
         f"mf_stage_{dtypes.name(param.dtype)}({tile.memory}, {d.expr(step)}, {name}, {tile.row}, "
-        f"e_{tile.there} - {tile.there}, e_{tile.here} - {tile.here});"
+        f"{tile.rows.count}, {tile.columns.count});"
     )
     return tile.place(d, name)
 

@@ -312,7 +312,7 @@ def _worth_holding(tree: LoopTree) -> tuple[Value, ...]:
         for v in (v for item in items for v in _item_values(item)):
             used.setdefault(v, set()).add(k)
     costs = value_costs(tree.kernel.values())
-    room = HOLD_BYTES
+    room, needed = HOLD_BYTES, {lane, *(loop.axis for loop in tree.schedule.grid)}
     found: list[Value] = []
     for v in reversed(tree.kernel.values()):
         if isinstance(v, Reduce):
@@ -321,7 +321,7 @@ def _worth_holding(tree: LoopTree) -> tuple[Value, ...]:
         again = len(readers) > 1 and not _parts_loops(tree, v, readers)
         again = again or any(_each_time(tree, v, leaf) for leaf in readers)
         sizes = [tile_elements(tree.loops, a) for a in v.axes if not _only_grid(tree, a)]
-        if again and lane in v.axes and costs[v] >= HOLD_COST and all(s.is_const for s in sizes):
+        if again and needed <= v.axes and costs[v] >= HOLD_COST and all(s.is_const for s in sizes):
             nbytes = 8 * prod(s.value + 15 for s in sizes)
             if nbytes <= room:
                 room -= nbytes

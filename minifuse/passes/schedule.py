@@ -26,6 +26,9 @@ COLUMN_TILE = 256
 COLUMN_BYTES = 16_384
 # Columns of a tile that is turned: 16 fill a line of memory, 64 leave its page for fewer others.
 TRANSPOSE_TILES = (64, 16)
+# The longest row that is turned whole, and the bytes of a turned copy: it shares a core's second cache.
+TURNED_ROW = 1024
+TILE_BYTES = 98_304
 MIN_PARALLEL = 16
 SPLIT_WORK = 65_536
 # Elements of a column sum that are read faster row by row: a tile of columns asks for a piece of every page.
@@ -226,7 +229,8 @@ def choose(kernel: Kernel, hint: Hint) -> Schedule:
     inside = [a for a in kernel.axes if any(s.over is a and s.lanes == 1 for s in kernel.scans)]
     rest = [a for a in kernel.axes if a not in grid and a is not lane and a not in inside]
     rest.sort(key=lambda a: (-depth(a, reductions), -stride.get(a, 0), a.name))
-    across = transposed_axis(grid, lane, weight) if not reduced else None
+    whole = lane is not None and lane not in grid and lane.size.is_const and lane.size.value <= TURNED_ROW
+    across = transposed_axis(grid, lane, weight) if whole or not reduced else None
     lane_tile = 1
     if lane in grid:
         assert lane is not None
@@ -240,10 +244,15 @@ def choose(kernel: Kernel, hint: Hint) -> Schedule:
             others = hint(product(a.size for a in grid if a is not lane))
             while inner_work and lane_tile > 64 and others * (hint(lane.size) // lane_tile) < MIN_PARALLEL:
                 lane_tile //= 2
+            columns = [a for a in reduced if a.size.is_const and weight.get(a, 0) * 8 > weight.get(lane, 0)]
+            if columns:  # they are turned, as much of the lane as there is room for
+                lane_tile = min(lane_tile, turned_tile(max(a.size.value for a in columns), kernel))
     loops = [Loop(a, "grid") for a in grid if a is not lane]
     if across is not None and lane is not None:
         points = hint(product(a.size for a in grid if a is not lane)) * -(-hint(lane.size) // lane_tile)
         tile = next((t for t in TRANSPOSE_TILES if points >= t * MIN_PARALLEL), TRANSPOSE_TILES[-1])
+        if reduced:
+            tile = min(tile, turned_tile(lane.size.value, kernel))
         loops = [replace(loop, step=tile) if loop.axis is across else loop for loop in loops]
     if lane in grid and lane is not None and lane_tile > 1:
         loops.append(Loop(lane, "grid", lane_tile))
@@ -327,6 +336,10 @@ def lane_axis(kernel: Kernel, reduced: dict[Axis, Reduce], weight: dict[Axis, in
         able = [a for a in able if a not in scattered and weight.get(a)]
     if not able:
         return None
+    # What is reduced by lanes is the lane, where turning the rest takes no more than to walk it with strides.
+    most = max(weight.get(a, 0) for a in able)
+    rows = [a for a in able if a in reduced and a.size.is_const and LANES <= a.size.value <= TURNED_ROW]
+    able = [a for a in rows if 4 * weight.get(a, 0) >= most] or able
     return max(able, key=lambda a: (weight.get(a, 0) * min(hint(a.size), LANES), a in reduced, hint(a.size), a.name))
 
 
@@ -336,6 +349,12 @@ def transposed_axis(grid: list[Axis], lane: Axis | None, weight: dict[Axis, int]
         return None
     others = [a for a in grid if a is not lane and weight.get(a, 0) * 8 > weight.get(lane, 0)]
     return max(others, key=lambda a: weight.get(a, 0), default=None)
+
+
+def turned_tile(row: int, kernel: Kernel) -> int:
+    """How many rows of so many elements are turned at once."""
+    nbytes = max((p.dtype.itemsize for p in kernel.params), default=4)
+    return next((t for t in TRANSPOSE_TILES if t * (row + LANES) * nbytes <= TILE_BYTES), TRANSPOSE_TILES[-1])
 
 
 def value_costs(values: Iterable[Value]) -> dict[Value, float]:

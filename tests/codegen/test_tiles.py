@@ -75,6 +75,40 @@ def test_a_stored_tile_is_turned_once_behind_its_loops() -> None:
     assert out.shape == (2000, 1000)
 
 
+def test_rows_that_are_looked_up_are_eagers() -> None:
+    """The index is the same for a whole tile, and is not in its place."""
+
+    def fn(x: Tensor, y: Tensor, at: Tensor) -> tuple[Tensor, Tensor]:
+        return x[at].transpose(1, 2).contiguous() * 2, y[at].transpose(1, 2) + x[at].transpose(1, 2)
+
+    for width in (64, 40):
+        x, y, at = torch.randn(4, width, 32), torch.randn(4, width, 32), torch.tensor([2, 1, 3])
+        torch._dynamo.reset()
+        for mine, eager in zip(torch.compile(fn, backend="minifuse")(x, y, at), fn(x, y, at), strict=True):
+            assert torch.equal(mine, eager)
+
+
+@pytest.mark.parametrize("shape", [(3, 64, 48), (2, 20, 300), (5, 130, 64), (2, 256, 196)])
+def test_rows_reduced_across_memory_are_eagers(shape: tuple[int, ...]) -> None:
+    """A layer norm over channels of planes, forward and backward, and a sum beside it."""
+
+    def fn(x: Tensor, w: Tensor) -> tuple[Tensor, Tensor]:
+        y = torch.nn.functional.layer_norm(x.transpose(1, 2), w.shape, w)
+        return y, (y * 2).transpose(1, 2).contiguous() + x.amax(1, keepdim=True)
+
+    found = []
+    for compiled in (False, True):
+        x, w = torch.randn(shape, generator=torch.Generator().manual_seed(0)), torch.linspace(0.5, 1.5, shape[1])
+        x.requires_grad_()
+        w.requires_grad_()
+        torch._dynamo.reset()
+        y, z = (torch.compile(fn, backend="minifuse") if compiled else fn)(x, w)
+        (y.sin().sum() + z.square().sum()).backward()
+        found.append([y, z, x.grad, w.grad])
+    for eager, mine in zip(*found, strict=True):
+        torch.testing.assert_close(mine, eager, rtol=1e-4, atol=1e-4)
+
+
 def test_a_masked_load_reads_no_more_than_is_there(tmp_path: Path) -> None:
     """Memory that ends with a page: what lies behind it is not mapped."""
     script = textwrap.dedent("""
