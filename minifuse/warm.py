@@ -15,6 +15,7 @@ import functools
 import io
 import pickle
 import time
+import zlib
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import asdict, fields, replace
@@ -75,11 +76,13 @@ class CompiledGraph(compat.OutputCode):
             _Pickler(written, pickle.HIGHEST_PROTOCOL).dump(self.record)
         except Exception as why:
             raise compat.NotCachedError(f"{self.record.name}: {why}") from why
-        self.saved, self.record, self.build, self.call = written.getvalue(), None, None, None
+        # a seventh of the bytes for milliseconds: torch holds on to what it has written
+        self.saved = zlib.compress(written.getvalue(), 1)
+        self.record, self.build, self.call = None, None, None
 
     def post_compile(self, example_inputs: Any, constants: Any, graph_kwargs: Any) -> None:
         begin = time.perf_counter()
-        record = pickle.loads(self.saved)
+        record = pickle.loads(zlib.decompress(self.saved))
         self.saved = b""
         program = restore(record)
         seconds = {"warm start": time.perf_counter() - begin}
