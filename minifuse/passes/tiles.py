@@ -22,6 +22,8 @@ from minifuse.passes.schedule_triton import target
 
 # More parts are not worth the calls: a part is at least some thousands of elements.
 MOST_TILES = 4096
+# A longer region would keep nothing that one of so many does not.
+MOST_LAUNCHES = 16
 
 
 def tile(plan: Plan, ctx: CompileContext) -> Plan:
@@ -55,7 +57,7 @@ def _joins(plan: Plan, ctx: CompileContext, before: Sequence[Launch], step: Laun
     """Whether a launch may run tile by tile with those before it; says why not where they share what one writes."""
     made = {b for s in before for b in s.writes}
     links = [b for b in dict.fromkeys((*step.reads, *step.writes)) if b in made]
-    if not links:
+    if not links or len(before) == MOST_LAUNCHES:
         return False
     launches = [*before, step]
     tiles, reason, facts = choose(plan, ctx, launches)
@@ -97,7 +99,8 @@ def choose(plan: Plan, ctx: CompileContext, launches: Sequence[Launch]) -> tuple
         for found in touched(plan, s):
             for b, n in found.items():
                 sizes[b] = max(sizes.get(b, 0), n)
-                users[b] = [*users.get(b, ()), s]
+                if not any(s is other for other in users.setdefault(b, [])):
+                    users[b].append(s)
     whole = sum(sizes.values())
     # a thread has a tile of its own
     even = [n for n in sorted(common) if n >= device.units and (n % device.units == 0 or n >= 4 * device.units)]
@@ -105,11 +108,8 @@ def choose(plan: Plan, ctx: CompileContext, launches: Sequence[Launch]) -> tuple
     facts: dict[str, object] = {"whole": whole, "room": int(near.nbytes)}
     if not fitting:
         least = -(-whole // max(common)) * device.units
-        return (
-            0,
-            "the least tiles, for each thread one, are {tile} bytes, and the nearest cache has {room}",
-            facts | {"tile": least},
-        )
+        reason = "the least tiles, for each thread one, are {tile} bytes, and the nearest cache has {room}"
+        return 0, reason, facts | {"tile": least}
     tiles = fitting[0]
     # what several only read they find in the cache too, where all of them walk it in such parts
     read = [b for b, by in users.items() if len(by) > 1 and b not in between]
@@ -161,13 +161,12 @@ def _cuts(step: Launch) -> Iterator[tuple[int, int, int]]:
     outer = 1
     for k, loop in enumerate(step.schedule.grid):
         count = loop.axis.size.value // loop.step
-        for part in range(1, count):
-            if outer * count // part > MOST_TILES or count % part:
-                continue
-            yield outer * count // part, k, part
+        for ranges in range(2, min(count, MOST_TILES // outer) + 1):
+            if not count % ranges:
+                yield outer * ranges, k, count // ranges
         outer *= count
-    if outer <= MOST_TILES:
-        yield outer, len(step.schedule.grid) - 1, 1
+        if outer > MOST_TILES:
+            return
 
 
 def _keeps(step: Launch, access: tuple[dict[Axis, int], int, int], n: int, k: int, part: int) -> bool:
