@@ -49,7 +49,7 @@ def figure(column: str, value: Any) -> str:
 
 
 def table(name: str, result: dict[str, Any]) -> str:
-    """One benchmark as a Markdown table, with what it ran on and its verdict."""
+    """One benchmark as a Markdown table, with its chart where one is stored, what it ran on and its verdict."""
     rows: dict[str, dict[str, Any]] = result["rows"]
     columns = list(dict.fromkeys(column for row in rows.values() for column in row))
     targets: dict[str, str] = result["targets"]
@@ -60,6 +60,7 @@ def table(name: str, result: dict[str, Any]) -> str:
     lines = [
         f"**{result['title']}** (`python -m benchmarks.{name}`; {where}; {versions})",
         "",
+        *([f"![{result['title']}](benchmarks/results/{name}.svg)", ""] if (RESULTS / f"{name}.svg").exists() else []),
         f"| case | {' | '.join(heads)} |",
         f"|---|{'---:|' * len(heads)}",
         *(f"| {case} | {' | '.join(figure(c, row.get(c)) for c in columns)} |" for case, row in rows.items()),
