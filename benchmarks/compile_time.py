@@ -80,16 +80,11 @@ def probe(path: str, backend: str, training: bool) -> dict[str, Any]:
     return found
 
 
-def probe_layers(path: str, backend: str, training: bool) -> float | None:
-    """Seconds of the first call where each layer is compiled by itself; None of a model without. Run it through
-    `fresh`."""
-    if not models.compile_layers(models.load(path)[0], backend):
+def layers_of(entry: models.Entry, backend: str) -> float | None:
+    """Seconds of a cold start where each layer is compiled by itself; None of a model without."""
+    if not models.compile_layers(models.load(entry.path)[0], "eager"):
         return None
-    models.stepper(path, "eager", training)()
-    step = models.stepper(path, backend, training, layers=True)
-    start = time.perf_counter()
-    step()
-    return time.perf_counter() - start
+    return harness.fresh(harness.probe_cold_compile, entry.path, backend, entry.training, True)
 
 
 def measure(table: Board, entry: models.Entry, backends: tuple[str, ...]) -> None:
@@ -102,7 +97,7 @@ def measure(table: Board, entry: models.Entry, backends: tuple[str, ...]) -> Non
             if backend in ("inductor", "minifuse"):
                 warm = harness.fresh(probe, entry.path, backend, entry.training, env=caches)
                 found[backend]["warm"] = warm["first"]
-                found[backend]["layers"] = harness.fresh(probe_layers, entry.path, backend, entry.training)
+                found[backend]["layers"] = layers_of(entry, backend)
     ours = found["minifuse"]
     own = {phase: s for phase, s in ours["seconds"].items() if phase not in THEIRS}
     dynamo, aot = found["dynamo"]["first"], found["aot_eager"]["first"]

@@ -129,10 +129,11 @@ def _serve(request: str) -> None:
     Path(result).write_text(json.dumps(value))
 
 
-def probe_cold_compile(path: str, backend: str, training: bool) -> float:
-    """Seconds of the first call (first step, for training) of a compiled model. Run it through `fresh`."""
+def probe_cold_compile(path: str, backend: str, training: bool, layers: bool = False) -> float:
+    """Seconds of the first call (first step, for training) of a compiled model, or of one whose layers are compiled.
+    Run it through `fresh`."""
     models.stepper(path, "eager", training)()
-    step = models.stepper(path, backend, training)
+    step = models.stepper(path, backend, training, layers)
     start = time.perf_counter()
     step()
     return time.perf_counter() - start

@@ -15,7 +15,7 @@ from typing import Any
 
 from minifuse.ir.plan import Plan
 from minifuse.passes.join import peak
-from minifuse.passes.memory import arena_intervals, pack
+from minifuse.passes.memory import ALIGN, arena_intervals, most_alive, pack
 from minifuse.records import RECORDS
 
 from . import harness, models
@@ -50,15 +50,7 @@ def packing(plan: Plan) -> float:
     spans = arena_intervals(plan)
     sizes = {s.buffer: plan.hint(plan.buffers[s.buffer].extent) * plan.buffers[s.buffer].dtype.itemsize for s in spans}
     _, total = pack(spans, sizes)
-    change: dict[int, int] = {}
-    for s in spans:
-        rounded = -(-max(sizes[s.buffer], 1) // 64) * 64
-        change[s.first] = change.get(s.first, 0) + rounded
-        change[s.last + 1] = change.get(s.last + 1, 0) - rounded
-    live = most = 0
-    for step in sorted(change):
-        live += change[step]
-        most = max(most, live)
+    most, _ = most_alive((s.first, s.last, -(-max(sizes[s.buffer], 1) // ALIGN) * ALIGN) for s in spans)
     return total / most if most else 1.0
 
 

@@ -16,9 +16,12 @@ from pathlib import Path
 from typing import Any
 
 from . import harness
+from .chart import chart
 from .harness import ROOT
 
 RESULTS = ROOT / "benchmarks" / "results"
+# Those whose ratios are drawn beside the table.
+CHARTS = ("cpu", "memory_roof")
 BEGIN, END = "<!-- measured: written by `python -m benchmarks.readme` -->", "<!-- /measured -->"
 NOTHING = (
     "No results are stored in `benchmarks/results`. `make bench` measures on your machine and prints the tables;\n"
@@ -92,10 +95,14 @@ def main() -> int:
     path = ROOT / "README.md"
     old = path.read_text()
     new = updated(old)
+    charts = {RESULTS / f"{name}.svg": chart(json.loads((RESULTS / f"{name}.json").read_text())) for name in CHARTS}
+    current = old == new and all(p.exists() and p.read_text() == text for p, text in charts.items())
     if not options.check:
         path.write_text(new)
-    print("current" if old == new else "stale" if options.check else "written")
-    return int(options.check and old != new)
+        for svg, text in charts.items():
+            svg.write_text(text)
+    print("current" if current else "stale" if options.check else "written")
+    return int(options.check and not current)
 
 
 if __name__ == "__main__":

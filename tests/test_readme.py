@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import importlib
 import importlib.util
+import json
 import re
 import sys
 from collections.abc import Iterator
+from html import escape
 from pathlib import Path
 from types import ModuleType
 
@@ -14,6 +16,8 @@ import pytest
 import torch
 
 from benchmarks import readme
+from benchmarks.chart import SHORT, chart
+from benchmarks.harness import ratio
 from minifuse.ir import ops
 from minifuse.passes import pipeline
 from minifuse.passes.lower import pointwise
@@ -89,6 +93,23 @@ def test_every_link_leads_to_a_file() -> None:
 
 def test_the_figures_are_those_of_the_stored_results() -> None:
     assert readme.updated(README) == README
+
+
+@pytest.mark.parametrize("name", readme.CHARTS)
+def test_a_chart_is_that_of_the_stored_result(name: str) -> None:
+    result = json.loads((readme.RESULTS / f"{name}.json").read_text())
+    drawn = (readme.RESULTS / f"{name}.svg").read_text()
+    assert drawn == chart(result)
+    for row, figures in result["rows"].items():
+        assert escape(row) in drawn
+        assert all(f">{ratio(v)}<" in drawn for c, v in figures.items() if c.startswith("vs ") or "share" in c)
+
+
+def test_a_chart_marks_what_misses_its_target_and_refuses_a_table_without_ratios() -> None:
+    result = {"title": "t", "targets": {"vs eager": ">= 1"}, "rows": {"a": {"vs eager": 0.5}, "b": {"vs eager": 2.0}}}
+    assert chart(result).count(SHORT) == 1
+    with pytest.raises(ValueError, match="no column of ratios: step"):
+        chart({"title": "t", "targets": {}, "rows": {"a": {"step": 1.0}}})
 
 
 def test_a_stored_result_becomes_a_table() -> None:

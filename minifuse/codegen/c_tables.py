@@ -380,10 +380,12 @@ MF int mf_beyond(v_f32 x, float limit) {
 /* A whole, aligned vector written past the caches; others see it after an mf_fence. */
 MF void mf_past(void* to, const void* from, int n) {
   char* p = to; const char* q = from;
-#if defined(__clang__) || !defined(__SSE2__)
+  typedef long long part __attribute__((vector_size(16)));
+#if defined(__clang__)
+  for (int k = 0; k < n; k += 16) __builtin_nontemporal_store(*(const part*)(q + k), (part*)(p + k));
+#elif !defined(__SSE2__)
   __builtin_memcpy(p, q, n);
 #else
-  typedef long long part __attribute__((vector_size(16)));
   int k = 0;
 #if defined(__AVX512F__)
   typedef long long whole __attribute__((vector_size(64)));

@@ -50,8 +50,9 @@ class _Tile:
         return f"{name} + ({column}) * {self.row} + ({row})"
 
     def declare(self, p: Printer, storage: str, name: str) -> None:
-        scope = next(s for s in p.scopes if s.loop == self.scope)
-        scope.lines.append(f"{storage} {name}[{self.columns.most * self.row}] __attribute__((aligned(64)));")
+        p.scope_of([self.scope]).lines.append(
+            f"{storage} {name}[{self.columns.most * self.row}] __attribute__((aligned(64)));"
+        )
 
 
 def _tile(d: CDialect, p: Printer, param: Param, offset: Expr, step: Expr) -> _Tile | None:
@@ -95,7 +96,7 @@ def staged(d: CDialect, p: Printer, v: Load, offset: Expr, step: Expr) -> str | 
     if v not in d.tiles:
         name, t = d.tiles.setdefault(v, p.fresh("t")), dtypes.row(v.dtype)
         tile.declare(p, t.c_storage, name)
-        next(s for s in p.scopes if s.loop == tile.scope).lines.append(
+        p.scope_of([tile.scope]).lines.append(
             f"mf_stage_{dtypes.name(v.dtype)}({name}, {tile.row}, {tile.memory}, {d.expr(step)}, "
             f"{tile.columns.count}, {tile.rows.count});"
         )

@@ -14,8 +14,8 @@ import numpy as np
 
 from .index import ONE, ZERO, Axis, Expr, Sym
 from .kernel import Kernel, Param, Schedule, Store
-from .plan import Again, Binding, Buffer, Extern, Free, Join, Launch, Plan, TensorRef
-from .shape import product
+from .plan import Again, Binding, Buffer, Extern, Free, Join, Launch, Plan, Region, TensorRef
+from .shape import cdiv, product
 from .text import check_names
 from .value import Index, Load
 
@@ -256,6 +256,7 @@ def verify_plan(plan: Plan) -> None:
             raise memory.fail(f"buffer {buffer.name} is listed as {name}")
         if buffer.storage == "input" and name not in plan.inputs:
             raise memory.fail(f"buffer {name} is not among the inputs {_list(plan.inputs)}")
+    _verify_regions(memory)
     verified: set[tuple[int, int]] = set()
     for n, step in enumerate(plan.steps):
         if isinstance(step, Launch):
@@ -292,6 +293,22 @@ def verify_plan(plan: Plan) -> None:
             raise memory.fail(f"output {n} is {output}, which is no tensor before it")
         elif isinstance(output, Expr):
             memory.know(output.symbols())
+
+
+def _verify_regions(memory: _Memory) -> None:
+    """Nothing stands between the launches of a region, and the grid of each has as many equal parts as it has tiles."""
+    last: dict[Region, int] = {}
+    for n, step in enumerate(memory.plan.steps):
+        if not isinstance(step, Launch) or (region := step.region) is None:
+            continue
+        memory.where = f"step {n} {step.name}"
+        if last.setdefault(region, n) < n - 1:
+            raise memory.fail(f"step {last[region] + 1} stands between the launches of region {region.number}")
+        last[region] = n
+        grid = step.schedule.grid if step.schedule is not None else ()
+        points = product(cdiv(loop.axis.size, loop.step) for loop in grid)
+        if step.batched or (points % region.tiles) is not ZERO:
+            raise memory.fail(f"the grid of {points} points is not {region.tiles} equal tiles")
 
 
 def _verify_launch(memory: _Memory, step: Launch) -> None:

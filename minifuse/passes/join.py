@@ -23,7 +23,7 @@ from minifuse.passes.context import CompileContext
 
 from .fuse import fuse
 from .fuse.log import JOINED, given
-from .memory import ALIGN, LARGE_BYTES, has_real_out, held, lifetimes, unknown_at_start
+from .memory import ALIGN, LARGE_BYTES, has_real_out, held, lifetimes, most_alive, unknown_at_start
 from .regions import Piece, copy_kernel, covers, pieces, strides_of
 
 MEMORY_ROUNDS = 3
@@ -431,15 +431,8 @@ def peak(plan: Plan) -> tuple[int, set[str]]:
     whole = {step.buffer: k for k, step in enumerate(plan.steps) if isinstance(step, Join)}
     returned = {first_owner(plan, o.buffer) for o in plan.outputs if isinstance(o, TensorRef)}
     given = {n for n, b in plan.buffers.items() if b.storage in ("input", "constant")} - plan.donated
-    change = [0] * (end + 2)
-    for name, (first, last) in spans.items():
-        if name not in given:
-            size = plan.hint(plan.buffers[name].extent) * dtypes.itemsize(plan.buffers[name].dtype)
-            change[first] += size
-            change[(end if name in returned else last) + 1] -= size
-    most = live = where = 0
-    for k, d in enumerate(change):
-        live += d
-        if live > most:
-            most, where = live, k
+    owned = [plan.buffers[n] for n in spans if n not in given]
+    sizes = {b.name: plan.hint(b.extent) * dtypes.itemsize(b.dtype) for b in owned}
+    alive = ((spans[n][0], end if n in returned else spans[n][1], size) for n, size in sizes.items())
+    most, where = most_alive(alive)
     return most, {n for n, k in whole.items() if n in spans and spans[n][0] <= where < k}

@@ -10,6 +10,7 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
+from itertools import accumulate, chain
 
 import torch
 
@@ -54,38 +55,34 @@ def place(plan: Plan, ctx: CompileContext) -> Plan:
         else:
             buffers[name] = replace(b, storage="arena")
     last = {name: end for name, (_, end) in lifetimes(plan).items()}
-    spans = together(plan)
+    uses = [memory_of(plan, step) for step in plan.steps]
+    final = {name: i for i, used in enumerate(uses) for name in used}
+    before: dict[str, int] = {}
     ours = own_memory(plan, buffers)
-    for i, step in enumerate(plan.steps):
+    for i, (step, (first, end)) in enumerate(zip(plan.steps, together(plan), strict=True)):
         if isinstance(step, Free):
             continue
-        first, end = spans[i]
-        users = memory_of(plan, plan.steps[first : end + 1])
-        dead = [n for n in users if last[n] == end and n not in outputs and buffers[n].storage != "constant"]
         if isinstance(step, Extern) and step.results and step.results[0] in real:
             step = replace(step, out=True)
         elif isinstance(step, Launch):
-            used = memory_of(plan, [step])
-            # what others of a region use as well, each tile its own part of, is dead when the last of them has run
-            later = memory_of(plan, plan.steps[i + 1 : end + 1])
-            alone = dead if step.region is None else [
-                n for n in dead if n in used and n not in later
-                and (n in step.region.shared or n not in memory_of(plan, plan.steps[first:i]))
-            ]  # fmt: skip
-            apart = [n for n in alone if n in ours and n not in step.writes and not used_in_part(n, step, plan)]
-            step = take_over(step, apart, buffers)
+            apart = [n for n in uses[i] if final[n] == i and n in ours and n not in outputs and n not in step.writes]
+            if step.region is not None:  # what others of it used, but for what each tile has its own part of
+                apart = [n for n in apart if n in step.region.shared or before.get(n, -1) < first]
+            step = take_over(step, [n for n in apart if not used_in_part(n, step, plan)], buffers)
+        before.update(dict.fromkeys(uses[i], i))
         steps.append(step)
         if i < end:
             continue
+        used = dict.fromkeys(chain.from_iterable(uses[first : end + 1]))
+        dead = [n for n in used if last[n] == i and n not in outputs and buffers[n].storage != "constant"]
         if dead:
             steps.append(Free(tuple(name for n in dead for name in (*plan.regions.get(n, ()), n))))
     return replace(plan, buffers=buffers, steps=tuple(steps))
 
 
-def memory_of(plan: Plan, steps: Iterable[Step]) -> dict[str, None]:
-    """The memory that steps use, in their order."""
-    used = (plan.memory(n) for s in steps if not isinstance(s, Free) for n in (*s.reads, *s.writes))
-    return dict.fromkeys(used)
+def memory_of(plan: Plan, step: Step) -> dict[str, None]:
+    """The memory that a step uses, in its order."""
+    return {} if isinstance(step, Free) else dict.fromkeys(map(plan.memory, (*step.reads, *step.writes)))
 
 
 def together(plan: Plan) -> list[tuple[int, int]]:
@@ -235,9 +232,21 @@ def lifetimes(plan: Plan) -> dict[str, tuple[int, int]]:
     run tile by tile use theirs all of the time."""
     span: dict[str, tuple[int, int]] = {}
     for step, (first, last) in zip(plan.steps, together(plan), strict=True):
-        for name in memory_of(plan, [step]):
+        for name in memory_of(plan, step):
             span[name] = (span[name][0] if name in span else first, last)
     return span
+
+
+def most_alive(spans: Iterable[tuple[int, int, int]]) -> tuple[int, int]:
+    """The most bytes that are alive at once, of spans of a first and a last step and bytes, and the first such step."""
+    change: dict[int, int] = {}
+    for first, end, nbytes in spans:
+        change[first] = change.get(first, 0) + nbytes
+        change[end + 1] = change.get(end + 1, 0) - nbytes
+    steps = sorted(change)
+    live = accumulate(change[step] for step in steps)
+    most, where = max(zip(live, (-step for step in steps), strict=True), default=(0, 0))
+    return most, -where
 
 
 def pack(intervals: Sequence[Interval], nbytes: Mapping[str, int]) -> tuple[dict[str, int], int]:

@@ -47,7 +47,7 @@ PASSES = (
     Pass("widen", widen),
     Pass("schedule", schedule_for_target),
     Pass("batch", batch),
-    Pass("regions", tile),
+    Pass("tiles", tile),
     Pass("memory", place_and_stream),
 )
 

@@ -10,7 +10,7 @@ parts that the nearest cache holds; no bit depends on it. Kernels whose sizes ar
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import replace
+from dataclasses import dataclass, field, replace
 from math import prod
 
 from minifuse.ir.index import Axis
@@ -26,21 +26,31 @@ MOST_TILES = 4096
 MOST_LAUNCHES = 16
 
 
+@dataclass(frozen=True)
+class _Found:
+    """Launches one behind the other, and what `choose` says of them, if they are more than one."""
+
+    launches: list[Launch]
+    tiles: int = 0
+    reason: str = ""
+    facts: dict[str, object] = field(default_factory=dict)
+
+
 def tile(plan: Plan, ctx: CompileContext) -> Plan:
     """Mark the launches that run tile by tile on a CPU."""
     if target(plan, ctx.options) == "triton":
         return plan
     steps: list[Step] = []
-    found: list[Launch] = []
+    found = _Found([])
     for step in plan.steps:
         if isinstance(step, Launch) and tileable(step):
-            if found and not _joins(plan, ctx, found, step):
+            longer = _longer(plan, ctx, found, step)
+            if longer is None:
                 steps += _marked(plan, ctx, found, len(steps))
-                found = []
-            found.append(step)
+            found = longer or _Found([step])
             continue
         steps += [*_marked(plan, ctx, found, len(steps)), step]
-        found = []
+        found = _Found([])
     steps += _marked(plan, ctx, found, len(steps))
     return replace(plan, steps=tuple(steps))
 
@@ -53,28 +63,28 @@ def tileable(step: Launch) -> bool:
     return bool(grid) and even and not step.batched and not any(isinstance(r, Check) for r in step.kernel.body)
 
 
-def _joins(plan: Plan, ctx: CompileContext, before: Sequence[Launch], step: Launch) -> bool:
-    """Whether a launch may run tile by tile with those before it; says why not where they share what one writes."""
-    made = {b for s in before for b in s.writes}
-    links = [b for b in dict.fromkeys((*step.reads, *step.writes)) if b in made]
-    if not links or len(before) == MOST_LAUNCHES:
-        return False
-    launches = [*before, step]
+def _longer(plan: Plan, ctx: CompileContext, found: _Found, step: Launch) -> _Found | None:
+    """The launches that may run tile by tile with one more; says why not where it shares what they write."""
+    made = {b for s in found.launches for b in s.writes}
+    if made.isdisjoint((*step.reads, *step.writes)) or len(found.launches) == MOST_LAUNCHES:
+        return None
+    launches = [*found.launches, step]
     tiles, reason, facts = choose(plan, ctx, launches)
-    if not tiles:
-        ctx.record("region", before[-1].name, step.name, taken=False, reason=reason,
-                   where=plan.origins.get(step.name, ""), **facts)  # fmt: skip
-    return bool(tiles)
+    if tiles:
+        return _Found(launches, tiles, reason, facts)
+    ctx.record("region", found.launches[-1].name, step.name, taken=False, reason=reason,
+               where=plan.origins.get(step.name, ""), **facts)  # fmt: skip
+    return None
 
 
-def _marked(plan: Plan, ctx: CompileContext, found: list[Launch], number: int) -> list[Launch]:
-    if len(found) < 2:
-        return found
-    tiles, reason, facts = choose(plan, ctx, found)
-    ctx.record("region", *(s.name for s in found), taken=True, reason=reason,
-               where=plan.origins.get(found[0].name, ""), **facts)  # fmt: skip
-    region = Region(number, tiles, frozenset(shared(found)))
-    return [replace(s, region=region) for s in found]
+def _marked(plan: Plan, ctx: CompileContext, found: _Found, number: int) -> list[Launch]:
+    launches = found.launches
+    if not found.tiles:
+        return launches
+    ctx.record("region", *(s.name for s in launches), taken=True, reason=found.reason,
+               where=plan.origins.get(launches[0].name, ""), **found.facts)  # fmt: skip
+    region = Region(number, found.tiles, frozenset(shared(launches)))
+    return [replace(s, region=region) for s in launches]
 
 
 def shared(launches: Sequence[Launch]) -> list[str]:

@@ -1,5 +1,6 @@
 """Kernels as text: print, parse, print gives the same text, and the parsed kernel is the printed one."""
 
+import dataclasses
 import operator
 
 import pytest
@@ -118,6 +119,15 @@ def softmax_kernel(origins=()):
     params = tuple(Param(name, F32, shape, contiguous_strides(shape)) for name in ("x", "out"))
     schedule = Schedule((Loop(i, "grid"), Loop(j, "lane")), (e,))
     return Kernel((i, j), params, (Store("out", at, value),), origins), schedule
+
+
+def test_what_is_written_past_the_caches_is_printed_and_read():
+    text = SOFTMAX.replace("held v2", "held v2; past out")
+    found = parse(text)
+    assert found.schedule is not None and found.schedule.past == ("out",) and found.schedule.held
+    assert print_kernel(found.kernel, found.schedule, "softmax") == text
+    without = dataclasses.replace(found.schedule, past=())
+    assert kernel_hash(found.kernel, found.schedule) != kernel_hash(found.kernel, without)
 
 
 def test_a_softmax_built_by_hand_prints_as_the_showpiece():

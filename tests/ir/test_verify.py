@@ -87,6 +87,7 @@ store out[i, j] = sub(v0, v1)"""
     "loops",
     [
         "i: grid, j: lane; held v0",
+        "i: grid, j: lane; past out",
         "i: loop, j: loop",
         "i: grid tile 2, i: loop, j: lane",
         "i: grid, j: loop tile 4, j: lane",
@@ -122,6 +123,8 @@ def test_loops_and_held_values_are_the_kernels_own():
         verify_schedule(k, Schedule((*schedule.loops[:1], other, *schedule.loops[1:])))
     with pytest.raises(VerificationError, match=r"the held value .* is not one of the kernel's"):
         verify_schedule(k, dataclasses.replace(schedule, held=(Const.of(12.5, F32),)))
+    with pytest.raises(VerificationError, match=r"of \[x\] not each is written and not read"):
+        verify_schedule(k, dataclasses.replace(schedule, past=("x",)))
 
 
 def test_an_axis_that_only_a_check_runs_over_needs_a_loop():

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -11,8 +12,9 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from minifuse.ir.device import CPU
-from minifuse.ir.plan import Plan
+from minifuse.ir.plan import Free, Launch, Plan
 from minifuse.ir.text import print_plan
+from minifuse.ir.verify import VerificationError, verify_plan
 from minifuse.passes import tiles
 from tests.judge import compiled, records
 
@@ -74,6 +76,20 @@ def test_a_region_says_how_many_tiles_and_what_they_keep() -> None:
     assert decision.taken and decision.facts["kept"] >= x.nbytes
     assert decision.facts["whole"] / decision.facts["tiles"] * CPU.units <= NEAR
     assert f"of {decision.facts['tiles']} tiles" in print_plan(records()[0].stages["memory"])
+
+
+def test_the_verifier_sees_a_region_that_is_torn_or_cannot_be_cut() -> None:
+    x = torch.randn(16, 8, 64, 64)
+    _, plan = results(pooled, x, x)
+    first = next(k for k, s in enumerate(plan.steps) if isinstance(s, Launch) and s.region)
+    torn = (*plan.steps[: first + 1], Free(()), *plan.steps[first + 1 :])
+    verify_plan(plan)
+    with pytest.raises(VerificationError, match="stands between the launches of region"):
+        verify_plan(replace(plan, steps=torn))
+    odd = tuple(replace(s, region=replace(s.region, tiles=7)) if isinstance(s, Launch) and s.region else s
+                for s in plan.steps)  # fmt: skip
+    with pytest.raises(VerificationError, match="is not 7 equal tiles"):
+        verify_plan(replace(plan, steps=odd))
 
 
 def refusal(fn: Callable[..., Any], *args: Tensor) -> str:

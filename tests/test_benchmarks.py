@@ -1,0 +1,53 @@
+"""What the benchmarks compute themselves, on cases that can be counted by hand."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+
+from benchmarks import cpu, models, peak
+from benchmarks.harness import Board
+from minifuse.passes.join import peak as live
+from minifuse.passes.memory import most_alive
+from tests.judge import compiled, records
+
+
+def test_the_most_that_is_alive_and_where() -> None:
+    assert most_alive([(0, 2, 10), (1, 1, 5), (3, 4, 14), (4, 4, 1)]) == (15, 1)
+    assert most_alive([]) == (0, 0)
+
+
+def test_a_result_that_takes_over_what_it_reads_is_one_memory() -> None:
+    """A product, and what becomes of it in its place: one matrix, two beside the next product."""
+    n = 512
+
+    def fn(x: Tensor) -> Tensor:
+        return (x @ x).relu() @ x
+
+    compiled(fn)(torch.randn(n, n))
+    plan = records()[0].stages["memory"]
+    assert any(b.reuses for b in plan.buffers.values())
+    assert live(plan)[0] == 2 * 4 * n * n
+
+
+def test_an_arena_is_compared_with_what_is_alive_in_it() -> None:
+    compiled(lambda x: (x.softmax(-1) @ x).softmax(-1) @ x)(torch.randn(64, 64))
+    assert 1.0 <= peak.packing(records()[0].stages["memory"]) <= 1.03
+
+
+def test_the_layers_of_a_stack_are_compiled_and_nothing_else() -> None:
+    stack = nn.Sequential(nn.Linear(4, 4), *(nn.Sequential(nn.Linear(4, 4), nn.GELU()) for _ in range(3)))
+    assert models.compile_layers(nn.ModuleDict({"stack": stack, "head": nn.Linear(4, 2)}), "eager") == 4
+    assert models.compile_layers(nn.Linear(4, 4), "eager") == 0
+
+
+def test_the_means_of_training_are_held_to_their_own_target() -> None:
+    table: Board = cpu.board("minifuse")
+    for name, speed in (("a training", 1.0), ("b training", 1.21), ("a inference", 2.0)):
+        table.add(name, vs_inductor=speed, vs_eager=1.0, compile_ratio=0.1, peak_ratio=1.0)
+    cpu.summarise(table)
+    assert abs(table.rows["geometric mean, training"]["vs inductor"] - 1.1) < 1e-9
+    assert "geometric mean, inference" not in table.rows  # of one row
+    assert table.short() == []
+    table.rows["geometric mean, training"]["vs inductor"] = 1.05
+    assert table.short() == ["geometric mean, training"]
