@@ -64,12 +64,7 @@ def probe(name: str) -> dict[str, Any]:
     if tools is None or tools.isa != "avx2":
         raise RuntimeError(f"expected gcc for AVX2, found {tools}")
     with tempfile.TemporaryDirectory() as folder:
-        program = Path(folder, "program")
-        program.with_suffix(".c").write_text(unit.source + main_of(plan, unit))
-        without = [flag for flag in tools.flags if flag not in ("-shared", "-fPIC")]
-        libs = [*tools.libs, "-lmvec", "-lm", "-lgomp"]
-        command = [*tools.compiler, *without, str(program.with_suffix(".c")), "-o", str(program), *libs]
-        subprocess.run(command, check=True, capture_output=True, text=True)
+        program = built(plan, unit, tools, Path(folder))
         counted = subprocess.run(
             [
                 "valgrind",
@@ -85,6 +80,17 @@ def probe(name: str) -> dict[str, Any]:
     if counted.returncode or found is None:
         raise RuntimeError(f"valgrind ended with {counted.returncode}:\n{counted.stderr[-2000:]}")
     return {"instructions": int(found[1]), "kernels": len(plan.launches)}
+
+
+def built(plan: Plan, unit: Any, tools: toolchain.Toolchain, folder: Path) -> Path:
+    """The program that calls each run of a unit once. Raises CalledProcessError where it does not compile."""
+    program = folder / "program"
+    program.with_suffix(".c").write_text(unit.source + main_of(plan, unit))
+    without = [flag for flag in tools.flags if flag not in ("-shared", "-fPIC")]
+    libs = [*tools.libs, "-lmvec", "-lm", "-lgomp"]
+    command = [*tools.compiler, *without, str(program.with_suffix(".c")), "-o", str(program), *libs]
+    subprocess.run(command, check=True, capture_output=True, text=True)
+    return program
 
 
 def main_of(plan: Plan, unit: Any) -> str:

@@ -2,13 +2,19 @@
 
 from __future__ import annotations
 
+import platform
+import subprocess
+from pathlib import Path
+
+import pytest
 import torch
 from torch import Tensor, nn
 
-from benchmarks import cpu, models, peak
+from benchmarks import cpu, instructions, models, peak
 from benchmarks.harness import Board
 from minifuse.passes.join import peak as live
 from minifuse.passes.memory import most_alive
+from minifuse.runtime import toolchain
 from tests.judge import compiled, records
 
 
@@ -33,6 +39,21 @@ def test_a_result_that_takes_over_what_it_reads_is_one_memory() -> None:
 def test_an_arena_is_compared_with_what_is_alive_in_it() -> None:
     compiled(lambda x: (x.softmax(-1) @ x).softmax(-1) @ x)(torch.randn(64, 64))
     assert 1.0 <= peak.packing(records()[0].stages["memory"]) <= 1.03
+
+
+@pytest.mark.skipif(platform.system() != "Linux" or platform.machine() != "x86_64", reason="links libmvec")
+def test_the_program_whose_instructions_are_counted_runs(tmp_path: Path) -> None:
+    """Two runs with a product between them, a result in place, integers to look up by."""
+
+    def fn(x: Tensor, at: Tensor) -> Tensor:
+        return ((x[at] * 2).sum(0) + x @ x).relu().sum(1)
+
+    compiled(fn)(torch.randn(64, 64), torch.randint(0, 64, (64,)))
+    stages, tools = records()[0].stages, toolchain.find()
+    assert tools is not None
+    program = instructions.built(stages["memory"], stages["unit"], tools, tmp_path)
+    assert subprocess.run([str(program)]).returncode == 0
+    assert instructions.main_of(stages["memory"], stages["unit"]).count("_B, Z, 1);") == len(stages["unit"].functions)
 
 
 def test_the_layers_of_a_stack_are_compiled_and_nothing_else() -> None:
