@@ -54,4 +54,4 @@ kernels: env
 # For a machine with a GPU that may have no network: installs nothing, and takes under nine minutes. The tests' exit
 # status, the benchmark's and its table are in one JSON; tests that fail keep no row from being measured.
 gpu:
-	$(PY) -m benchmarks.gpu --tests --seconds 480
+	$(PY) -m benchmarks.gpu --tests --warm 4 --seconds 420

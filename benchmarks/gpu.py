@@ -1,31 +1,39 @@
-"""Memory-bound kernels and three models on a GPU: eager, Inductor and minifuse beside the GPU's own copy.
+"""Memory-bound kernels and models on a GPU: eager, Inductor and minifuse beside the GPU's own copy.
 
-    python -m benchmarks.gpu [--quick] [--rows softmax,layer] [--autotune] [--tests] [--seconds 480] [--json FILE]
-                             [--check]
+    python -m benchmarks.gpu [--quick] [--rows softmax,layer] [--models bert_base] [--autotune] [--tests]
+                             [--warm 4] [--profile 4] [--seconds 480] [--json FILE] [--check]
 
-`of copy` is the share of the bandwidth of `copy_` that a row reaches: the least bytes that it can move (each input
-once, each output once) over its time. A time is the median of interleaved calls between two events, each behind a
-write of 512 MB that empties the cache and lets the host run ahead. Rows with `backward` are a forward and a
-backward. Ratios of time are speeds. Where there is no GPU the benchmark says so and ends.
+Each compiled row's results are compared with eager's first, a model's in inference. `of copy` is the share of the
+bandwidth of `copy_` that a row reaches: the least bytes that it can move (each input once, each output once) over its
+time. A time is the median of interleaved calls between two events, each behind a write of 512 MB that empties the cache
+and lets the host run ahead. Rows with `backward` are a forward and a backward. Ratios of time are speeds. Where there
+is no GPU the benchmark says so and ends.
 
 Rows are measured in a process of their own, and another takes the rest where a row ends it: after a fault on the GPU
 nothing else runs in one. `--tests` runs the GPU's tests first; what they say is in the JSON, and the exit status is
-theirs where they fail. The JSON is written to FILE, else to GPU-DATE.json in $OUT or in benchmarks/results.
+theirs where they fail. With `--warm N` as many processes compile all rows first, beside each other, so that the one
+that measures finds their kernels on the disk. The JSON also holds each row's kernels with their time, as the device
+tells it, of Inductor and of minifuse; `--profile N` has Nsight Compute say what bounds the N worst rows. All is written
+to FILE, else to GPU-DATE.json in $OUT or in benchmarks/results, and what the profiler says beside it.
 """
 
 from __future__ import annotations
 
 import argparse
 import contextlib
+import importlib.util
 import json
 import os
 import pickle
 import re
+import shutil
 import subprocess
 import sys
 import tempfile
 import time
+import traceback
 from collections.abc import Callable, Mapping
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -33,15 +41,21 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.utils import _pytree as pytree
 
-from . import harness, models
+from . import gpu_models, harness, models
 from .harness import Board, Column, Sample, Target
 
 HALF = torch.bfloat16
 FLUSH_BYTES = 512 << 20
-MODELS = "bert,gpt2,llama"
 RESULTS = Path(__file__).with_name("results")
 TEST_SECONDS = 200.0
+WARM_SHARE = 0.4
+"""Of the time that is left, what compiling ahead may take."""
+PROFILED, MOST_KERNELS = 5, 40
+PROFILE_SECONDS = 15.0
+NSIGHT = "SpeedOfLight MemoryWorkloadAnalysis Occupancy LaunchStats WarpStateStats InstructionStats".split()
+TOLERANCE = 3e-2
 GRACE = 40.0
 """Seconds that the last row may take once no other starts."""
 
@@ -60,6 +74,7 @@ class Row:
     dtype: torch.dtype = HALF
     train: bool = False
     quick: bool = False
+    drawn: bool = False  # random numbers are its own: not compared with eager's
 
 
 def _chain(x: Tensor) -> Tensor:
@@ -118,7 +133,8 @@ ROWS = (
     Row("multiply chain", _chain, ((16384, 16384),), 2, quick=True),
     Row("bias gelu 16384x16384", lambda x, b: F.gelu(x + b), ((16384, 16384), (16384,)), 2, quick=True),
     Row("swiglu 16384x14336", lambda x, y: F.silu(x) * y, ((16384, 14336), (16384, 14336)), 3),
-    Row("dropout residual layer norm 32768x1024", _residual_norm, ((32768, 1024), (32768, 1024), (1024,), (1024,)), 3),
+    Row("dropout residual layer norm 32768x1024", _residual_norm, ((32768, 1024), (32768, 1024), (1024,), (1024,)), 3,
+        drawn=True),
     *_norm_rows("rms norm", _rms_norm, 1),
     *_norm_rows("layer norm", _layer_norm, 2),
     *(Row(f"softmax 8192x{n}", _softmax, ((8192, n),), 2, quick=n == 4096) for n in (1024, 4096, 16384, 131072)),
@@ -172,13 +188,27 @@ def step_of(row: Row, inputs: list[Tensor], backend: str) -> Callable[[], Any]:
         return lambda: run(*inputs)
     gradient = torch.ones_like(row.run(*inputs))
 
-    def step() -> None:
-        torch.autograd.grad(run(*inputs), inputs, gradient)
-
-    return step
+    return lambda: torch.autograd.grad(run(*inputs), inputs, gradient)
 
 
-def measure(table: Board, row: Row, backends: list[str], rounds: int) -> None:
+def leaves(result: Any) -> list[Tensor]:
+    """The tensors of a result, in order."""
+    return [x for x in pytree.tree_leaves(result) if isinstance(x, Tensor)]
+
+
+def compare(found: Any, expected: Any) -> None:
+    """Raise ValueError where results are further from eager's than rounding to bfloat16 takes them."""
+    for a, b in zip(leaves(found), leaves(expected), strict=True):
+        if a.is_floating_point():
+            off = float((a.double() - b.double()).norm() / b.double().norm())
+            if not off <= TOLERANCE:
+                raise ValueError(f"a result of {list(a.shape)} is {off:.2g} off eager's, relative to its norm")
+
+
+Kernels = dict[str, list[tuple[str, float, float]]]
+
+
+def measure(table: Board, row: Row, backends: list[str], rounds: int) -> Kernels:
     """Fill a row. A backend that fails leaves its figure out and its error below the table."""
     inputs = [torch.randn(s, device="cuda", dtype=row.dtype, requires_grad=row.train) for s in row.shapes]
     source = torch.randn(1 << 28, device="cuda")
@@ -187,10 +217,13 @@ def measure(table: Board, row: Row, backends: list[str], rounds: int) -> None:
     for backend in backends:
         try:
             step = step_of(row, inputs, backend)
-            step()
+            if backend == "eager" or row.drawn or row.dtype is not HALF:
+                step()
+            else:
+                compare(step(), cases["eager"]())
             cases[backend] = step
         except Exception as error:
-            table.fail(row.name, f"{backend}: {str(error)[-500:]}")
+            table.fail(row.name, failure(backend, error))
     times = timed(cases, rounds)
     least = row.moved * inputs[0].nbytes
     bandwidth = 2 * source.nbytes / times["copy"].median
@@ -198,9 +231,31 @@ def measure(table: Board, row: Row, backends: list[str], rounds: int) -> None:
     report(table, row.name, backends, times)
     if backends[-1] in times:
         table.add(row.name, of_copy=least / times[backends[-1]].median / bandwidth)
+    return {name: kernels_of(run) for name, run in cases.items() if name in backends[1:]}
 
 
-def measure_model(table: Board, entry: models.Entry, training: bool, backends: list[str], rounds: int) -> None:
+def kernels_of(step: Callable[[], Any]) -> list[tuple[str, float, float]]:
+    """The kernels of a step, slowest first: name, launches a step, seconds a step."""
+    activities = [torch.profiler.ProfilerActivity.CUDA]
+    with torch.profiler.profile(activities=activities) as profiler:
+        for _ in range(PROFILED):
+            step()
+        torch.cuda.synchronize()
+    found = [
+        (event.key[:100], event.count / PROFILED, event.self_device_time_total / 1e6 / PROFILED)
+        for event in profiler.key_averages()
+        if event.self_device_time_total
+    ]
+    return sorted(found, key=lambda kernel: -kernel[2])[:MOST_KERNELS]
+
+
+def failure(backend: str, error: Exception) -> str:
+    """An error as the table shows it; where it came from is printed."""
+    traceback.print_exception(error)
+    return f"{backend}: {type(error).__name__}: {str(error)[-500:]}"
+
+
+def measure_model(table: Board, entry: models.Entry, training: bool, backends: list[str], rounds: int) -> Kernels:
     """A model's step, and the largest memory that it allocates."""
     name = f"{entry.name} {'training' if training else 'inference'}"
     cases: dict[str, Callable[[], Any]] = {}
@@ -210,7 +265,10 @@ def measure_model(table: Board, entry: models.Entry, training: bool, backends: l
             torch._dynamo.reset()
             with torch.device("cuda"):
                 step = models.stepper(entry.path, _named(backend), training)
-            step()
+            if backend == "eager" or training:
+                step()
+            else:
+                compare(step(), cases["eager"]())
             torch.cuda.reset_peak_memory_stats()
             step()
             if backend in ("inductor", backends[-1]):
@@ -218,9 +276,10 @@ def measure_model(table: Board, entry: models.Entry, training: bool, backends: l
                 table.add(name, **peak)
             cases[backend] = step
         except Exception as error:
-            table.fail(name, f"{backend}: {str(error)[-500:]}")
+            table.fail(name, failure(backend, error))
     report(table, name, backends, timed(cases, rounds))
     table.hold(name, {"vs inductor": Target(">=", 1.0)})
+    return {backend: kernels_of(step) for backend, step in cases.items() if backend in backends[1:]}
 
 
 def _named(backend: str) -> str:
@@ -253,12 +312,14 @@ def board(backends: list[str]) -> Board:
     )
 
 
-def jobs_of(options: argparse.Namespace) -> dict[str, tuple[Callable[..., None], tuple[Any, ...]]]:
+def jobs_of(options: argparse.Namespace) -> dict[str, tuple[Callable[..., Kernels], tuple[Any, ...]]]:
     """What is measured, by name. Models are first: they are few, and a row left out for time is one kernel of many."""
     wanted = [part for part in options.rows.split(",") if part]
     rows = [r for r in ROWS if (any(w in r.name for w in wanted) if wanted else r.quick or not options.quick)]
-    chosen = models.select(names=options.models) if options.models and not wanted else []
-    found: dict[str, tuple[Callable[..., None], tuple[Any, ...]]] = {
+    if unknown := [name for name in options.models.split(",") if name and name not in gpu_models.MODELS]:
+        raise SystemExit(f"no model {', '.join(unknown)}; models: {', '.join(gpu_models.MODELS)}")
+    chosen = [] if wanted else [gpu_models.MODELS[name] for name in options.models.split(",") if name]
+    found: dict[str, tuple[Callable[..., Kernels], tuple[Any, ...]]] = {
         f"{entry.name} {'training' if training else 'inference'}": (measure_model, (entry, training))
         for entry in chosen
         for training in (True, False)
@@ -277,13 +338,15 @@ def serve(options: argparse.Namespace, backends: list[str]) -> None:
         if time.time() > options.until:
             return
         append(path, name, None)
-        table = board(backends)
+        begin = time.time()
+        table, kernels = board(backends), {}
         try:
-            job(table, *what, backends, rounds)
+            kernels = job(table, *what, backends, rounds)
             torch.cuda.synchronize()
         except Exception as error:
-            table.fail(name, str(error)[-500:])
-        append(path, name, (table.rows.get(name, {}), table.errors.get(name), table.special))
+            table.fail(name, failure(name, error))
+        append(path, name, (table.rows.get(name, {}), table.errors.get(name), table.special, kernels))
+        print(f"{name}: {time.time() - begin:.1f} s", flush=True)
         torch.cuda.synchronize()  # a fault on the GPU ends this process: the next one begins with a new context
         torch.cuda.empty_cache()
 
@@ -294,7 +357,7 @@ def append(path: Path, name: str, made: Any) -> None:
 
 
 def records(path: Path) -> list[tuple[str, Any]]:
-    """(name, None) where a job began, (name, (figures, error, targets)) where it ended."""
+    """(name, None) where a job began, (name, (figures, error, targets, kernels)) where it ended."""
     found = []
     with path.open("rb") as file, contextlib.suppress(EOFError, pickle.UnpicklingError):
         while True:
@@ -302,23 +365,60 @@ def records(path: Path) -> list[tuple[str, Any]]:
     return found
 
 
-def measured(options: argparse.Namespace, backends: list[str], until: float) -> Board:
-    """The table, filled by processes that begin where the one before ended, until the time is up."""
-    names, table = list(jobs_of(options)), board(backends)
+def again(*extra: str) -> list[str]:
+    """The command of another process of this benchmark."""
+    return [sys.executable, "-m", "benchmarks.gpu", *sys.argv[1:], *extra]
+
+
+def warm_up(options: argparse.Namespace, until: float) -> float:
+    """Compile all rows in processes beside each other, until the time is up; the seconds that it took."""
+    begin = time.time()
+    environment = {**os.environ, "TORCHINDUCTOR_COMPILE_THREADS": "4"}
+    parts = [
+        subprocess.Popen(again("--compile", str(k), "--until", str(until)), env=environment)
+        for k in range(options.warm)
+    ]
+    for part in parts:
+        try:
+            part.wait(max(until + GRACE - time.time(), 1))
+        except subprocess.TimeoutExpired:
+            part.kill()
+            part.wait()
+    return time.time() - begin
+
+
+def compile_part(options: argparse.Namespace, backends: list[str]) -> None:
+    """Run one of `--warm` parts of the rows once, for what that leaves on the disk."""
+    for name, (_, what) in list(jobs_of(options).items())[options.compile :: options.warm]:
+        for backend in backends[1:]:
+            if time.time() > options.until:
+                return
+            try:
+                if isinstance(what[0], Row):
+                    row = what[0]
+                    inputs = [torch.randn(s, device="cuda", dtype=row.dtype, requires_grad=row.train)
+                              for s in row.shapes]  # fmt: skip
+                    step_of(row, inputs, backend)()
+                else:
+                    torch._dynamo.reset()
+                    with torch.device("cuda"):
+                        models.stepper(what[0].path, _named(backend), what[1])()
+                torch.cuda.synchronize()
+            except Exception as error:
+                print(f"{name}, {backend}: {type(error).__name__}, compiled ahead", file=sys.stderr)
+            inputs = []
+            torch.cuda.empty_cache()
+
+
+def measured(options: argparse.Namespace, backends: list[str], until: float) -> tuple[Board, dict[str, Kernels]]:
+    """The table and the kernels of each row, filled by processes that begin where the one before ended, until the time
+    is up."""
+    names, table, kernels = list(jobs_of(options)), board(backends), {}
     with tempfile.NamedTemporaryFile(suffix=".pickle") as file:
         path, ended = Path(file.name), ""
         while time.time() < until and {n for n, _ in records(path)} < set(names):
             known = len(records(path))
-            command = [
-                sys.executable,
-                "-m",
-                "benchmarks.gpu",
-                *sys.argv[1:],
-                "--serve",
-                file.name,
-                "--until",
-                str(until),
-            ]
+            command = again("--serve", file.name, "--until", str(until))
             try:
                 code = subprocess.run(command, timeout=max(until + GRACE - time.time(), 1)).returncode
                 ended = f"the process ended with {code}"
@@ -328,19 +428,52 @@ def measured(options: argparse.Namespace, backends: list[str], until: float) -> 
                 break
         found = dict(records(path))
     for name in names:
-        figures, error, special = found.get(name) or ({}, ended or "not run", {})
+        figures, error, special, kernels[name] = found.get(name) or ({}, ended or "not run", {}, {})
         table.rows[name] = figures
         table.special.update(special)
         if name not in found:
             error = f"not run: {options.seconds:.0f} s were up" if time.time() >= until else f"not run: {ended}"
         if error:
             table.fail(name, error)
-    return table
+    return table, kernels
+
+
+def nsight(table: Board, count: int, path: Path, until: float) -> None:
+    """What Nsight Compute says of the kernels of the rows furthest from a copy, written to a file."""
+    tool = shutil.which("ncu")
+    if tool is None:
+        print("Nsight Compute (ncu) is not there: nothing is profiled")
+        return
+    far = {name: row["of copy"] for name, row in table.rows.items() if "of copy" in row}
+    sections = [word for section in NSIGHT for word in ("--section", section)]
+    with path.open("w") as file:
+        for name in sorted(far, key=far.__getitem__)[:count]:
+            if time.time() > until:
+                break
+            kernels = ["--kernel-name", "regex:^k_", "--launch-count", "8", "--clock-control", "none"]
+            file.write(f"== {name}: {far[name]:.2f} of a copy\n")
+            file.flush()
+            with contextlib.suppress(subprocess.TimeoutExpired):
+                subprocess.run([tool, *sections, *kernels, *again("--once", name)], stdout=file,
+                               stderr=subprocess.STDOUT, timeout=max(until + GRACE - time.time(), 1))  # fmt: skip
+    print(f"written: {path}")
+
+
+def once(name: str) -> None:
+    """A row's step by minifuse, twice."""
+    row = next(row for row in ROWS if row.name == name)
+    inputs = [torch.randn(s, device="cuda", dtype=row.dtype, requires_grad=row.train) for s in row.shapes]
+    step = step_of(row, inputs, "minifuse")
+    for _ in range(2):
+        step()
+    torch.cuda.synchronize()
 
 
 def tested(seconds: float) -> dict[str, Any]:
     """The GPU's tests in a process of their own: exit status, what failed, and the last line."""
-    command = [sys.executable, "-m", "pytest", "-m", "gpu", "-rfE"]
+    command = [sys.executable, "-m", "pytest", "-m", "gpu", "-rfE", "--durations=5"]
+    if importlib.util.find_spec("xdist") is not None and (os.cpu_count() or 1) >= 8:
+        command += ["-n", "6"]
     try:
         done = subprocess.run(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, timeout=seconds)
         code, text = done.returncode, done.stdout
@@ -371,11 +504,15 @@ def place(options: argparse.Namespace) -> Path:
 def main() -> int:
     parser = harness.arguments(__doc__)
     parser.add_argument("--rows", default="", help="comma-separated parts of names")
-    parser.add_argument("--models", default=MODELS, help="comma-separated names; empty for none")
+    parser.add_argument("--models", default=",".join(gpu_models.MODELS), help="comma-separated names; empty for none")
     parser.add_argument("--autotune", action="store_true", help="Inductor's max-autotune too, which takes minutes")
     parser.add_argument("--tests", action="store_true", help="run the GPU's tests first")
+    parser.add_argument("--warm", type=int, default=0, metavar="N", help="processes that compile all rows first")
+    parser.add_argument("--profile", type=int, default=0, metavar="N", help="rows that Nsight Compute looks at")
     parser.add_argument("--seconds", type=float, default=480, help="no row starts after this long, tests included")
     parser.add_argument("--serve", help=argparse.SUPPRESS)
+    parser.add_argument("--compile", type=int, help=argparse.SUPPRESS)
+    parser.add_argument("--once", help=argparse.SUPPRESS)
     parser.add_argument("--until", type=float, help=argparse.SUPPRESS)
     options = parser.parse_args()
     if not torch.cuda.is_available():
@@ -384,17 +521,30 @@ def main() -> int:
             Path(options.json).write_text(json.dumps({"schema": 1, "skipped": "no CUDA or ROCm device"}) + "\n")
         return 0
     backends = ["eager", "inductor", *(["autotune"] if options.autotune else []), "minifuse"]
+    if options.once:
+        once(options.once)
+        return 0
+    if options.compile is not None:
+        compile_part(options, backends)
+        return 0
     if options.serve:
         serve(options, backends)
         return 0
-    until = time.time() + options.seconds
-    tests = tested(TEST_SECONDS) if options.tests else None
-    table, options.json = measured(options, backends, until), str(place(options))
+    begin = time.time()
+    until = begin + options.seconds
+    with ThreadPoolExecutor() as pool:  # what is tested and what is compiled ahead are not timed: beside each other
+        testing = pool.submit(tested, TEST_SECONDS) if options.tests else None
+        ahead = warm_up(options, begin + WARM_SHARE * options.seconds) if options.warm else None
+    tests = testing.result() if testing else None
+    (table, kernels), options.json = measured(options, backends, until), str(place(options))
     status = harness.finish(table, options)
     path = Path(options.json)
     gpu = {"driver": driver(), "cuda": torch.version.cuda, "hip": torch.version.hip}
-    path.write_text(json.dumps({**json.loads(path.read_text()), "gpu": gpu, "tests": tests}, indent=1) + "\n")
+    more = {"gpu": gpu, "tests": tests, "compiled_ahead_seconds": ahead, "kernels": kernels}
+    path.write_text(json.dumps({**json.loads(path.read_text()), **more}, indent=1) + "\n")
     print(f"written: {path}")
+    if options.profile:
+        nsight(table, options.profile, path.with_suffix(".ncu.txt"), time.time() + PROFILE_SECONDS * options.profile)
     if tests is not None:
         print(f"tests: exit {tests['exit']}; benchmark: exit {status}")
     return int(tests["exit"] if tests else 0) or status

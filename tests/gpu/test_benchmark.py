@@ -20,12 +20,12 @@ BACKENDS = ["eager", "inductor", "minifuse"]
 JOBS: Any = dict.fromkeys(("first", "second", "third"), (None, ()))
 
 
-def figures(name: str) -> tuple[dict[str, Any], None, dict[Any, Any]]:
+def figures(name: str) -> tuple[dict[str, Any], None, dict[Any, Any], gpu.Kernels]:
     table = gpu.board(BACKENDS)
     times = {b: Sample.of([0.1, 0.2]) for b in BACKENDS}
     gpu.report(table, name, BACKENDS, times)
     table.add(name, bytes=8, copy=1e9, of_copy=1.0)
-    return table.rows[name], None, table.special
+    return table.rows[name], None, table.special, {"minifuse": [("k_1", 1.0, 0.1)]}
 
 
 @pytest.fixture
@@ -52,7 +52,8 @@ def processes(monkeypatch: pytest.MonkeyPatch) -> list[list[str]]:
 
 
 def test_a_row_that_ends_its_process_is_a_failure_and_the_rest_is_measured(processes: list[list[str]]) -> None:
-    table = gpu.measured(argparse.Namespace(seconds=60.0), BACKENDS, time.time() + 60)
+    table, kernels = gpu.measured(argparse.Namespace(seconds=60.0), BACKENDS, time.time() + 60)
+    assert [name for name, found in kernels.items() if found] == ["first", "third"]
     assert len(processes) == 2
     assert list(table.rows) == ["first", "second", "third"]
     assert list(table.errors) == ["second"]
@@ -60,7 +61,7 @@ def test_a_row_that_ends_its_process_is_a_failure_and_the_rest_is_measured(proce
 
 
 def test_what_there_is_no_time_for_is_named(processes: list[list[str]]) -> None:
-    table = gpu.measured(argparse.Namespace(seconds=60.0), BACKENDS, time.time() - 1)
+    table, _ = gpu.measured(argparse.Namespace(seconds=60.0), BACKENDS, time.time() - 1)
     assert not processes
     assert set(table.errors) == set(JOBS)
 

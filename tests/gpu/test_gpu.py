@@ -29,7 +29,9 @@ def fresh() -> None:
 
 
 def compiled(function: Callable[..., Any], dynamic: bool = False, **options: Any) -> Any:
-    return torch.compile(function, backend="minifuse", dynamic=dynamic, options={"verify": True, **options})
+    return torch.compile(
+        function, backend="minifuse", dynamic=dynamic, options={"verify": True, "device_model": "auto", **options}
+    )
 
 
 def randn(*shape: int, dtype: torch.dtype = torch.float32, grad: bool = False) -> Tensor:
@@ -234,6 +236,50 @@ def test_pinned_inputs() -> None:
     y = g(x, k)
     k.fill_(0.0)  # the host writes before the device may have read
     close(y, x * 3)
+
+
+def test_an_optimiser_is_a_batch_over_its_tensors() -> None:
+    shapes = [(257, 33), (33,), (1,), (1 << 18,), (7, 11, 13)]
+    ps, gs, ms = ([randn(*s) for s in shapes] for _ in range(3))
+    gs[3] = randn((1 << 18) + 1)[1:]  # not on 16 bytes
+
+    def step(ps: list[Tensor], gs: list[Tensor], ms: list[Tensor]) -> None:
+        torch._foreach_mul_(ms, 0.9)
+        torch._foreach_add_(ms, gs, alpha=0.1)
+        torch._foreach_addcdiv_(ps, ms, torch._foreach_add(torch._foreach_abs(gs), 1e-3), value=-1e-2)
+
+    expected = [[t.clone() for t in ts] for ts in (ps, ms)]
+    run = compiled(step)
+    for _ in range(3):
+        run(ps, gs, ms)
+        step(expected[0], gs, expected[1])
+    close([ps, ms], expected)
+
+
+@pytest.mark.parametrize("causal", [True, False])
+def test_attention_of_half_types_trains(causal: bool) -> None:
+    q, k, v = (randn(2, 4, 256, 64, dtype=torch.bfloat16, grad=True) for _ in range(3))
+
+    def f(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        return F.gelu(F.scaled_dot_product_attention(q * 0.5, k, v, is_causal=causal)).float().square().mean()
+
+    run = compiled(f)
+    close(torch.autograd.grad(run(q, k, v), (q, k, v)), torch.autograd.grad(f(q, k, v), (q, k, v)), torch.bfloat16)
+
+
+def test_convolutions_and_norms_of_channels_last_train() -> None:
+    net = nn.Sequential(nn.Conv2d(8, 32, 3, padding=1), nn.BatchNorm2d(32), nn.ReLU(), nn.MaxPool2d(2),
+                        nn.Conv2d(32, 16, 1), nn.GroupNorm(4, 16), nn.SiLU()).cuda()  # fmt: skip
+    torch.backends.cudnn.allow_tf32 = False
+    x = randn(8, 8, 32, 32).to(memory_format=torch.channels_last)
+
+    def gradients(model: Callable[[Tensor], Tensor]) -> list[Tensor]:
+        net.zero_grad()
+        (model(x).square()).mean().backward()
+        return [p.grad.clone() for p in net.parameters() if p.grad is not None]
+
+    for found, expected in zip(gradients(compiled(net)), gradients(net), strict=True):
+        torch.testing.assert_close(found, expected, rtol=1e-3, atol=1e-5)
 
 
 # Last, for they take the longest.
