@@ -405,7 +405,7 @@ def compile_part(options: argparse.Namespace, backends: list[str]) -> None:
                         models.stepper(what[0].path, _named(backend), what[1])()
                 torch.cuda.synchronize()
             except Exception as error:
-                print(f"{name}, {backend}: {type(error).__name__}, compiled ahead", file=sys.stderr)
+                print(f"compiled ahead: {name}: {failure(backend, error)}", file=sys.stderr)
             inputs = []
             torch.cuda.empty_cache()
 
@@ -471,7 +471,7 @@ def once(name: str) -> None:
 
 def tested(seconds: float) -> dict[str, Any]:
     """The GPU's tests in a process of their own: exit status, what failed, and the last line."""
-    command = [sys.executable, "-m", "pytest", "-m", "gpu", "-rfE", "--durations=5"]
+    command = [sys.executable, "-m", "pytest", "tests/gpu", "-m", "gpu", "-rfE", "--durations=5", "--show-capture=no"]
     if importlib.util.find_spec("xdist") is not None and (os.cpu_count() or 1) >= 8:
         command += ["-n", "6"]
     try:

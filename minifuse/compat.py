@@ -185,11 +185,11 @@ def result_type(args: Sequence[Any]) -> torch.dtype:
     ]
     if len(plain) == 1:
         only = plain[0]
-        return only.dtype if isinstance(only, torch.Tensor) else torch.tensor(only).dtype
+        return only.dtype if isinstance(only, torch.Tensor) else torch.tensor(only, device="cpu").dtype
     found = torch.result_type(plain[0], plain[1])
     for v in plain[2:]:
         found = (
-            torch.result_type(torch.empty((), dtype=found), v)
+            torch.result_type(torch.empty((), dtype=found, device="cpu"), v)
             if not isinstance(v, torch.Tensor)
             else (torch.promote_types(found, v.dtype))
         )

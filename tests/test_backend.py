@@ -472,3 +472,18 @@ def test_calls_at_once_without_an_arena_have_frames_of_their_own() -> None:
 
     with ThreadPoolExecutor(8) as pool:
         assert all(pool.map(many, xs))
+
+
+@pytest.mark.parametrize("default", ["meta", "cpu"])
+def test_a_default_device_is_the_callers_alone(default: str) -> None:
+    """What the compiler and the program make for themselves is where they need it."""
+    torch._dynamo.reset()
+    x, w = torch.randn(9, 16), torch.randn(16, 8)
+
+    def f(x: torch.Tensor, w: torch.Tensor) -> torch.Tensor:
+        return F.layer_norm(F.gelu(x @ w).half().float() * 1e-3, (8,)).softmax(-1)
+
+    expected = f(x, w)
+    with torch.device(default):
+        found = torch.compile(f, backend="minifuse")(x, w)
+    torch.testing.assert_close(found, expected)

@@ -86,7 +86,7 @@ class ByteFloat:
 
 def _beyond(dtype: torch.dtype) -> int:
     """What torch makes of a number out of range: float8_e4m3fn's is NaN, in later releases the greatest number."""
-    return int(torch.tensor(1e9).to(dtype).float().view(torch.int32))
+    return int(torch.tensor(1e9, device="cpu").to(dtype).float().view(torch.int32))
 
 
 BYTE_FLOATS = {

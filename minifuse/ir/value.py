@@ -244,7 +244,7 @@ def _round_const(value: Any, dtype: torch.dtype) -> Any:
         return value
     if dtype is torch.float32:
         return ctypes.c_float(value).value  # a tensor takes a millisecond where fake ones are made
-    return torch.tensor(value, dtype=dtype).item()
+    return torch.tensor(value, dtype=dtype, device="cpu").item()
 
 
 RandomKind = Literal["uniform", "normal", "bits"]

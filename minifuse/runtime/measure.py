@@ -63,8 +63,8 @@ def measure() -> DeviceModel:
     levels.append(Level("DRAM", UNBOUNDED, _copy_rate(min(max(int(4 * largest), 1 << 26), LARGEST_COPY))))
     for k in range(len(levels) - 2, -1, -1):  # no level is slower than the next one
         levels[k] = replace(levels[k], rate=max(levels[k].rate, levels[k + 1].rate))
-    a, b, one = torch.ones(512, 512), torch.ones(512, 512), torch.ones(16)
-    product, tiny = torch.empty(512, 512), torch.empty(16)
+    a, b, one = (torch.ones(*shape, device="cpu") for shape in ((512, 512), (512, 512), (16,)))
+    product, tiny = torch.empty_like(a), torch.empty_like(one)
     flops = 2 * 512**3 / _seconds(lambda: torch.mm(a, b, out=product))
     launch = _seconds(lambda: torch.neg(one, out=tiny), runs=100)
     vector = threads * _clock() * _lanes()
@@ -86,7 +86,7 @@ def _seconds(work: Callable[[], object], runs: int = 1) -> float:
 
 def _copy_rate(nbytes: int) -> float:
     """By torch's threads; by one where they are kept waiting for each other."""
-    source = torch.ones(max(nbytes, 4096) // 4)
+    source = torch.ones(max(nbytes, 4096) // 4, device="cpu")
     target = torch.empty_like(source)
     alone, into = source.numpy(), target.numpy()
     seconds = min(_seconds(lambda: target.copy_(source)), _seconds(lambda: np.copyto(into, alone)))

@@ -344,7 +344,7 @@ class Pool:
         if used <= seen and self._held + size > self._bound():
             self._kept.update(p.segment.nbytes for same in self._free.values() for p in same.values())
         try:
-            segment = torch.empty(size, dtype=torch.uint8)
+            segment = torch.empty(size, dtype=torch.uint8, device="cpu")
         except RuntimeError:  # no memory: the pool is whole, and goes on
             self._most, self._torn = seen, False
             raise

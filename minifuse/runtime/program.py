@@ -24,7 +24,7 @@ from minifuse.passes.memory import arena_intervals, pack
 from .pool import Lease, Pool
 
 POOL = Pool()
-NO_ARENA = torch.empty(0, dtype=torch.uint8)
+NO_ARENA = torch.empty(0, dtype=torch.uint8, device="cpu")
 
 
 class _Threads:
@@ -90,9 +90,10 @@ class Layout:
 
 @dataclass
 class Frame:
-    """What one call needs that does not change between calls over the same memory."""
+    """What one call needs that does not change between calls over the same memory, which lives as long."""
 
     layout: Layout
+    memory: torch.Tensor
     pointers: list[Any]
     views: list[torch.Tensor]
     sizes: Any
@@ -191,7 +192,7 @@ class Program:
         places |= {name: address + offset for name, offset in layout.offsets.items()}
         pointers = [self.array(ctypes.c_void_p, [places.get(name, 0) for name in names]) for names in self.binding]
         sizes = self.array(ctypes.c_int64, [layout.env.get(name, 0) for name in self.unit_symbols])
-        return Frame(layout, pointers, [self.arena_view(r, layout, base) for r in self.host.views], sizes)
+        return Frame(layout, base, pointers, [self.arena_view(r, layout, base) for r in self.host.views], sizes)
 
     def array(self, kind: Any, items: list[int]) -> Any:
         """Addresses or sizes as a run takes them."""
@@ -230,13 +231,16 @@ def new(
 
 
 def adopt(
-    x: torch.Tensor, size: tuple[int, ...], stride: tuple[int, ...], dtype: torch.dtype, copy: bool = False
-) -> torch.Tensor:
+    x: torch.Tensor | None, size: tuple[int, ...], stride: tuple[int, ...], dtype: torch.dtype, copy: bool = False
+) -> torch.Tensor | None:
     """An operator's result with the strides and the dtype that the plan was made for; copied where it has others, or
     shares memory that is not its own (`copy`). A copy keeps the storage offset: a view of an input is found by it.
 
-    Raises RuntimeError for another shape: kernels would read what is not there.
+    Raises RuntimeError for another shape: kernels would read what is not there. What an operator leaves undefined
+    (an attention in inference its statistics) stays None: nobody may read it.
     """
+    if x is None:
+        return x
     if x.shape != size:
         raise RuntimeError(f"an operator gave a tensor of {list(x.shape)}, expected {list(size)} by its shape function")
     if x.dtype is not dtype:  # as some shape functions of torch have it

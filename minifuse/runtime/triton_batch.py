@@ -58,11 +58,12 @@ class Tables:
         rows = [{s.name: e.evaluate(env) for s, e in m.sizes.items()} for m in self.step.members]
         whole = [{**env, **row} for row in rows]
         wide = any(e.evaluate(sizes) >= LIMIT for sizes in whole for e in self.kernel.extents)
-        counts = torch.tensor([self.kernel.grid.evaluate(sizes) for sizes in whole])
-        tensors = torch.repeat_interleave(torch.arange(len(rows)), counts)
-        blocks = torch.stack([tensors, torch.arange(len(tensors)) - (counts.cumsum(0) - counts)[tensors]], 1)
         kind = torch.int64 if wide else torch.int32
-        lengths = torch.tensor([[row[name] for name in self.kernel.own] for row in rows], dtype=kind)
+        with torch.device("cpu"):
+            counts = torch.tensor([self.kernel.grid.evaluate(sizes) for sizes in whole])
+            tensors = torch.repeat_interleave(torch.arange(len(rows)), counts)
+            blocks = torch.stack([tensors, torch.arange(len(tensors)) - (counts.cumsum(0) - counts)[tensors]], 1)
+            lengths = torch.tensor([[row[name] for name in self.kernel.own] for row in rows], dtype=kind)
         return Layout(len(tensors), wide, lengths.to(self.device), blocks.to(torch.int32).to(self.device))
 
     def addresses(self, pointers: Sequence[int], stream: int) -> Addresses:

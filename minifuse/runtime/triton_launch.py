@@ -45,7 +45,7 @@ from .triton_batch import ALIGN, Tables
 
 ALIGNED = 15
 KEPT_SIZES = 256
-POINTERS = {"f64": "fp64", "f32": "fp32", "bool": "i1", "e4m3": "u8", "e5m2": "u8"}
+POINTERS = {"f64": "fp64", "f32": "fp32", "f16": "fp16", "bool": "i1", "e4m3": "u8", "e5m2": "u8"}
 
 
 def build(plan: Plan, ctx: CompileContext) -> Program:
@@ -279,8 +279,8 @@ class Interpreted(Launched):
         for p, address in zip(self.step.kernel.params, pointers, strict=True):
             count = 1 + sum((s.evaluate(env) - 1) * d.evaluate(env) for s, d in zip(p.shape, p.stride, strict=True))
             empty = any(s.evaluate(env) == 0 for s in p.shape)
-            args.append(torch.empty(0, dtype=p.dtype) if empty else tensor_at(address, count, p.dtype))
-        flag = torch.zeros(1, dtype=torch.int32)
+            args.append(torch.empty(0, dtype=p.dtype, device="cpu") if empty else tensor_at(address, count, p.dtype))
+        flag = torch.zeros(1, dtype=torch.int32, device="cpu")
         self.function[(programs,)](*args, *values, *([flag] if self.kernel.messages else []))
         return int(flag)
 
@@ -362,7 +362,7 @@ class TritonProgram(Program):
     def make_flags(self) -> None:
         """A flag a launch, where its checks note what failed, and where the host reads it. Made at the first call:
         a graph is compiled while every new tensor is a fake one."""
-        self.seen = torch.zeros(len(self.launches), dtype=torch.int32, pin_memory=True)
+        self.seen = torch.zeros(len(self.launches), dtype=torch.int32, device="cpu", pin_memory=True)
         flags = torch.zeros(len(self.launches), dtype=torch.int32, device=self.device)
         for k in self.checked:
             self.launches[k].last = (flags.data_ptr() + 4 * k,)
@@ -381,6 +381,7 @@ class TritonProgram(Program):
         return items if self.on_gpu else super().array(kind, items)
 
     def interpret(self, kernel: Kernel, tensors: list[torch.Tensor], sizes: dict[str, int]) -> None:
-        """A kernel by torch operations; a number on the CPU that it reads is taken to the device."""
-        home = [t.to(self.device) if self.on_gpu and t.dim() == 0 and t.device.type == "cpu" else t for t in tensors]
+        """A kernel by torch operations; a number on the CPU that one on the device reads is taken there."""
+        away = any(t.device.type != "cpu" for t in tensors)
+        home = [t.to(self.device) if away and t.dim() == 0 and t.device.type == "cpu" else t for t in tensors]
         run_kernel(kernel, {p.name: t for p, t in zip(kernel.params, home, strict=True)}, sizes)

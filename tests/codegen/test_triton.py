@@ -18,6 +18,7 @@ from torch import Tensor
 from minifuse.codegen.triton import write_kernel
 from minifuse.codegen.triton_prelude import HEAD, SOURCES, helpers
 from minifuse.errors import MinifuseError
+from minifuse.ir import dtypes
 from minifuse.ir.parse import parse_kernel
 from minifuse.ir.plan import Launch, Plan
 from minifuse.ir.verify import verify_plan
@@ -102,6 +103,13 @@ def test_kernels_compile_for_a_gpu_and_spill_nothing(name: str, dtype: torch.dty
         for _, kernel in compile_for(plan, ctx, gpu_target(*H100)):
             assert kernel_resources(kernel)["spilled"] == 0
         assert not [d for d in ctx.decisions if d.rule == "interpreted"]
+
+
+@pytest.mark.parametrize("dtype", [d for d in dtypes.TABLE if not d.is_complex], ids=str)
+def test_every_dtype_compiles_for_a_gpu(dtype: torch.dtype) -> None:
+    x = torch.ones(300, 5).to(dtype)
+    for plan, ctx in plans(lambda x: x.t().contiguous(), x):
+        assert compile_for(plan, ctx, gpu_target(*H100))
 
 
 def scaled_by_all(*xs: Tensor) -> Tensor:

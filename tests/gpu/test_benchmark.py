@@ -87,7 +87,8 @@ def test_tests_that_fail_keep_nothing_from_being_measured(
 
 
 def test_a_failing_suite_is_reported_by_name(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    (tmp_path / "test_it.py").write_text(
+    (tmp_path / "tests" / "gpu").mkdir(parents=True)
+    (tmp_path / "tests" / "gpu" / "test_it.py").write_text(
         "import pytest\n@pytest.mark.gpu\ndef test_no():\n    assert False\n"
         "@pytest.mark.gpu\ndef test_yes():\n    pass\n"
     )
@@ -95,5 +96,5 @@ def test_a_failing_suite_is_reported_by_name(tmp_path: Path, monkeypatch: pytest
     monkeypatch.chdir(tmp_path)
     found = gpu.tested(120)
     assert found["exit"] == 1
-    assert [x.split(" - ")[0] for x in found["failed"]] == ["FAILED test_it.py::test_no"]
+    assert [x.split(" - ")[0] for x in found["failed"]] == ["FAILED tests/gpu/test_it.py::test_no"]
     assert gpu.tested(0.01)["exit"] == 124

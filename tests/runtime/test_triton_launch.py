@@ -2,17 +2,21 @@
 
 from __future__ import annotations
 
+import weakref
 from typing import Any
 
 import pytest
 import torch
 
 from minifuse import compat
+from minifuse.codegen.program import write_program
 from minifuse.codegen.triton import write_kernel
 from minifuse.ir.parse import parse, parse_kernel
 from minifuse.ir.plan import Launch
 from minifuse.passes import schedule_triton
-from minifuse.runtime.triton_launch import Launched
+from minifuse.records import RECORDS
+from minifuse.runtime.program import adopt
+from minifuse.runtime.triton_launch import Launched, TritonProgram
 
 
 class Compiled:
@@ -126,3 +130,33 @@ def test_a_size_decides_grid_and_width(launches: list[Any]) -> None:
 def test_nothing_is_launched_over_nothing(launches: list[Any]) -> None:
     assert launched(DYNAMIC)([0, 0], [0], 0) == 0
     assert launches == []
+
+
+def test_the_memory_of_a_call_lives_as_long_as_its_frame(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Kernels on a device know addresses alone: what is freed at once is the next tensor's."""
+    torch._dynamo.reset()
+    torch.compile(lambda x: (x.softmax(-1) @ x).softmax(-1) @ x, backend="minifuse")(torch.randn(8, 8))
+    plan = RECORDS[-1].stages["memory"]
+    host = write_program(plan, (("",),), (), {})
+    program = TritonProgram(plan, host, [], (), (), {}, torch.device("cpu"), False)
+    program.on_gpu = True
+    made: list[weakref.ref[torch.Tensor]] = []
+    empty = torch.empty
+
+    def noted(*args: Any, **kwargs: Any) -> torch.Tensor:
+        found = empty(*args, **kwargs)
+        made.append(weakref.ref(found))
+        return found
+
+    monkeypatch.setattr(torch, "empty", noted)
+    frame = program.enter(())
+    frame.views.clear()  # a plan whose operators read nothing of the arena has none
+    (memory,) = made
+    assert frame.layout.nbytes
+    assert memory() is not None
+    del frame
+    assert memory() is None
+
+
+def test_an_operator_may_leave_a_result_undefined() -> None:
+    assert adopt(None, (2, 3), (3, 1), torch.float32) is None
