@@ -27,7 +27,7 @@ from torch._guards import TracingContext, tracing  # 2.11-2.13
 from torch._ops import HigherOrderOperator as HigherOrderOperator  # 2.11-2.13
 from torch._ops import OpOverload as OpOverload  # 2.11-2.13
 from torch._ops import OpOverloadPacket as OpOverloadPacket  # 2.11-2.13
-from torch._subclasses import FakeTensorMode  # 2.11-2.13
+from torch._subclasses.fake_tensor import FakeTensorMode, unset_fake_temporarily  # 2.11-2.13
 from torch.fx.experimental.proxy_tensor import is_sym_node, make_fx  # 2.11-2.13
 from torch.fx.experimental.symbolic_shapes import free_unbacked_symbols, statically_known_true  # 2.11-2.13
 from torch.utils import _pytree as pytree  # 2.11-2.13
@@ -213,6 +213,10 @@ def registered_prim(name: str) -> Any:
     return None if packet is None else packet.default
 
 
+real_tensors = unset_fake_temporarily
+"""A context in which tensors are what they are, while a graph of fake ones is compiled. 2.11-2.13."""
+
+
 @contextmanager
 def faked(tensors: Sequence[torch.Tensor]) -> Iterator[list[torch.Tensor]]:
     """These tensors without their data, for tracing inside: sizes are fixed, `requires_grad` is kept."""
@@ -267,12 +271,7 @@ def trace(fn: Callable[..., Any], inputs: Sequence[torch.Tensor], user: Callable
     return make_fx(fn, pre_dispatch=True, record_module_stack=True, record_stack_traces=True)(*inputs)
 
 
-def tree_flatten(tree: Any) -> tuple[list[Any], Any]:
-    """The leaves of nested containers, and what `tree_unflatten` puts them together with."""
-    return pytree.tree_flatten(tree)
-
-
-tree_unflatten = pytree.tree_unflatten
+tree_flatten, tree_unflatten = pytree.tree_flatten, pytree.tree_unflatten
 
 
 def aot_autograd(**kwargs: Any) -> Callable[..., Any]:

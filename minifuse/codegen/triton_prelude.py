@@ -181,7 +181,7 @@ def mf_{name}(x, A: tl.constexpr, N: tl.constexpr, C: tl.constexpr):
     \"\"\"{what}\"\"\"
     x = tl.reshape(x, [A, N, C])
     for _ in tl.static_range(N.bit_length() - 1):
-        if x.shape[1] > 1024 and x.shape[1] * 4 > N:
+        if x.shape[1] > 2048 and x.shape[1] * 4 > N:
             x = {reduce}(tl.reshape(x, [A, 2, x.shape[1] // 2, C]), 1{join})
         else:
             x = {reduce}(tl.reshape(x, [A, x.shape[1] // 2, 2, C]), 2{join})
@@ -311,7 +311,7 @@ def _byte_float(name: str) -> str:
 
 
 _SUM = """Sum over the middle of [A, N, C]. The order is fixed, whichever thread holds what: halves are
-    added down to a quarter of a long row (at least 1024), then neighbours: each step adds two numbers."""
+    added down to a quarter of a long row (at least 2048), then neighbours: each step adds two numbers."""
 _SOURCES = "".join(
     [_INTEGERS,
      _EXTREMUM.format(name="maximum", what="greater", of_bools="|", sign=">"),

@@ -57,3 +57,23 @@ def test_a_number_of_the_host_reaches_a_device_by_value() -> None:
     x, k, t = torch.randn(8, 4), torch.tensor(1.5, dtype=torch.float64), torch.randn(3)
     for found, expected in zip(run_plan(on_cpu(plan), [x, k, t], {}), scaled(x, k, t), strict=True):
         torch.testing.assert_close(found, expected, rtol=0, atol=0)
+
+
+def test_a_number_of_the_programs_text_is_everywhere() -> None:
+    """Nothing is read from the host for it: a kernel has it as it has other constants."""
+    number = torch.tensor(-2.5, dtype=torch.float64)
+
+    def f(x: Tensor) -> tuple[Tensor, ...]:
+        lifted = torch.ops.aten.lift_fresh_copy(number)
+        return x * lifted, torch.ops.aten.fill(x, lifted), lifted
+
+    with FakeTensorMode(allow_non_fake_inputs=True):
+        plan = plan_of(f, torch.empty(8, device="cuda"))
+    assert not plan.externs
+    assert {plan.buffers[b].device for step in plan.launches for b in step.binding} == {CPU, CUDA}
+    for step in plan.launches:
+        assert len({plan.buffers[b].device for b in step.binding}) == 1
+    x = torch.randn(8)
+    for found, expected in zip(run_plan(on_cpu(plan), [x], {}), f(x), strict=True):
+        assert torch.equal(found, expected)
+        assert found.dtype == expected.dtype

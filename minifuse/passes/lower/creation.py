@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import fx
 
+from minifuse import compat
 from minifuse.ir import dtypes
 from minifuse.ir.index import Expr, as_expr
 from minifuse.ir.shape import contiguous_strides, is_injective, linearize
@@ -43,6 +44,19 @@ def _full(lo: Lowering, node: fx.Node, like: Any, value: Any, **kw: Any) -> View
 @lowers(aten.scalar_tensor.default)
 def _scalar_tensor(lo: Lowering, node: fx.Node, value: Any, **kw: Any) -> View:
     return _fill(lo, node, value)
+
+
+@lowers(aten.lift_fresh_copy.default)
+def _lift_fresh_copy(lo: Lowering, node: fx.Node, x: fx.Node) -> View:
+    """A number that the program's text has: what reads it has it too, on whatever device."""
+    source = lo.constant(x)
+    if source is None or source.dim() or not dtypes.supported(source.dtype):
+        return lo.pointwise(node)
+    with compat.real_tensors():
+        number = source.item()
+    made = _fill(lo, node, number)
+    lo.literals[made.buffer.name] = number
+    return made
 
 
 def _filled(value: int) -> Callable[..., View]:

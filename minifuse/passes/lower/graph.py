@@ -57,6 +57,7 @@ class Lowering:
         self.mutated: set[str] = set()
         self.origin: dict[str, str] = {}
         self.numbers: dict[Any, View] = {}
+        self.literals: dict[str, bool | int | float] = {}
         for n in graph.nodes:
             if _TAKEN.fullmatch(n.name):
                 n.name = f"{n.name}_"
@@ -165,6 +166,11 @@ class Lowering:
         return source_line(self.node)
 
     # -- arguments -------------------------------------------------------------------------------
+    def constant(self, arg: fx.Node) -> torch.Tensor | None:
+        """The tensor that a node takes from the graph's module, or None."""
+        value = self.ctx.stages.get("constants", {}).get(arg.name) if arg.op == "get_attr" else None
+        return value if isinstance(value, torch.Tensor) else None
+
     def view(self, arg: fx.Node) -> View:
         found = self.env[arg]
         if not isinstance(found, View):
@@ -254,6 +260,9 @@ class Lowering:
     def _argument(self, arg: Any, keep: bool, val: torch.Tensor) -> Any:
         if isinstance(arg, fx.Node) and isinstance(self.env[arg], View):
             view = self.view(arg)
+            if view.buffer.name in self.literals:
+                number = Const.of(self.literals[view.buffer.name], view.buffer.dtype)
+                return lambda where: number
             if view.buffer.device != val.device:
                 if view.shape or view.buffer.device.type != "cpu":
                     raise Unsupported(f"an argument on {view.buffer.device}")

@@ -340,6 +340,7 @@ _TABLE: dict[str, Row] = {
     "threshold": Row(_threshold, scalars=(1, 2)),
     "threshold_backward": Row(_threshold_backward, scalars=(2,)),
     "clone lift_fresh_copy contiguous _to_copy": Row(_identity),
+    "fill.Scalar fill.Tensor": Row(lambda x, number: number),
     "to.dtype": Row(_identity, scalars=(1, 2, 3, 4)),
     "prims::convert_element_type": Row(_identity, scalars=(1,)),
     "prims::device_put": Row(_identity, scalars=(1, 2)),
