@@ -1,6 +1,6 @@
-"""The only file that touches private names of torch and triton, each with the versions it was seen in.
+"""Private names of torch, each with the versions it was seen in; triton's are in `compat_triton`, and nowhere else.
 
-torch 2.11 to 2.13 and triton 3.6 to 3.9 are supported.
+torch 2.11 to 2.13 is supported.
 """
 
 from __future__ import annotations
@@ -357,7 +357,8 @@ def storage_id(val: Any) -> int | None:
 
 
 empty_strided_cpu = _guards._empty_strided_cpu  # type: ignore[attr-defined]
-"""`torch.empty_strided` for CPU as (size, stride, dtype), in half the time. 2.11-2.13."""
+empty_strided_cuda: Any = getattr(_guards, "_empty_strided_cuda", None)
+"""`torch.empty_strided` for the CPU or the current GPU as (size, stride, dtype), in half the time. 2.11-2.13."""
 
 reinterpret_tensor = _guards._reinterpret_tensor  # type: ignore[attr-defined]
 """A view as (tensor, size, stride, offset from the tensor's own first element), in half the time of `as_strided`.
@@ -419,81 +420,3 @@ def extract_forward_backward(
 def count_mutated_inputs(meta: Any) -> int:
     """How many outputs of a forward graph are new values of inputs, before the user's own outputs."""
     return int(meta.num_mutated_inp_runtime_indices)  # 2.11-2.13
-
-
-# -- triton, imported where it is used: it is not there on every system ----------------------------------------------
-def triton_interprets() -> bool:
-    """Whether `@triton.jit` gives interpreted functions: TRITON_INTERPRET=1 when triton was imported. 3.6-3.9."""
-    import triton
-
-    return bool(triton.knobs.runtime.interpret)
-
-
-def triton_compile(
-    function: Any, signature: Mapping[str, str], divisible: Sequence[int], warps: int, target: Any = None,
-    constants: Mapping[str, int] | None = None,
-) -> Any:  # fmt: skip
-    """A compiled kernel; arguments at `divisible` are multiples of 16, those that the signature has as "constexpr" are
-    given by `constants`. Without fused multiply-adds. 3.6-3.9.
-
-    `compiled[(x, y, z)]` is a function of all arguments and `stream=`.
-    """
-    import triton
-    from triton.compiler import ASTSource
-
-    target = target or triton.runtime.driver.active.get_current_target()
-    attributes = {(k,): [["tt.divisibility", 16]] for k in divisible}
-    source = ASTSource(function, dict(signature), dict(constants or {}), attributes)
-    warps = max(warps * 32 // target.warp_size, 1)
-    return triton.compile(source, target=target, options={"num_warps": warps, "enable_fp_fusion": False})
-
-
-def triton_errors() -> tuple[type[BaseException], ...]:
-    """What compiling a kernel raises when it cannot be: in the front end, the passes, or the assembler. 3.6-3.9."""
-    from triton.compiler.errors import CompilationError
-    from triton.runtime.errors import OutOfResources, PTXASError
-
-    return CompilationError, OutOfResources, PTXASError, RuntimeError
-
-
-def current_raw_stream(device: int) -> int:
-    """The current CUDA stream of a device as the driver's handle. torch 2.11-2.13."""
-    return int(torch._C._cuda_getCurrentRawStream(device))
-
-
-def mend_triton_interpreter() -> None:
-    """Let a scalar comparison stay a bool when the interpreter spreads it over a block: it takes the dtype of what was
-    compared, which a mask may not have. 3.6-3.9."""
-    import numpy as np
-    from triton.runtime.interpreter import InterpreterBuilder, TensorHandle
-
-    if getattr(InterpreterBuilder.create_splat, "mended", False):
-        return
-
-    def create_splat(self: Any, kind: Any, arg: Any) -> Any:
-        return TensorHandle(np.full(kind.shape, arg.data.reshape(-1)[0], dtype=arg.data.dtype), arg.dtype.scalar)
-
-    create_splat.mended = True  # type: ignore[attr-defined]
-    InterpreterBuilder.create_splat = create_splat
-
-
-def is_triton_tensor(x: Any) -> bool:
-    """Whether a value is a tensor of Triton's language."""
-    import triton.language
-
-    return isinstance(x, triton.language.tensor)
-
-
-def triton_array(x: Any) -> Any:
-    """The numpy array of an interpreted tensor. 3.6-3.9."""
-    return x.handle.data
-
-
-def triton_tensor(array: Any, dtype: Any) -> Any:
-    """An interpreted tensor over a numpy array, of a block's scalar dtype; a number is an array of one. 3.6-3.9."""
-    import triton.language as tl
-    from triton.runtime.interpreter import TensorHandle
-
-    shape = [int(n) for n in array.shape]
-    kind = tl.block_type(dtype.scalar, shape) if shape else dtype.scalar
-    return tl.tensor(TensorHandle(array.reshape(shape or [1]), dtype.scalar), kind)

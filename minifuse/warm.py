@@ -36,7 +36,8 @@ from .passes.lower import pointwise, structural
 from .passes.remat import policies
 from .records import RECORDS, Record
 from .runtime import toolchain
-from .runtime.build import disk_cache, restore
+from .runtime.build import restore
+from .runtime.loading import disk_cache
 from .runtime.program import Program
 
 # Results kept of one key: AOT autograd's has the sizes of a graph's inputs in it, what was guarded on them not.

@@ -25,7 +25,7 @@ from minifuse.codegen.unit import KernelText
 from minifuse.errors import CompileError
 from minifuse.ir.ops import TABLE
 from minifuse.records import RECORDS
-from minifuse.runtime import build, toolchain
+from minifuse.runtime import build, loading, toolchain
 from tests.judge import compiled, records, same, twin
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -44,11 +44,11 @@ class Net(nn.Module):
 def fresh(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     """No compiled unit is taken from this process, nor a warning from an earlier test."""
     torch.manual_seed(0)
-    monkeypatch.setattr(build, "_loaded", {})
+    monkeypatch.setattr(loading, "_loaded", {})
     backend.warn_no_compiler.cache_clear()
-    build.disk_cache.cache_clear()
+    loading.disk_cache.cache_clear()
     yield
-    build.disk_cache.cache_clear()
+    loading.disk_cache.cache_clear()
     backend.warn_no_compiler.cache_clear()
 
 
@@ -181,7 +181,7 @@ def test_a_damaged_entry_is_a_miss(tmp_path: Path, monkeypatch: pytest.MonkeyPat
     for path, data in entries.items():
         path.unlink()  # this process has the old file mapped
         path.write_bytes(data[: len(data) // 2] + b"\0" * (len(data) - len(data) // 2))
-    monkeypatch.setattr(build, "_loaded", {})
+    monkeypatch.setattr(loading, "_loaded", {})
     train({"cache_dir": str(tmp_path)})
     assert {p.name: p.read_bytes() for p in tmp_path.iterdir()} == {p.name: b for p, b in entries.items()}
 

@@ -16,15 +16,15 @@ ROOT = Path(__file__).resolve().parent.parent
 PACKAGE = ROOT / "minifuse"
 FILES = sorted(PACKAGE.rglob("*.py"))
 LONGEST_FILE = 500
-WHOLE = 17_045
+WHOLE = 17_400
 # The design aims at 9,000 for the core; the two targets, the capture surface, an allocator and vector maths of our own,
 # scans, scatters, joins, batches and the lowering of all of core ATen take it past that.
-CORE = 16_195
+CORE = 16_550
 # Lines of code a folder may have; the policies of rematerialisation, `explain` and the command line are no core.
-BUDGETS = {"ir": 2_790, "passes": 7_770, "codegen": 3_285, "runtime": 1_520, "explain": 1_500}
+BUDGETS = {"ir": 2_790, "passes": 7_850, "codegen": 3_350, "runtime": 1_720, "explain": 1_500}
 POLICIES = {"baselines", "policies", "mincut", "checkpoint", "optimal", "budget", "offload"}
 # What each layer may import, itself aside. Leaves are data that every layer reads.
-LEAVES = {"compat", "errors", "options", "records"}
+LEAVES = {"compat", "compat_triton", "errors", "options", "records"}
 LAYERS = ("ir", "passes", "codegen", "runtime", "explain", "dump", "warm", "backend", "capture", "cli", "")
 OPTIONAL = {"transformers", "triton", "numpy"}
 
@@ -177,7 +177,7 @@ def test_an_import_inside_a_function_is_of_an_optional_package(path: Path) -> No
 PRIVATE = re.compile(r"\b(?:torch|triton|functorch)(?:\.\w+)*\._[a-zA-Z]\w*")
 
 
-@pytest.mark.parametrize("path", [p for p in FILES if module_of(p) != "compat"], ids=module_of)
+@pytest.mark.parametrize("path", [p for p in FILES if not module_of(p).startswith("compat")], ids=module_of)
 def test_private_names_of_torch_and_triton_stand_only_in_compat(path: Path) -> None:
     found = []
     for node in ast.walk(tree(path)):

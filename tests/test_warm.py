@@ -21,7 +21,7 @@ from minifuse import warm as warm_start
 from minifuse.ir.ops import TABLE
 from minifuse.passes import pipeline
 from minifuse.passes.fuse import forbid
-from minifuse.runtime.build import disk_cache
+from minifuse.runtime.loading import disk_cache
 
 
 class Block(nn.Module):
@@ -318,7 +318,7 @@ def test_an_entry_cut_at_any_tenth_byte_is_a_miss(folder: str) -> None:
             path.write_bytes(whole[:length])
             assert cache.read(path) is None and not path.exists()
         path.write_bytes(whole[: len(whole) // 10 * 9])
-    minifuse.runtime.build._loaded.clear()  # type: ignore[attr-defined]
+    minifuse.runtime.loading._loaded.clear()  # type: ignore[attr-defined]
     torch._dynamo.reset()
     assert torch.equal(torch.compile(torch.sigmoid, backend="minifuse", options=options)(x), want)
     assert not minifuse.reports()[-1].record.warm
@@ -329,7 +329,7 @@ def test_a_kernel_that_is_gone_is_compiled_again(folder: str) -> None:
     for path in Path(folder).glob("*.bin"):
         if not path.name.startswith("graph_"):
             path.unlink()
-    minifuse.runtime.build._loaded.clear()  # type: ignore[attr-defined]
+    minifuse.runtime.loading._loaded.clear()  # type: ignore[attr-defined]
     same(step(folder), first)
     assert warm() == [True, True]
 

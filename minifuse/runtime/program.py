@@ -15,7 +15,6 @@ import torch
 from minifuse import compat
 from minifuse.codegen.program import HostProgram
 from minifuse.ir import dtypes
-from minifuse.ir.index import Expr
 from minifuse.ir.interpret import run_kernel
 from minifuse.ir.kernel import Kernel
 from minifuse.ir.plan import Plan, TensorRef
@@ -79,12 +78,14 @@ deterministic = _Deterministic()
 
 @dataclass(frozen=True)
 class Layout:
-    """A plan's arena at given sizes: bytes, offsets, the values of the unit's symbols, and, where there is no arena to
-    keep them with, the frames that no call has."""
+    """A plan's arena at given sizes: bytes, offsets, the values of the unit's symbols, the views that operators take of
+    it (dtype, size, stride, offset in elements), and, where there is no arena to keep them with, the frames that no
+    call has."""
 
     nbytes: int
     offsets: dict[str, int]
     env: dict[str, int]
+    views: list[tuple[torch.dtype, tuple[int, ...], tuple[int, ...], int]]
     idle: list[Frame] = field(default_factory=list)
 
 
@@ -160,8 +161,17 @@ class Program:
             for b in self.plan.buffers.values():
                 if b.inside is not None and b.inside[0] in offsets:
                     offsets[b.name] = offsets[b.inside[0]] + b.inside[1].evaluate(env) * dtypes.itemsize(b.dtype)
-            found = self.layouts[key] = Layout(total, offsets, env)
+            views = [self.place(r, offsets, env) for r in self.host.views]
+            found = self.layouts[key] = Layout(total, offsets, env, views)
         return found
+
+    def place(
+        self, r: TensorRef, offsets: dict[str, int], env: dict[str, int]
+    ) -> tuple[torch.dtype, tuple[int, ...], tuple[int, ...], int]:
+        """A view of an arena buffer, from the arena's begin: see `Layout`."""
+        dtype = self.plan.buffers[r.buffer].dtype
+        size, stride = (tuple(e.evaluate(env) for e in es) for es in (r.shape, r.stride))
+        return dtype, size, stride, offsets[r.buffer] // dtypes.itemsize(dtype) + r.offset.evaluate(env)
 
     def enter(self, key: tuple[int, ...]) -> Frame:
         """Lease an arena for a call with these sizes."""
@@ -192,23 +202,13 @@ class Program:
         places |= {name: address + offset for name, offset in layout.offsets.items()}
         pointers = [self.array(ctypes.c_void_p, [places.get(name, 0) for name in names]) for names in self.binding]
         sizes = self.array(ctypes.c_int64, [layout.env.get(name, 0) for name in self.unit_symbols])
-        return Frame(layout, base, pointers, [self.arena_view(r, layout, base) for r in self.host.views], sizes)
+        whole = {dtype: base.view(dtype) for dtype in {dtype for dtype, *_ in layout.views}}
+        views = [compat.reinterpret_tensor(whole[dtype], *where) for dtype, *where in layout.views]
+        return Frame(layout, base, pointers, views, sizes)
 
     def array(self, kind: Any, items: list[int]) -> Any:
         """Addresses or sizes as a run takes them."""
         return (kind * max(len(items), 1))(*items)
-
-    def arena_view(self, r: TensorRef, layout: Layout, base: torch.Tensor) -> torch.Tensor:
-        buffer = self.plan.buffers[r.buffer]
-
-        def at(e: Expr) -> int:
-            return e.evaluate(layout.env)
-
-        begin = layout.offsets[r.buffer]
-        extent = at(buffer.extent) * dtypes.itemsize(buffer.dtype)
-        flat = base[begin : begin + max(extent, 0)].view(buffer.dtype)
-        size, stride = tuple(map(at, r.shape)), tuple(map(at, r.stride))
-        return flat.as_strided(size, stride, flat.storage_offset() + at(r.offset))
 
     # -- what the text calls ---------------------------------------------------------------------
     def fail(self, run: int, code: int) -> None:
@@ -227,6 +227,8 @@ def new(
     """Uninitialised memory for the caller: pooled on CPU, from torch's allocator elsewhere."""
     if device is None:
         return POOL.tensor(size, stride, dtype)
+    if device.type == "cuda" and device.index == torch.cuda.current_device():
+        return compat.empty_strided_cuda(size, stride, dtype)
     return torch.empty_strided(size, stride, dtype=dtype, device=device)
 
 

@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from minifuse import compat
+from minifuse import compat_triton
 
 _LIBDEVICE: dict[str, Callable[..., torch.Tensor]] = {
     name: getattr(torch, name)
@@ -30,7 +30,7 @@ def install(module: ModuleType) -> None:
     """Give a loaded module of kernels what the interpreter lacks."""
     if isinstance(module.libdevice, Libdevice):
         return
-    compat.mend_triton_interpreter()
+    compat_triton.mend_triton_interpreter()
     module.libdevice = Libdevice()  # type: ignore[attr-defined]
     for name, function in STAND_INS.items():
         if hasattr(module, name):
@@ -44,21 +44,20 @@ class Libdevice:
         function = _LIBDEVICE[name]
 
         def call(*args: Any) -> Any:
-            like = next(a for a in args if compat.is_triton_tensor(a))
-            taken = [
-                _torch(a) if compat.is_triton_tensor(a) else torch.tensor(a, dtype=_torch(like).dtype) for a in args
-            ]
+            like = next(a for a in args if compat_triton.is_triton_tensor(a))
+            kind = _torch(like).dtype
+            taken = [_torch(a) if compat_triton.is_triton_tensor(a) else torch.tensor(a, dtype=kind) for a in args]
             return _like(like, function(*torch.broadcast_tensors(*taken)))
 
         return call
 
 
 def _torch(x: Any) -> torch.Tensor:
-    return torch.from_numpy(np.ascontiguousarray(compat.triton_array(x))).reshape([int(n) for n in x.shape])
+    return torch.from_numpy(np.ascontiguousarray(compat_triton.triton_array(x))).reshape([int(n) for n in x.shape])
 
 
 def _like(x: Any, found: torch.Tensor) -> Any:
-    return compat.triton_tensor(found.numpy(), x.dtype)
+    return compat_triton.triton_tensor(found.numpy(), x.dtype)
 
 
 def _left(x: Any, found: torch.Tensor, before: int, after: int) -> Any:

@@ -16,7 +16,7 @@ import ctypes
 import importlib.util
 import sys
 import textwrap
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from types import ModuleType
@@ -24,7 +24,7 @@ from typing import Any
 
 import torch
 
-from minifuse import compat
+from minifuse import compat_triton
 from minifuse.codegen import triton
 from minifuse.codegen.printer import CodegenError
 from minifuse.codegen.program import HostProgram, write_program
@@ -35,13 +35,14 @@ from minifuse.errors import MinifuseError
 from minifuse.ir import dtypes
 from minifuse.ir.interpret import run_kernel
 from minifuse.ir.kernel import Kernel
-from minifuse.ir.plan import Launch, Plan, content_hash
+from minifuse.ir.plan import Free, Join, Launch, Plan, content_hash
 from minifuse.passes.context import CompileContext
 
 from . import triton_interpret
 from .cache import DiskCache, write_atomically
 from .program import Frame, Program
 from .triton_batch import ALIGN, Tables
+from .triton_run import Run, starter
 
 ALIGNED = 15
 KEPT_SIZES = 256
@@ -58,7 +59,7 @@ def build(plan: Plan, ctx: CompileContext) -> Program:
         text = module_text(plan, kernels)
     with ctx.phase("compile"):
         module = load_module(text, ctx.options.cache_dir) if kernels else None
-        if device.type == "cpu" and module is not None and not compat.triton_interprets():
+        if device.type == "cpu" and module is not None and not compat_triton.triton_interprets():
             raise MinifuseError(
                 'target="triton" runs CPU tensors in its interpreter: set TRITON_INTERPRET=1 before triton is imported'
             )
@@ -69,14 +70,34 @@ def build(plan: Plan, ctx: CompileContext) -> Program:
             with torch.cuda.device(device):
                 launches = {i: one for i, one in launches.items() if compiles(one, ctx, plan)}
     ctx.stages["triton"] = text
-    steps, kept = list(launches), list(launches.values())
-    symbols = tuple(sorted({s for one in kept for s in one.sizes}))
-    for one in kept:
+    symbols = tuple(sorted({s for one in launches.values() for s in one.sizes}))
+    for one in launches.values():
         one.at = tuple(symbols.index(s) for s in one.sizes)
-    binding = tuple(plan.steps[i].binding for i in steps)  # type: ignore[union-attr]
-    host = ctx.stages["program"] = write_program(plan, binding, symbols, {i: k for k, i in enumerate(steps)})
-    return TritonProgram(plan, host, kept, binding, symbols, ctx.stages.get("constants", {}), device,
+    groups = group_steps(plan, launches) if device.type != "cpu" else [[i] for i in launches]
+    runs = [Run([launches[i] for i in group], [launches[i].step.binding for i in group]) for group in groups]
+    binding, run_of = tuple(run.names for run in runs), {i: k for k, group in enumerate(groups) for i in group}
+    if device.type == "cpu":
+        binding = tuple(one.step.binding for one in launches.values())
+    host = ctx.stages["program"] = write_program(plan, binding, symbols, run_of)
+    for run in runs if device.type != "cpu" else ():
+        run.start = starter(ctx.options.cache_dir)
+    return TritonProgram(plan, host, runs, binding, symbols, ctx.stages.get("constants", {}), device,
                          ctx.options.deterministic)  # fmt: skip
+
+
+def group_steps(plan: Plan, launches: Mapping[int, Launched]) -> list[list[int]]:
+    """The launches of each run: those that stand between two other steps."""
+    groups: list[list[int]] = []
+    fresh = True
+    for i, step in enumerate(plan.steps):
+        if i in launches:
+            if fresh:
+                groups.append([])
+            groups[-1].append(i)
+            fresh = False
+        elif not isinstance(step, (Free, Join)):
+            fresh = True
+    return groups
 
 
 def main_device(plan: Plan) -> torch.device:
@@ -218,19 +239,28 @@ class Launched:
     def env(self, values: Sequence[int]) -> dict[str, int]:
         return dict(zip(self.sizes, values, strict=True))
 
-    def runner(self, aligned: bool, values: tuple[int, ...]) -> Callable[..., None] | None:
-        """The compiled kernel with its grid at these sizes; None where there is nothing to do."""
+    def programs(self, values: tuple[int, ...]) -> tuple[int, bool]:
+        """How many programs run at these sizes, and whether their offsets need 64 bits."""
         env = self.env(values)
         if self.tables is not None:
             layout = self.tables.layout(values, env)
-            programs, wide = layout.programs, layout.wide
-        else:
-            programs = self.kernel.grid.evaluate(env)
-            wide = any(e.evaluate(env) >= LIMIT for e in self.kernel.extents)
-        if programs == 0:
+            return layout.programs, layout.wide
+        return self.kernel.grid.evaluate(env), any(e.evaluate(env) >= LIMIT for e in self.kernel.extents)
+
+    def variant(self, aligned: bool, wide: bool, values: tuple[int, ...]) -> Variant:
+        return Variant(aligned, wide, tuple(values[k] % 16 == 0 for k in self.given))
+
+    def runner(self, aligned: bool, values: tuple[int, ...]) -> Callable[..., None] | None:
+        """The compiled kernel with its grid at these sizes; None where there is nothing to do."""
+        programs, wide = self.programs(values)
+        return self.compile(self.variant(aligned, wide, values))[(programs, 1, 1)] if programs else None
+
+    def handle(self, aligned: bool, values: tuple[int, ...]) -> compat_triton.Handle | None:
+        """The compiled kernel as the driver knows it; None where only `__call__` starts it."""
+        programs, wide = self.programs(values)
+        if not programs or self.tables is not None:
             return None
-        variant = Variant(aligned, wide, tuple(values[k] % 16 == 0 for k in self.given))
-        return self.compile(variant)[(programs, 1, 1)]
+        return compat_triton.triton_handle(self.compile(self.variant(aligned, wide, values)))
 
     def compile(self, variant: Variant, target: Any = None) -> Any:
         """The kernel compiled for a variant; for another GPU than this machine's with `target`."""
@@ -247,7 +277,7 @@ class Launched:
             if kernel.messages:
                 signature["err"] = "*i32"
             divisible += variant.divisible
-            self.variants[variant] = compat.triton_compile(
+            self.variants[variant] = compat_triton.triton_compile(
                 self.function, signature, [k for k, yes in enumerate(divisible) if yes], kernel.warps, target,
                 {"align": ALIGN if variant.aligned else 1} if kernel.batched else None,
             )  # fmt: skip
@@ -301,7 +331,7 @@ def compiles(one: Launched, ctx: CompileContext, plan: Plan) -> bool:
     try:
         if not one.kernel.symbols:
             one.compile(one.usual())
-    except compat.triton_errors() as why:
+    except compat_triton.triton_errors() as why:
         ctx.record("interpreted", one.step.name, taken=True, reason="Triton refused it: {why}", why=str(why)[:2000],
                    where=plan.origins.get(one.step.name, ""))  # fmt: skip
         return False
@@ -316,7 +346,7 @@ class TritonProgram(Program):
         self,
         plan: Plan,
         host: HostProgram,
-        launches: Sequence[Launched],
+        runs: Sequence[Run],
         binding: tuple[tuple[str, ...], ...],
         symbols: tuple[str, ...],
         constants: dict[str, torch.Tensor],
@@ -325,10 +355,11 @@ class TritonProgram(Program):
     ) -> None:
         self.device = device
         self.on_gpu = device.type != "cpu"
-        messages = tuple(one.kernel.messages for one in launches)
-        super().__init__(plan, host, launches, binding, symbols, messages, constants, deterministic)
-        self.checked = [k for k, one in enumerate(launches) if one.kernel.messages]
-        self.launches = launches
+        self.launches = [one for run in runs for one in run.launches]
+        messages = tuple(one.kernel.messages for one in self.launches)
+        functions: Sequence[Callable[..., int]] = runs if self.on_gpu else self.launches
+        super().__init__(plan, host, functions, binding, symbols, messages, constants, deterministic)
+        self.checked = [k for k, one in enumerate(self.launches) if one.kernel.messages]
         self.flags: torch.Tensor | None = None
         if self.on_gpu:
             self.call.__globals__["threads"] = self.stream
@@ -340,7 +371,7 @@ class TritonProgram(Program):
             return super().__call__(args)
 
     def stream(self) -> int:
-        return compat.current_raw_stream(self.device.index)
+        return compat_triton.current_raw_stream(self.device.index)
 
     def enter(self, key: tuple[int, ...]) -> Frame:
         """An arena for a call with these sizes; on a GPU the allocator's, in the order of the current stream."""
@@ -376,9 +407,6 @@ class TritonProgram(Program):
                 self.seen.zero_()
                 self.flags.zero_()
                 self.fail(k, code)
-
-    def array(self, kind: Any, items: list[int]) -> Any:
-        return items if self.on_gpu else super().array(kind, items)
 
     def interpret(self, kernel: Kernel, tensors: list[torch.Tensor], sizes: dict[str, int]) -> None:
         """A kernel by torch operations; a number on the CPU that one on the device reads is taken there."""

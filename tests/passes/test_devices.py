@@ -77,3 +77,26 @@ def test_a_number_of_the_programs_text_is_everywhere() -> None:
     for found, expected in zip(run_plan(on_cpu(plan), [x], {}), f(x), strict=True):
         assert torch.equal(found, expected)
         assert found.dtype == expected.dtype
+
+
+def test_rows_that_a_product_reads_or_writes_begin_on_16_bytes() -> None:
+    def f(x: Tensor, w: Tensor) -> tuple[Tensor, ...]:
+        logits = torch.mm(x.view(16, 32), w)
+        scaled = logits.view(2, 8, 77) * 0.5
+        return logits, torch.mm(scaled.view(16, 77).t(), x.view(16, 32)), torch.mm(x.view(16, 32), x.view(16, 32).t())
+
+    shapes: list[tuple[torch.dtype, int]] = [(torch.bfloat16, 80), (torch.float32, 80), (torch.float64, 78)]
+    for dtype, row in shapes:
+        with FakeTensorMode():
+            args = [torch.empty(*s, device="cuda", dtype=dtype) for s in ((2, 8, 32), (32, 77))]
+            plan = plan_of(f, *args)
+        strides = {n: tuple(d.value for d in b.stride) for n, b in plan.buffers.items()}
+        assert strides["mm"] == (row, 1)
+        assert strides["mul"] == (8 * row, row, 1)
+        (copy,) = (o.buffer for o in plan.outputs[:1])  # type: ignore[union-attr]
+        assert strides[copy] == (77, 1)  # the caller sees eager's
+        assert strides["mm_2"] == (16, 1)
+        x, w = torch.randn(2, 8, 32, dtype=dtype), torch.randn(32, 77, dtype=dtype)
+        for found, expected in zip(run_plan(on_cpu(plan), [x, w], {}), f(x, w), strict=True):
+            torch.testing.assert_close(found, expected)
+            assert found.stride() == expected.stride()

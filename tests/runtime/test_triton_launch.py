@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import ctypes
 import weakref
+from dataclasses import replace
 from typing import Any
 
 import pytest
 import torch
 
-from minifuse import compat
+from minifuse import compat_triton
 from minifuse.codegen.program import write_program
 from minifuse.codegen.triton import write_kernel
 from minifuse.ir.parse import parse, parse_kernel
@@ -17,6 +19,7 @@ from minifuse.passes import schedule_triton
 from minifuse.records import RECORDS
 from minifuse.runtime.program import adopt
 from minifuse.runtime.triton_launch import Launched, TritonProgram
+from minifuse.runtime.triton_run import Run, starter
 
 
 class Compiled:
@@ -41,7 +44,7 @@ def launches(monkeypatch: pytest.MonkeyPatch) -> list[Any]:
         assert compiles.count(compiles[-1]) == 1, "compiled again"
         return Compiled(found, signature, divisible)
 
-    monkeypatch.setattr(compat, "triton_compile", compile)
+    monkeypatch.setattr(compat_triton, "triton_compile", compile)
     return found
 
 
@@ -160,3 +163,85 @@ def test_the_memory_of_a_call_lives_as_long_as_its_frame(monkeypatch: pytest.Mon
 
 def test_an_operator_may_leave_a_result_undefined() -> None:
     assert adopt(None, (2, 3), (3, 1), torch.float32) is None
+
+
+START = ctypes.CFUNCTYPE(
+    ctypes.c_int, ctypes.c_void_p, *[ctypes.c_uint] * 7, ctypes.c_void_p, ctypes.c_void_p, ctypes.c_void_p
+)
+
+
+@pytest.fixture
+def started(monkeypatch: pytest.MonkeyPatch) -> Any:
+    """The driver: notes a kernel's function, programs, threads, stream and arguments, and fails for function 99."""
+    found: list[Any] = []
+    handles: dict[int, int] = {}
+
+    def start(f: int, *rest: int) -> int:
+        gx, gy, gz, bx, by, bz, shared, stream, params, _ = rest
+        places = ctypes.cast(params, ctypes.POINTER(ctypes.POINTER(ctypes.c_int64)))
+        found.append((f, (gx, gy, gz), (bx, by, bz), shared, stream, [places[k][0] for k in range(3)]))
+        return 7 if f == 99 else 0
+
+    def handle(compiled: Compiled) -> compat_triton.Handle:
+        return compat_triton.Handle(handles.setdefault(id(compiled), 11 + len(handles)), 128, 16)
+
+    callback = START(start)
+    monkeypatch.setattr(compat_triton, "triton_handle", handle)
+    monkeypatch.setattr(compat_triton, "driver_launch", lambda: ctypes.cast(callback, ctypes.c_void_p).value)
+    starter.cache_clear()
+    yield found
+    starter.cache_clear()
+
+
+def addresses(*items: int) -> Any:
+    return (ctypes.c_void_p * len(items))(*items)
+
+
+def sizes(*items: int) -> Any:
+    return (ctypes.c_int64 * max(len(items), 1))(*items)
+
+
+def test_a_run_is_started_by_one_call(launches: list[Any], started: list[Any]) -> None:
+    run = Run([launched(STATIC), launched(STATIC.replace("f32", "f64"))], [("x", "t"), ("t", "y")])
+    assert run.names == ("x", "t", "y")
+    run.start = starter(None)
+    if run.start is None:
+        pytest.skip("no C compiler")
+    assert run(addresses(16, 32, 48), sizes(), 5) == 0
+    assert [args for _, args, *_ in launches] == [(16, 32), (32, 48)]  # the first time by Triton's own launcher
+    assert not started
+    assert run(addresses(160, 320, 480), sizes(), 6) == 0
+    assert len(launches) == 2
+    assert [(f, stream, given[:2]) for f, *_, stream, given in started] == [(11, 6, [160, 320]), (12, 6, [320, 480])]
+    (programs, _, _), threads, shared = started[0][1:4]
+    assert (programs, threads, shared) == (launches[0][0][0], (128, 1, 1), 16)
+    run(addresses(161, 320, 480), sizes(), 6)  # the first one reads what is not on 16 bytes: another variant
+    assert [args for _, args, *_ in launches[2:]] == [(161, 320)]
+    assert started[2][-1][:2] == [320, 480]
+    run(addresses(161, 320, 480), sizes(), 6)
+    assert [f for f, *_ in started[3:]] == [13, 12]
+
+
+def test_a_run_has_a_table_for_each_size(launches: list[Any], started: list[Any]) -> None:
+    one = launched(DYNAMIC)
+    run = Run([one], [("x", "out")])
+    run.start = starter(None)
+    if run.start is None:
+        pytest.skip("no C compiler")
+    for n in (5000, 64, 5000, 64, 0, 0):
+        run(addresses(16, 32), sizes(n), 5)
+    assert [(args[-1]) for _, args, *_ in launches] == [5000, 64]
+    assert [given for *_, given in started] == [[16, 32, 5000], [16, 32, 64]]
+
+
+def test_an_error_of_the_driver_names_the_kernel(launches: list[Any], started: list[Any]) -> None:
+    run = Run([launched(STATIC), launched(STATIC.replace("f32", "f64"))], [("x", "t"), ("t", "y")])
+    run.start = starter(None)
+    if run.start is None:
+        pytest.skip("no C compiler")
+    run(addresses(16, 32, 48), sizes(), 5)
+    (table,) = run.tables.values()
+    table.entries[1].function[True] = 99
+    run.launches[1].step = replace(run.launches[1].step, name="second")
+    with pytest.raises(RuntimeError, match="does not start second: error 7"):
+        run(addresses(16, 32, 48), sizes(), 5)

@@ -49,8 +49,8 @@ def _scalar_tensor(lo: Lowering, node: fx.Node, value: Any, **kw: Any) -> View:
 @lowers(aten.lift_fresh_copy.default)
 def _lift_fresh_copy(lo: Lowering, node: fx.Node, x: fx.Node) -> View:
     """A number that the program's text has: what reads it has it too, on whatever device."""
-    source = lo.constant(x)
-    if source is None or source.dim() or not dtypes.supported(source.dtype):
+    source = lo.ctx.stages.get("constants", {}).get(x.name)
+    if not isinstance(source, torch.Tensor) or source.dim() or not dtypes.supported(source.dtype):
         return lo.pointwise(node)
     with compat.real_tensors():
         number = source.item()

@@ -27,9 +27,11 @@ from minifuse.ir.value import Cast, Const, IndexOf, Load, Value, topological
 from minifuse.passes.context import CompileContext
 
 from .externs import expected, fallback
+from .hosted import by_value
+from .layout import padded_rows
 from .memory import arguments
 from .nodes import finds_size, is_alias, is_dense, is_effect, memory_of, mutated_arguments, names_symbol, source_line
-from .pointwise import ROWS, Unsupported, check_fits, division_checks, to_compute, truth
+from .pointwise import ROWS, Unsupported, check_dtype, check_fits, division_checks, to_compute, truth
 from .structural import STRUCTURAL
 from .unread import without_unread
 from .view import View
@@ -58,6 +60,7 @@ class Lowering:
         self.origin: dict[str, str] = {}
         self.numbers: dict[Any, View] = {}
         self.literals: dict[str, bool | int | float] = {}
+        self.rows = padded_rows(graph)
         for n in graph.nodes:
             if _TAKEN.fullmatch(n.name):
                 n.name = f"{n.name}_"
@@ -107,8 +110,11 @@ class Lowering:
         return made
 
     def dense_stride(self, val: torch.Tensor) -> tuple[Expr, ...]:
-        """The strides of a fresh result: those that torch gives it where they are dense."""
+        """The strides of a fresh result: those that torch gives it where they are dense, and rows are not padded."""
         shape, stride = self.sizes(val.shape), self.strides(val.stride())
+        row = self.rows.get(self.node.name) if val is self.node.meta["val"] else None
+        if row is not None:
+            return (*(s * as_expr(row) for s in contiguous_strides((*shape[:-1], ONE))[:-1]), ONE)
         return stride if is_dense(shape, stride, self.hint) else contiguous_strides(shape)
 
     def result_name(self, i: int) -> str:
@@ -166,17 +172,11 @@ class Lowering:
         return source_line(self.node)
 
     # -- arguments -------------------------------------------------------------------------------
-    def constant(self, arg: fx.Node) -> torch.Tensor | None:
-        """The tensor that a node takes from the graph's module, or None."""
-        value = self.ctx.stages.get("constants", {}).get(arg.name) if arg.op == "get_attr" else None
-        return value if isinstance(value, torch.Tensor) else None
-
     def view(self, arg: fx.Node) -> View:
         found = self.env[arg]
         if not isinstance(found, View):
             raise Unsupported(f"{arg.name} is not a tensor that kernels can read")
-        if not dtypes.supported(found.buffer.dtype):
-            raise Unsupported(f"{found.buffer.dtype} has no kernels")
+        check_dtype(found.buffer.dtype)
         return found
 
     def ref(self, view: View, val: Any = None) -> TensorRef:
@@ -229,8 +229,7 @@ class Lowering:
             check_fits(number, val.dtype)
         result = val.dtype
         common = compat.result_type(node.args) if row.promote in ("common", "where") else result
-        if not dtypes.supported(common):
-            raise Unsupported(f"{common} has no kernels")
+        check_dtype(common)
 
         def value(where: tuple[Expr, ...]) -> Value:
             args = []
@@ -261,12 +260,12 @@ class Lowering:
         if isinstance(arg, fx.Node) and isinstance(self.env[arg], View):
             view = self.view(arg)
             if view.buffer.name in self.literals:
-                number = Const.of(self.literals[view.buffer.name], view.buffer.dtype)
-                return lambda where: number
+                literal = Const.of(self.literals[view.buffer.name], view.buffer.dtype)
+                return lambda where: literal
             if view.buffer.device != val.device:
                 if view.shape or view.buffer.device.type != "cpu":
                     raise Unsupported(f"an argument on {view.buffer.device}")
-                view = self.by_value(view, val.device)
+                view = by_value(self, view, val.device)
             return view.broadcast_read
         if keep and isinstance(arg, fx.Node):
             raise Unsupported("a symbolic number where a literal is needed")
@@ -276,23 +275,6 @@ class Lowering:
         if number is None:
             raise Unsupported(f"an argument {arg!r}")
         return lambda where: number
-
-    def by_value(self, view: View, device: torch.device) -> View:
-        """A number in the host's memory on a device: read when the call comes to it and handed over by value, as eager
-        does. Nothing waits, and what the host writes there later is not seen."""
-        key = (view.buffer.name, view.index, device)
-        if key not in self.numbers:
-            name, dtype = self.fresh_name(f"{view.buffer.name}_number"), view.buffer.dtype
-            self.buffers[name] = Buffer(name, dtype, (), (), device, "extern")
-            read, made = aten._local_scalar_dense.default, aten.scalar_tensor.default
-            why, given = "a number that the host holds", (("dtype", dtype), ("device", device))
-            self.steps += [
-                Extern(read, (self.ref(view),), (), (None,), why, origin=f"{name}_read"),
-                Extern(made, (Opaque(f"{name}_read", None),), given, (name,), why, origin=name),
-            ]
-            self.origin[name] = self.where()
-            self.numbers[key] = View.whole(self.buffers[name])
-        return self.numbers[key]
 
     # -- externs ---------------------------------------------------------------------------------
     def extern(self, node: fx.Node, reason: str) -> Any:
@@ -311,7 +293,8 @@ class Lowering:
             expr = self.size(v) if isinstance(v, torch.SymInt) else None
             if isinstance(v, torch.Tensor):
                 name = node.name if single else self.result_name(i)
-                env.append(View.whole(self.buffer(name, v, "extern")))
+                stride = self.dense_stride(v) if self.node.name in self.rows else None
+                env.append(View.whole(self.buffer(name, v, "extern", stride)))
             elif expr is not None and isinstance(expr.atom, Sym):
                 sizes.append((i, expr.atom.name))
                 env.append(expr)

@@ -161,6 +161,12 @@ class Unsupported(Exception):  # noqa: N818 - an answer, not a fault
     """This form of an operator has no kernel; it becomes an extern with this reason."""
 
 
+def check_dtype(dtype: torch.dtype) -> None:
+    """Raises Unsupported for a dtype that kernels do not have."""
+    if not dtypes.supported(dtype):
+        raise Unsupported(f"{dtype} has no kernels")
+
+
 def check_fits(number: object, dtype: torch.dtype) -> None:
     """Raises Unsupported for a Python number that ATen does not convert to `dtype`: it raises in place of wrapping. Of
     unsigned integers negative ones wrap."""
