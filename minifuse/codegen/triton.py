@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import math
 import re
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 import torch
@@ -70,6 +71,7 @@ class TritonDialect:
         self.dims = list(self.blocks)
         self.accumulators: dict[Fold, tuple[str, ...]] = {}
         self.parts: dict[Fold, int] = {}
+        self.placed: set[Fold] = set()
         self.extents = extents_of(kernel)
         symbols = sorted(s.name for s in kernel.symbols())
         wide = any(e.is_const and e.value >= LIMIT for e in self.extents)
@@ -318,13 +320,21 @@ class TritonDialect:
         scope.lines += self.across(p, r, names)
         return names
 
-    def across(self, p: Printer, r: Reduce, names: tuple[str, ...]) -> list[str]:
-        """The lines that reduce the arguments over their lane."""
+    def masked(self, p: Printer, r: Reduce) -> list[str]:
+        """The arguments over every lane, with the identity where there is no element."""
         mask = f"m_{r.over.name}" if self.ragged(r.over) else ""
         args = []
         for a, identity in zip(r.parts, self.identities(r), strict=True):
             x = p.name(a)
             args.append(self.spread(r, a, f"tl.where({mask}, {x}, {identity})" if mask else x))
+        return args
+
+    def across(self, p: Printer, r: Reduce, names: tuple[str, ...]) -> list[str]:
+        """The lines that reduce the arguments over their lane."""
+        return self.reduced(r, self.masked(p, r), names)
+
+    def reduced(self, r: Reduce, args: Sequence[str], names: tuple[str, ...]) -> list[str]:
+        """The lines that reduce what is there over a lane."""
         found = f"{row_helper(r)}({', '.join(args)}, {self.sides(r)})"
         if not self.lane_axes(r.axes):
             return [f"{', '.join(names)} = {found}"]
@@ -359,9 +369,20 @@ class TritonDialect:
         names = tuple(f"{name}_{k}" for k in range(r.results)) if r.results > 1 else (name,)
         shape = self.shape(r.axes)
         ordered = r.kind in ("sum", "prod") or ops.REDUCTIONS[r.kind].element
-        if fold.level == 0 and r.over in self.blocks and r.over.size.is_const and ordered:
+        row = r.over in self.blocks and r.over.size.is_const
+        if row and fold.level == 0 and r.kind != "welford":
+            # equal places of the blocks are folded, and what is there at the end is reduced
+            self.placed.add(fold)
+            shape = self.shape(r.axes | {r.over})
+        elif row and ordered:
             # the results of the blocks are a row in turn: each has its place in a block of its own
-            self.parts[fold] = power_of_2(-(-r.over.size.value // loop.step))
+            around = [
+                p.loops[k].step
+                for k in p.tree.loops_of(r.axes | {r.over})
+                if k < fold.loop and p.loops[k].axis is r.over
+            ]
+            whole = around[-1] if around else r.over.size.value
+            self.parts[fold] = power_of_2(-(-whole // loop.step))
             if shape != "[]" or self.parts[fold] > LIMIT // 65_536:
                 raise CodegenError(f"a row of {r.over.size} elements beside other lanes")
             shape = f"[{self.parts[fold]}]"
@@ -373,6 +394,8 @@ class TritonDialect:
         r, into = fold.value, self.accumulators[fold]
         if fold.level > 0:
             args = self.accumulators[p.tree.folds[r][fold.level - 1]]
+        elif fold in self.placed:
+            args = tuple(self.masked(p, r))
         elif r.over in self.blocks:
             for a in r.parts:
                 p.name(a)
@@ -381,13 +404,18 @@ class TritonDialect:
         else:
             args = tuple(p.name(a) for a in r.parts)
         if fold in self.parts:
-            here = f"tl.arange(0, {self.parts[fold]}) == {r.over.name}_{fold.loop} // {p.loops[fold.loop].step}"
+            step, count = p.loops[fold.loop].step, self.parts[fold]
+            here = f"tl.arange(0, {count}) == {r.over.name}_{fold.loop} // {step} % {count}"
             for n, found in zip(into, args, strict=True):
                 p.line(f"{n} = tl.where({here}, {found}, {n})")
             return
         p.line(f"{', '.join(into)} = {combine(r, into, args)}")
 
     def fold_end(self, p: Printer, fold: Fold) -> tuple[str, ...]:
+        if fold in self.placed:
+            found = tuple(p.fresh() for _ in fold.value.parts)
+            p.here.lines += self.reduced(fold.value, self.accumulators[fold], found)
+            self.accumulators[fold] = found
         if fold in self.parts:
             r, blocks = fold.value, ", ".join(self.accumulators[fold])
             self.accumulators[fold] = tuple(p.fresh() for _ in r.parts)
@@ -438,6 +466,8 @@ def write_kernel(launch: Launch) -> TritonKernel:
     printer = Printer(kernel, loops, dialect, tree)
     text = printer.write(name)
     symbols = tuple(sorted(s.name for s in kernel.symbols() - launch.own))
-    count = warps(elements(kernel, dialect.blocks), live_words(kernel.body, dialect.blocks))
+    along: list[Reduce | Scan] = [*kernel.reductions, *kernel.scans]
+    rows = any(r.lanes > 1 for r in along)
+    count = warps(elements(kernel, dialect.blocks), live_words(kernel.body, dialect.blocks), rows)
     return TritonKernel(name, text, symbols, grid_size(schedule), count, dialect.extents,
                         tuple(printer.messages.values()), launch.batched, tuple(dialect.own))  # fmt: skip

@@ -8,9 +8,12 @@ The tree of a reduction on this target, a function of its kind, its extent and i
 
 * A row (`Reduce.lanes` > 1) of at most `ROW_BLOCK` elements is one block: partial results join by
   halves, then by neighbours, in the order that `triton_prelude.mf_sum` writes down.
-* A longer row is cut into blocks of `ROW_BLOCK`; their results are a row in turn. One whose length is
-  not known until the call is cut into blocks of a size taken from its hint; their results are a column.
-* What joins several values passes twice over each block; the blocks' results are a row of partial results.
+* A longer row is cut into pieces of `PIECE`, whose results are a row in turn. A piece is taken `LONG_BLOCK` elements at
+  a time: equal places of its blocks are folded in order, and what is there at the end is a row of one block. So threads
+  wait for each other once a piece. A row whose length is not known until the call is cut into blocks of a size taken
+  from its hint; their results are a column.
+* What joins several values passes twice over each block. Means and squares about them (`welford`) would divide at every
+  element, so the results of a piece's blocks are a row of partial results, as the pieces' are.
 * A column folds its elements in order, `COLUMN_BLOCK` at a time; the results are a column in turn.
 
 So a reduction with too few independent points for a GPU is split into a launch over the blocks of its
@@ -47,6 +50,7 @@ from minifuse.passes.schedule import (
 from minifuse.passes.split import Tree, closed, halves, new_buffer, results_of, splits
 
 ROW_BLOCK = 16_384
+LONG_BLOCK, PIECE = 4096, 32_768
 COLUMN_BLOCK = 32
 SHORTEST_DYNAMIC, LONGEST_DYNAMIC = 256, 4096
 POINTS = 1024
@@ -128,7 +132,7 @@ def tree(r: Reduce | Scan, hint: Hint) -> Tree:
     if r.lanes == 1:
         return Tree(COLUMN_BLOCK, 1)
     if size.is_const:
-        return Tree(min(power_of_2(size.value), ROW_BLOCK), LANES)
+        return Tree(PIECE if size.value > ROW_BLOCK else power_of_2(size.value), LANES)
     return Tree(min(max(power_of_2(hint(size)), SHORTEST_DYNAMIC), LONGEST_DYNAMIC), 1)
 
 
@@ -136,7 +140,7 @@ def tile_steps(r: Reduce | Scan, hint: Hint) -> list[int]:
     """Steps, outermost first, of the tiled loops that a reduction's or a scan's blocks need."""
     size, t = r.over.size, tree(r, hint)
     if t.lanes > 1:
-        return [t.block] if size.value > t.block else []
+        return [*([PIECE] if size.value > PIECE else []), LONG_BLOCK] if size.value > ROW_BLOCK else []
     steps = tile_sizes(t.block, COLUMN_BLOCK, size.value if size.is_const else hint(size))
     return [t.block] if r.lanes > 1 and not steps else steps
 
@@ -230,8 +234,8 @@ def _splittable(kernel: Kernel, hint: Hint) -> list[Reduce]:
         if len({r.lanes for r in mine}) > 1 or not all(map(splits, mine)):
             continue
         points = hint(product(a.size for a in grid))
-        programs = points if mine[0].lanes > 1 else points // COLUMNS
-        if programs >= PROGRAMS or hint(over.size) <= 2 * tree(mine[0], hint).block:
+        programs, least = (points, 1) if mine[0].lanes > 1 else (points // COLUMNS, 2)
+        if programs >= PROGRAMS or hint(over.size) <= least * tree(mine[0], hint).block:
             continue
         return [r for r in mine if not any(v in mine for v in topological(r.args))]
     return []

@@ -229,12 +229,16 @@ def scans_of_rows_and_columns() -> str:
 def scans_of_rows_longer_than_a_block() -> str:
     x, row = torch.randn(7, 37), torch.randn(1, 40_000)
     long = against_eager(lambda x: (x.cumsum(1), x.cummin(1).indices), row, ulps=64)
-    block, schedule_triton.ROW_BLOCK = schedule_triton.ROW_BLOCK, 16
+    names = ("ROW_BLOCK", "LONG_BLOCK", "PIECE")
+    before = [getattr(schedule_triton, name) for name in names]
+    for name, size in zip(names, (16, 8, 32), strict=True):
+        setattr(schedule_triton, name, size)
     try:
         unlike = same(compiled(_running)(x), compiled(_running, fusion_fuel=0)(x))
         return long or unlike or against_eager(_running, x, ulps=64)
     finally:
-        schedule_triton.ROW_BLOCK = block
+        for name, size in zip(names, before, strict=True):
+            setattr(schedule_triton, name, size)
 
 
 @case
