@@ -178,6 +178,8 @@ class CDialect:
         seed = p.name(v.seed)
         if p.lanes(v.seed):
             raise CodegenError("a seed that differs between lanes")
+        if lanes and p.lane is not None and v.index.coefficient(p.lane) is ONE:
+            return f"mf_{v.kind}_run({seed}, {v.offset}u, {self.expr(v.index)})"
         helper = f"mf_{v.kind}" + ("" if lanes else "_s")
         index = self.lane_expr(p, v.index) if lanes else self.expr(v.index)
         return f"{helper}({seed}, {v.offset}u, {index})"

@@ -32,7 +32,7 @@ from .triton_text import LIMIT, combine, extents_of, fixed, inline, literal, reg
 UNROLL = 8
 # what stands in a loop that is not unrolled: loops, stores, and what is done across threads
 _HEAVY = re.compile(
-    r"^\s*(?:for |tl\.store)|\bmf_(?:scan|sum|prod|max|min|any|all|rowargmax|rowargmin|rowsoftmax|rowwelford)\("
+    r"^\s*(?:for |tl\.store)|\bmf_(?:scan|sum|prod|max|min|any|all|rowargmax|rowargmin|rowsoftmax|rowwelford|rowelements)\("
 )
 # tl.div_rn and tl.sqrt_rn are float32's; on float64 the plain operations round correctly
 F64 = {"div": "({0} / {1})", "sqrt": "tl.sqrt({0})"}
@@ -249,7 +249,16 @@ class TritonDialect:
 
     def random(self, p: Printer, v: Random, lanes: bool) -> str:
         index = typed(v.index.value, torch.int64) if v.index.is_const else self.expr(v.index)
-        return f"mf_{v.kind}({p.name(v.seed)}, {v.offset}, {index})"
+        run = "_run" if v.kind == "uniform" and self.in_fours(v.index) else ""
+        return f"mf_{v.kind}{run}({p.name(v.seed)}, {v.offset}, {index})"
+
+    def in_fours(self, index: Expr) -> bool:
+        """Whether the lanes of an index are, four by four, a multiple of four and what follows it."""
+        if not self.dims or self.blocks[self.dims[-1]] % 4:
+            return False
+        last = self.dims[-1]
+        rest = index - last.expr
+        return last not in rest.axes() and all(coef % 4 == 0 for _, coef in rest.terms)
 
     # -- memory ----------------------------------------------------------------------------------
     def pointer(self, p: Printer, param: Param, index: tuple[Expr | Value, ...], affine: Expr) -> str:
@@ -331,11 +340,15 @@ class TritonDialect:
 
     def across(self, p: Printer, r: Reduce, names: tuple[str, ...]) -> list[str]:
         """The lines that reduce the arguments over their lane."""
-        return self.reduced(r, self.masked(p, r), names)
+        size = r.over.size
+        counted = r.kind == "welford" and fixed(r.parts[0]) == 1.0 and size.is_const
+        whole = counted and 0 < size.value <= self.blocks[r.over]
+        return self.reduced(r, self.masked(p, r), names, size.value if whole else 0)
 
-    def reduced(self, r: Reduce, args: Sequence[str], names: tuple[str, ...]) -> list[str]:
-        """The lines that reduce what is there over a lane."""
-        found = f"{row_helper(r)}({', '.join(args)}, {self.sides(r)})"
+    def reduced(self, r: Reduce, args: Sequence[str], names: tuple[str, ...], count: int = 0) -> list[str]:
+        """The lines that reduce what is there over a lane: so many elements, where that is said."""
+        helper = f"mf_rowelements({', '.join(args)}, {count}" if count else f"{row_helper(r)}({', '.join(args)}"
+        found = f"{helper}, {self.sides(r)})"
         if not self.lane_axes(r.axes):
             return [f"{', '.join(names)} = {found}"]
         if len(names) == 1:

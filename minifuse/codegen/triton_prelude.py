@@ -102,25 +102,42 @@ def mf_f16(x):
     return x.to(tl.float16).to(tl.float32)
 
 @triton.jit
-def mf_words(seed, offset, index):
-    """The first two words of Philox4x32-10: key `seed`, counter (index, offset), each 64 bits as two halves."""
-    i = index.to(tl.int64)
+def mf_philox(seed, offset, i):
+    """The words of Philox4x32-10: key `seed`, counter (i, offset), each 64 bits as two halves."""
     o = tl.full([], offset, tl.int64)
-    w0, w1, _, _ = tl.philox(
+    return tl.philox(
         seed, i.to(tl.uint32), (i >> 32).to(tl.uint32), (i * 0 + o).to(tl.uint32), (i * 0 + (o >> 32)).to(tl.uint32)
     )
-    return w0, w1
 
 @triton.jit
 def mf_uniform(seed, offset, index):
-    """A float32 in [0, 1) of 24 random bits."""
-    w0, w1 = mf_words(seed, offset, index)
-    return (w0 >> 8).to(tl.float32) * 5.9604644775390625e-08
+    """A float32 in [0, 1) of 24 random bits, of the word that is its own of a block for four numbers."""
+    i = index.to(tl.int64)
+    w0, w1, w2, w3 = mf_philox(seed, offset, i >> 2)
+    w = tl.where((i & 2) == 0, tl.where((i & 1) == 0, w0, w1), tl.where((i & 1) == 0, w2, w3))
+    return (w >> 8).to(tl.float32) * 5.9604644775390625e-08
+
+@triton.jit
+def mf_uniform_run(seed, offset, index):
+    """mf_uniform where each four neighbours, from a multiple of four on, are of one block."""
+    fours = tl.reshape(index, [index.numel // 4, 2, 2])
+    first, _ = tl.split(fours)
+    first, _ = tl.split(first)
+    w0, w1, w2, w3 = mf_philox(seed, offset, first.to(tl.int64) >> 2)
+    w = tl.reshape(tl.join(tl.join(w0, w2), tl.join(w1, w3)), index.shape)
+    return (w >> 8).to(tl.float32) * 5.9604644775390625e-08
+
+@triton.jit
+def mf_pair(seed, offset, index):
+    """The two words that are a number's own of a block for two numbers."""
+    i = index.to(tl.int64)
+    w0, w1, w2, w3 = mf_philox(seed, offset, i >> 1)
+    return tl.where((i & 1) == 0, w0, w2), tl.where((i & 1) == 0, w1, w3)
 
 @triton.jit
 def mf_normal(seed, offset, index):
     """A float32 of the normal distribution, by Box and Muller."""
-    w0, w1 = mf_words(seed, offset, index)
+    w0, w1 = mf_pair(seed, offset, index)
     u1 = ((w0 >> 8) + 1).to(tl.float32) * 5.9604644775390625e-08
     u2 = (w1 >> 8).to(tl.float32) * 5.9604644775390625e-08
     return tl.sqrt_rn(-2.0 * libdevice.log(u1)) * libdevice.cos(6.2831854820251465 * u2)
@@ -128,7 +145,7 @@ def mf_normal(seed, offset, index):
 @triton.jit
 def mf_bits(seed, offset, index):
     """64 random bits as an int64."""
-    w0, w1 = mf_words(seed, offset, index)
+    w0, w1 = mf_pair(seed, offset, index)
     return w0.to(tl.int64) | (w1.to(tl.int64) << 32)
 '''
 _ROWS = '''
@@ -248,8 +265,20 @@ def mf_welford(n, m, q, k, w, r):
 
 @triton.jit
 def mf_rowwelford(n, m, q, A: tl.constexpr, N: tl.constexpr, C: tl.constexpr):
-    """mf_welford over the middle of [A, N, C], in two passes, the second corrected by how far off the first one is."""
-    total = mf_sum(n, A, N, C)
+    """mf_welford over the middle of [A, N, C]."""
+    return mf_moments(n, m, q, mf_sum(n, A, N, C), A, N, C)
+
+@triton.jit
+def mf_rowelements(n, m, q, COUNT: tl.constexpr, A: tl.constexpr, N: tl.constexpr, C: tl.constexpr):
+    """mf_rowwelford of COUNT elements, which need not be counted."""
+    if A * C == 1:
+        return mf_moments(n, m, q, tl.full([], COUNT, m.dtype), A, N, C)
+    else:
+        return mf_moments(n, m, q, tl.full([A * C], COUNT, m.dtype), A, N, C)
+
+@triton.jit
+def mf_moments(n, m, q, total, A: tl.constexpr, N: tl.constexpr, C: tl.constexpr):
+    """Count, mean and squares of a row, in two passes, the second corrected by how far off the first one is."""
     many = tl.where(total > 1.0, total, 1.0)
     n = tl.reshape(n, [A, N, C])
     first = mf_divide(mf_sum(n * tl.reshape(m, [A, N, C]), A, N, C), many)

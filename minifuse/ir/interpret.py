@@ -54,18 +54,25 @@ def philox_words(seed: Number, offset: int, index: torch.Tensor) -> tuple[torch.
     return c0, c1, c2, c3
 
 
+def word_of_stream(seed: Number, offset: int, n: torch.Tensor) -> torch.Tensor:
+    """Word n % 4 of the counter n // 4."""
+    words = torch.stack(torch.broadcast_tensors(*philox_words(seed, offset, n >> 2)), -1)
+    return words.gather(-1, (n & 3).expand(words.shape[:-1]).unsqueeze(-1)).squeeze(-1)
+
+
 def philox(kind: RandomKind, seed: Number, offset: int, index: torch.Tensor) -> torch.Tensor:
     """Random numbers at logical linear indices: what `Random` of this kind means.
 
-    `seed` is an int or an int64 tensor that broadcasts with `index` (int64). Gives float32 for
-    "uniform" (24 bits, [0, 1)) and "normal" (Box-Muller, in this order of float32 operations), int64
-    for "bits".
+    The words of the counters 0, 1, 2... are a stream, of which "uniform" takes one a number and the others two: one
+    block of Philox serves four numbers, or two. `seed` is an int or an int64 tensor that broadcasts with `index`
+    (int64). Gives float32 for "uniform" (24 bits, [0, 1)) and "normal" (Box-Muller, in this order of float32
+    operations), int64 for "bits".
     """
-    w0, w1, _, _ = philox_words(seed, offset, index)
+    if kind == "uniform":
+        return (word_of_stream(seed, offset, index) >> 8).to(torch.float32) * 2.0**-24
+    w0, w1 = (word_of_stream(seed, offset, 2 * index + k) for k in range(2))
     if kind == "bits":
         return w0 | (w1 << 32)
-    if kind == "uniform":
-        return (w0 >> 8).to(torch.float32) * 2.0**-24
     u1 = ((w0 >> 8) + 1).to(torch.float32) * 2.0**-24
     u2 = (w1 >> 8).to(torch.float32) * 2.0**-24
     return torch.sqrt(-2.0 * torch.log(u1)) * torch.cos(_TWO_PI_F32 * u2)

@@ -254,7 +254,8 @@ class Random(Value):
     """A number drawn by Philox4x32-10 (Salmon et al., SC 2011) at a logical linear index.
 
     `seed` is an int64 value, `offset` tells streams of one seed apart. "uniform" is float32 in
-    [0, 1) with 24 bits, "normal" float32 by Box-Muller, "bits" an int64 of 64 random bits.
+    [0, 1) with 24 bits, "normal" float32 by Box-Muller, "bits" an int64 of 64 random bits. A block of Philox has four
+    words, for as many uniform numbers that follow each other, or two of the others.
     """
 
     __slots__ = ()

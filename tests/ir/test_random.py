@@ -50,11 +50,15 @@ def test_philox_kinds_are_made_of_the_words_as_documented():
     seed, offset = -(2**63) + 12345, 2**40 + 3
     index = torch.tensor([0, 1, 2**31, 2**32 - 1, 2**32, 2**40 + 7])
     key = (seed % 2**32, (seed >> 32) % 2**32)
-    words = [philox_by_hand((n % 2**32, n >> 32, offset % 2**32, offset >> 32), key) for n in index.tolist()]
+
+    def stream(n):
+        return philox_by_hand(((n >> 2) % 2**32, n >> 34, offset % 2**32, offset >> 32), key)[n % 4]
+
     uniform = philox("uniform", seed, offset, index)
     assert uniform.dtype is F32
-    assert uniform.tolist() == [(w[0] >> 8) * 2.0**-24 for w in words]
-    assert philox("bits", torch.tensor(seed), offset, index).tolist() == [signed(w[0], w[1]) for w in words]
+    assert uniform.tolist() == [(stream(n) >> 8) * 2.0**-24 for n in index.tolist()]
+    words = [(stream(2 * n), stream(2 * n + 1)) for n in index.tolist()]
+    assert philox("bits", torch.tensor(seed), offset, index).tolist() == [signed(*w) for w in words]
     normal = philox("normal", seed, offset, index)
     want = [
         math.sqrt(-2 * math.log(((w[0] >> 8) + 1) * 2.0**-24)) * math.cos(2 * math.pi * (w[1] >> 8) * 2.0**-24)
