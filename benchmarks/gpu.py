@@ -186,7 +186,8 @@ def step_of(row: Row, inputs: list[Tensor], backend: str) -> Callable[[], Any]:
     run = compiled(row.run, backend)
     if not row.train:
         return lambda: run(*inputs)
-    gradient = torch.ones_like(row.run(*inputs))
+    torch.manual_seed(0)
+    gradient = torch.randn_like(row.run(*inputs))  # not ones: of a batch norm they give no gradient
 
     return lambda: torch.autograd.grad(run(*inputs), inputs, gradient)
 
@@ -313,18 +314,18 @@ def board(backends: list[str]) -> Board:
 
 
 def jobs_of(options: argparse.Namespace) -> dict[str, tuple[Callable[..., Kernels], tuple[Any, ...]]]:
-    """What is measured, by name. Models are first: they are few, and a row left out for time is one kernel of many."""
+    """What is measured, by name."""
     wanted = [part for part in options.rows.split(",") if part]
     rows = [r for r in ROWS if (any(w in r.name for w in wanted) if wanted else r.quick or not options.quick)]
     if unknown := [name for name in options.models.split(",") if name and name not in gpu_models.MODELS]:
         raise SystemExit(f"no model {', '.join(unknown)}; models: {', '.join(gpu_models.MODELS)}")
     chosen = [] if wanted else [gpu_models.MODELS[name] for name in options.models.split(",") if name]
-    found: dict[str, tuple[Callable[..., Kernels], tuple[Any, ...]]] = {
+    steps: dict[str, tuple[Callable[..., Kernels], tuple[Any, ...]]] = {
         f"{entry.name} {'training' if training else 'inference'}": (measure_model, (entry, training))
         for entry in chosen
         for training in (True, False)
     }
-    return found | {row.name: (measure, (row,)) for row in rows}
+    return {row.name: (measure, (row,)) for row in rows} | steps
 
 
 def serve(options: argparse.Namespace, backends: list[str]) -> None:

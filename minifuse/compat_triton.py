@@ -61,7 +61,8 @@ def triton_handle(compiled: Any) -> Handle | None:
     alone can start (clusters, scratch memory). 3.6-3.9."""
     compiled._init_handles()
     m = compiled.metadata
-    if m.num_ctas != 1 or m.launch_cooperative_grid or m.global_scratch_size or m.profile_scratch_size:
+    scratch = (getattr(m, f"{kind}_scratch_size", 0) for kind in ("global", "profile"))
+    if m.num_ctas != 1 or m.launch_cooperative_grid or any(scratch):
         return None
     return Handle(int(compiled.function), m.num_warps * m.target.warp_size, m.shared)
 

@@ -21,6 +21,11 @@ from minifuse.ir.index import ZERO, Axis, Expr, Sym
 from minifuse.ir.plan import Again, Buffer, Extern, Free, Join, Launch, Opaque, Plan, TensorRef
 from minifuse.passes.memory import POOLED_BYTES, out_overload, unknown_at_start
 
+aten = torch.ops.aten
+DIRECT: dict[Any, str] = {aten.mm.out: "torch.mm", aten.addmm.out: "torch.addmm", aten.bmm.out: "torch.bmm",
+          aten.baddbmm.out: "torch.baddbmm"}  # fmt: skip
+"""torch's own functions of operators: called in two thirds of the time."""
+
 
 @dataclass
 class HostProgram:
@@ -266,7 +271,8 @@ class _Writer:
             (name,) = step.writes
             target = out_overload(target)
             self.make(step, made)
-            out.append(f"{self.constant(target, 'ext')}({', '.join([*args, f'out={self.whole(name)}'])}){comment}")
+            called = DIRECT.get(target) or self.constant(target, "ext")
+            out.append(f"{called}({', '.join([*args, f'out={self.whole(name)}'])}){comment}")
             return
         call = f"{self.constant(target, 'ext')}({', '.join(args)})"
         if not step.writes and not step.sizes:

@@ -32,7 +32,7 @@ from .triton_text import LIMIT, combine, extents_of, fixed, inline, literal, reg
 UNROLL = 8
 # what stands in a loop that is not unrolled: loops, stores, and what is done across threads
 _HEAVY = re.compile(
-    r"^\s*(?:for |tl\.store)|\bmf_(?:scan|sum|prod|max|min|any|all|rowargmax|rowargmin|rowsoftmax|rowwelford|rowelements)\("
+    r"^\s*(?:for |tl\.store)|\bmf_(?:scan|sum|prod|max|min|any|all|row(?:argmax|argmin|softmax|welford|elements))\("
 )
 # tl.div_rn and tl.sqrt_rn are float32's; on float64 the plain operations round correctly
 F64 = {"div": "({0} / {1})", "sqrt": "tl.sqrt({0})"}

@@ -155,6 +155,9 @@ def split(kernel: Kernel, name: str, hint: Hint, buffers: dict[str, Buffer]) -> 
     first = _nested(kernel, hint) or ([] if found else _rows_first(kernel, hint))
     if first:
         return _inner_first(kernel, first, name, hint, buffers)
+    results, narrow = ([], []) if found else _results_first(kernel, hint)
+    if results:
+        return _inner_first(kernel, results, name, hint, buffers, narrow)
     if not found:
         return [kernel]
     over, cut = found[0].over, tree(found[0], hint)
@@ -168,10 +171,11 @@ def split(kernel: Kernel, name: str, hint: Hint, buffers: dict[str, Buffer]) -> 
 
 
 def _inner_first(
-    kernel: Kernel, inner: Sequence[Reduce], name: str, hint: Hint, buffers: dict[str, Buffer]
-) -> list[Kernel]:
-    """A launch that stores the results of some reductions, and the rest, which loads them."""
-    stores: list[Root] = []
+    kernel: Kernel, inner: Sequence[Reduce], name: str, hint: Hint, buffers: dict[str, Buffer],
+    early: Sequence[Root] = (),
+) -> list[Kernel]:  # fmt: skip
+    """A launch that stores the results of some reductions and does what is `early`, and the rest, which loads them."""
+    stores: list[Root] = list(early)
     results: dict[Value, Load] = {}
     params = {p.name: p for p in kernel.params}
     for k, r in enumerate(v for found in inner for v in results_of(found)):
@@ -182,7 +186,7 @@ def _inner_first(
         stores.append(Store(buffer.name, at, r))
         results[r] = Load.of(buffer.name, at, r.dtype)
     first = closed(Kernel(kernel.axes, tuple(params.values()), tuple(stores), kernel.origins))
-    after = rewrite(kernel.body, None, lambda v: results.get(v))
+    after = rewrite([r for r in kernel.body if r not in early], None, lambda v: results.get(v))
     last = closed(Kernel(kernel.axes, tuple(params.values()), after, kernel.origins))
     return [*split(first, f"{name}_a", hint, buffers), *split(last, f"{name}_b", hint, buffers)]
 
@@ -221,6 +225,27 @@ def _rows_first(kernel: Kernel, hint: Hint) -> list[Reduce]:
             before = [v for v in topological(inner.args) if isinstance(v, Reduce) and v.over in inner.axes]
             found.update(dict.fromkeys(before[-1:] or [inner]))
     return list(found)
+
+
+def _results_first(kernel: Kernel, hint: Hint) -> tuple[list[Reduce], list[Root]]:
+    """The reductions that roots over more axes read, where they have too few points to fill a GPU, those roots not, and
+    what is reduced is walked again; and the other roots, which stay with them."""
+    grid = hint(product(a.size for a in common(kernel)))
+    wide = [r for r in kernel.body if hint(product(a.size for a in r.space)) >= SPLIT_WORK * grid]
+    if any(kernel.scans) or grid >= PROGRAMS:
+        return [], []
+    found: dict[Reduce, None] = {}
+    waiting = [v for root in wide for v in root.values]
+    while waiting:
+        v = waiting.pop()
+        if isinstance(v, Reduce):
+            found[v] = None
+        else:
+            waiting += v.args
+    held = all(r.lanes > 1 and not tile_steps(r, hint) for r in found)  # by the block that has reduced it
+    if held or any(len(r.axes) >= len(root.space) for r in found for root in wide):
+        return [], []
+    return list(found), [r for r in kernel.body if r not in wide]
 
 
 def _splittable(kernel: Kernel, hint: Hint) -> list[Reduce]:
