@@ -23,7 +23,6 @@ if TYPE_CHECKING:
     from .triton_launch import Launched
 
 KEPT = 64
-FAILED = 1 << 32
 SOURCE = """#include <stdint.h>
 
 typedef unsigned u;
@@ -37,7 +36,7 @@ typedef struct {
 } entry;
 
 /* Start kernels from the k-th on. Gives n when all have been, the number of one that Python is asked for, or -1 less
-   the driver's error, with the kernel's number above 32 bits. */
+   the number of one that the driver does not start. */
 __attribute__((visibility("default")))
 int64_t mf_start(start_t start, const entry *table, int64_t n, int64_t k, void *const *B, void *stream) {
   static void *none = 0;
@@ -56,8 +55,7 @@ int64_t mf_start(start_t start, const entry *table, int64_t n, int64_t k, void *
     for (int z = 0; z < 4; z++) params[p++] = &none; /* scratch memory that Triton declares and that none has */
     void *f = e->function[!(bits & 15)];
     if (!f) return k;
-    int error = start(f, (u)e->programs, 1, 1, (u)e->threads, 1, 1, (u)e->shared, stream, params, 0);
-    if (error) return -1 - (error | k << 32);
+    if (start(f, (u)e->programs, 1, 1, (u)e->threads, 1, 1, (u)e->shared, stream, params, 0)) return -1 - k;
   }
   return n;
 }
@@ -130,11 +128,12 @@ class Run:
         start, driver = self.start
         k, n = 0, len(self.launches)
         while (k := start(driver, table.entries, n, k, pointers, stream)) != n:
-            if k < 0:
-                number, error = divmod(-1 - k, FAILED)
-                raise RuntimeError(f"the GPU's driver does not start {self.launches[number].step.name}: error {error}")
-            aligned = self.one(k, pointers, sizes, stream)
-            self.fill(table.entries[k], self.launches[k], key, aligned)
+            if k < 0:  # a thread without a context, or a fault: Triton's launcher makes the one and tells the other
+                k = -1 - k
+                self.one(k, pointers, sizes, stream)
+            else:
+                aligned = self.one(k, pointers, sizes, stream)
+                self.fill(table.entries[k], self.launches[k], key, aligned)
             k += 1
         return 0
 

@@ -112,6 +112,22 @@ def test_every_dtype_compiles_for_a_gpu(dtype: torch.dtype) -> None:
         assert compile_for(plan, ctx, gpu_target(*H100))
 
 
+def test_a_kernel_takes_its_addresses_then_its_sizes_then_what_triton_adds() -> None:
+    """As a run hands them over: each in eight bytes, of which a narrower one reads the low ones."""
+
+    def f(table: Tensor, at: Tensor) -> Tensor:
+        return F.embedding(at, table) * 2
+
+    for plan, ctx in plans(f, torch.randn(70, 8), torch.randint(0, 70, (33,)), dynamic=True):
+        for one, kernel in compile_for(plan, ctx, gpu_target(*H100)):
+            found = re.findall(r"\.param \.(\w+)(?: \.ptr[ .\w]*)? k_\w+_param_\d+", kernel.asm["ptx"])
+            addresses, sizes = len(one.step.kernel.params), len(one.kernel.symbols)
+            assert one.kernel.messages
+            assert found[: addresses + sizes + 1] == ["u64"] * addresses + ["u32"] * sizes + ["u64"]
+            assert found[addresses + sizes + 1 :] == ["u64"] * len(found[addresses + sizes + 1 :])
+            assert len(found) <= addresses + sizes + 1 + 4
+
+
 def scaled_by_all(*xs: Tensor) -> Tensor:
     total = sum(x.square().sum(1, keepdim=True) for x in xs)
     return sum(x * total for x in xs)  # type: ignore[return-value]
