@@ -40,7 +40,9 @@ def figure(column: str, value: Any) -> str:
         return f"{value:,}"
     if not isinstance(value, (int, float)):
         return str(value)
-    if "ratio" in column or column.startswith("vs "):
+    if column == "copy":
+        return f"{value / 1e9:,.0f} GB/s"
+    if "ratio" in column or column.startswith(("vs ", "of ")):
         return harness.ratio(value)
     if "bytes" in column or "peak" in column:
         return harness.megabytes(value)
@@ -52,7 +54,8 @@ def figure(column: str, value: Any) -> str:
 
 
 def table(name: str, result: dict[str, Any]) -> str:
-    """One benchmark as a Markdown table, with its chart where one is stored, what it ran on and its verdict."""
+    """One benchmark as a Markdown table, with its chart where one is stored, what it ran on, what its `note` says of
+    the code that was measured, and its verdict."""
     rows: dict[str, dict[str, Any]] = result["rows"]
     columns = list(dict.fromkeys(column for row in rows.values() for column in row))
     targets: dict[str, str] = result["targets"]
@@ -60,9 +63,11 @@ def table(name: str, result: dict[str, Any]) -> str:
     machine = result["machine"]
     where = f"{machine['gpu'] or machine['processor']}, {machine['threads']} threads"
     versions = ", ".join(f"{package} {version}" for package, version in result["versions"].items())
+    module = "gpu" if "gpu" in result else name
     lines = [
-        f"**{result['title']}** (`python -m benchmarks.{name}`; {where}; {versions})",
+        f"**{result['title']}** (`python -m benchmarks.{module}`; {where}; {versions})",
         "",
+        *([result["note"], ""] if "note" in result else []),
         *([f"![{result['title']}](benchmarks/results/{name}.svg)", ""] if (RESULTS / f"{name}.svg").exists() else []),
         f"| case | {' | '.join(heads)} |",
         f"|---|{'---:|' * len(heads)}",
