@@ -23,7 +23,6 @@ from minifuse.passes import pipeline
 from minifuse.passes.fuse import forbid
 from minifuse.runtime.loading import disk_cache
 
-
 pytestmark = pytest.mark.skipif(not compat.CACHES, reason="AOT autograd's cache takes a compiler since torch 2.13")
 
 
