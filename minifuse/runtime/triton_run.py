@@ -30,7 +30,7 @@ typedef int (*start_t)(void *f, u gx, u gy, u gz, u bx, u by, u bz, u bytes, voi
 
 typedef struct {
   void *function[2]; /* for any addresses, for multiples of 16; 0 where Python is asked */
-  int64_t programs, threads, shared, addresses, sizes;
+  int64_t shared[2], programs, threads, addresses, sizes;
   const int64_t *at; /* which of the run's addresses */
   int64_t *size;
 } entry;
@@ -53,9 +53,10 @@ int64_t mf_start(start_t start, const entry *table, int64_t n, int64_t k, void *
     }
     for (int64_t z = 0; z < e->sizes; z++) params[p++] = e->size + z; /* a narrower size is the low bytes */
     for (int z = 0; z < 4; z++) params[p++] = &none; /* scratch memory that Triton declares and that none has */
-    void *f = e->function[!(bits & 15)];
+    int aligned = !(bits & 15);
+    void *f = e->function[aligned];
     if (!f) return k;
-    if (start(f, (u)e->programs, 1, 1, (u)e->threads, 1, 1, (u)e->shared, stream, params, 0)) return -1 - k;
+    if (start(f, (u)e->programs, 1, 1, (u)e->threads, 1, 1, (u)e->shared[aligned], stream, params, 0)) return -1 - k;
   }
   return n;
 }
@@ -65,7 +66,8 @@ int64_t mf_start(start_t start, const entry *table, int64_t n, int64_t k, void *
 class Entry(ctypes.Structure):
     _fields_ = (
         ("function", ctypes.c_void_p * 2),
-        *((name, ctypes.c_int64) for name in ("programs", "threads", "shared", "addresses", "sizes")),
+        ("shared", ctypes.c_int64 * 2),
+        *((name, ctypes.c_int64) for name in ("programs", "threads", "addresses", "sizes")),
         ("at", ctypes.c_void_p),
         ("size", ctypes.c_void_p),
     )
@@ -147,4 +149,5 @@ class Run:
         """Note what the driver knows of a variant that has just run."""
         handle = one.handle(aligned, tuple([sizes[k] for k in one.at]))
         if handle is not None:
-            entry.function[aligned], entry.threads, entry.shared = handle.function, handle.threads, handle.shared
+            entry.threads, entry.shared[aligned] = handle.threads, handle.shared
+            entry.function[aligned] = handle.function  # last: another thread may be reading

@@ -182,7 +182,8 @@ def started(monkeypatch: pytest.MonkeyPatch) -> Any:
         return 7 if f == 99 else 0
 
     def handle(compiled: Compiled) -> compat_triton.Handle:
-        return compat_triton.Handle(handles.setdefault(id(compiled), 11 + len(handles)), 128, 16)
+        number = handles.setdefault(id(compiled), 11 + len(handles))
+        return compat_triton.Handle(number, 128, 16 * number)
 
     callback = START(start)
     monkeypatch.setattr(compat_triton, "triton_handle", handle)
@@ -213,12 +214,14 @@ def test_a_run_is_started_by_one_call(launches: list[Any], started: list[Any]) -
     assert len(launches) == 2
     assert [(f, stream, given[:2]) for f, *_, stream, given in started] == [(11, 6, [160, 320]), (12, 6, [320, 480])]
     (programs, _, _), threads, shared = started[0][1:4]
-    assert (programs, threads, shared) == (launches[0][0][0], (128, 1, 1), 16)
+    assert (programs, threads, shared) == (launches[0][0][0], (128, 1, 1), 16 * 11)
     run(addresses(161, 320, 480), sizes(), 6)  # the first one reads what is not on 16 bytes: another variant
     assert [args for _, args, *_ in launches[2:]] == [(161, 320)]
     assert started[2][-1][:2] == [320, 480]
     run(addresses(161, 320, 480), sizes(), 6)
-    assert [f for f, *_ in started[3:]] == [13, 12]
+    run(addresses(160, 320, 480), sizes(), 6)  # each variant has its own shared memory
+    assert [f for f, *_ in started[3:]] == [13, 12, 11, 12]
+    assert all(shared == 16 * f for f, _, _, shared, *_ in started)
 
 
 def test_a_run_has_a_table_for_each_size(launches: list[Any], started: list[Any]) -> None:
