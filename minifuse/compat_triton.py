@@ -32,11 +32,18 @@ def triton_compile(
     import triton
     from triton.compiler import ASTSource
 
-    target = target or triton.runtime.driver.active.get_current_target()
+    target = target or current_target()
     attributes = {(k,): [["tt.divisibility", 16]] for k in divisible}
     source = ASTSource(function, dict(signature), dict(constants or {}), attributes)
     warps = max(warps * 32 // target.warp_size, 1)
     return triton.compile(source, target=target, options={"num_warps": warps, "enable_fp_fusion": False})
+
+
+def current_target() -> Any:
+    """The GPU that kernels are compiled for: this thread's. 3.6-3.9."""
+    import triton
+
+    return triton.runtime.driver.active.get_current_target()
 
 
 def triton_errors() -> tuple[type[BaseException], ...]:

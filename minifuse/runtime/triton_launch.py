@@ -16,7 +16,8 @@ import ctypes
 import importlib.util
 import sys
 import textwrap
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from pathlib import Path
 from types import ModuleType
@@ -46,6 +47,8 @@ from .triton_run import Run, starter
 
 ALIGNED = 15
 KEPT_SIZES = 256
+COMPILERS = 8
+"""Threads that compile a program's kernels."""
 POINTERS = {"f64": "fp64", "f32": "fp32", "f16": "fp16", "bool": "i1", "e4m3": "u8", "e5m2": "u8"}
 
 
@@ -66,9 +69,10 @@ def build(plan: Plan, ctx: CompileContext) -> Program:
         if module is not None and device.type == "cpu":
             triton_interpret.install(module)
         launches = {i: launched(module, plan.steps[i], kernel, device) for i, kernel in kernels.items()}
+        share(launches.values())
         if device.type != "cpu":
             with torch.cuda.device(device):
-                launches = {i: one for i, one in launches.items() if compiles(one, ctx, plan)}
+                launches = compile_all(launches, compat_triton.current_target(), ctx, plan)
     ctx.stages["triton"] = text
     symbols = tuple(sorted({s for one in launches.values() for s in one.sizes}))
     for one in launches.values():
@@ -263,8 +267,8 @@ class Launched:
         return compat_triton.triton_handle(self.compile(self.variant(aligned, wide, values)))
 
     def compile(self, variant: Variant, target: Any = None) -> Any:
-        """The kernel compiled for a variant; for another GPU than this machine's with `target`."""
-        if variant not in self.variants or target is not None:
+        """The kernel compiled for a variant, for a GPU that need not be this thread's with `target`."""
+        if variant not in self.variants:
             kernel, params = self.kernel, self.step.kernel.params
             width = "i64" if variant.wide else "i32"
             if kernel.batched:
@@ -326,16 +330,36 @@ def launched(module: ModuleType | None, step: Any, kernel: TritonKernel, device:
     return kind(getattr(module, kernel.name), step, kernel, device)
 
 
-def compiles(one: Launched, ctx: CompileContext, plan: Plan) -> bool:
-    """Compile a launch's usual variant; false, with a decision, where Triton refuses the kernel."""
-    try:
-        if not one.kernel.symbols:
-            one.compile(one.usual())
-    except compat_triton.triton_errors() as why:
-        ctx.record("interpreted", one.step.name, taken=True, reason="Triton refused it: {why}", why=str(why)[:2000],
-                   where=plan.origins.get(one.step.name, ""))  # fmt: skip
-        return False
-    return True
+def share(launches: Iterable[Launched]) -> None:
+    """Launches of one kernel have what is compiled of it together."""
+    variants: dict[str, dict[Variant, Any]] = {}
+    for one in launches:
+        one.variants = variants.setdefault(one.kernel.name, one.variants)
+
+
+def compile_all(launches: Mapping[int, Launched], target: Any, ctx: CompileContext, plan: Plan) -> dict[int, Launched]:
+    """Compile the usual variant of each kernel once, in threads beside each other: the compiler and the assembler hold
+    no lock of Python's. Those that Triton refuses are left out, with a decision."""
+
+    def refused(one: Launched) -> str | None:
+        try:
+            if not one.kernel.symbols:
+                one.compile(one.usual(), target)
+        except compat_triton.triton_errors() as why:
+            return str(why)[:2000]
+        return None
+
+    distinct = {one.kernel.name: one for one in launches.values()}
+    with ThreadPoolExecutor(max(min(len(distinct), COMPILERS), 1)) as pool:
+        why = dict(zip(distinct, pool.map(refused, distinct.values()), strict=True))
+    kept = {}
+    for i, one in launches.items():
+        if why[one.kernel.name] is None:
+            kept[i] = one
+        else:
+            ctx.record("interpreted", one.step.name, taken=True, reason="Triton refused it: {why}",
+                       why=why[one.kernel.name], where=plan.origins.get(one.step.name, ""))  # fmt: skip
+    return kept
 
 
 # -- programs ---------------------------------------------------------------------------------------

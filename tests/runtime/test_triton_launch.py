@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ctypes
+import threading
 import weakref
 from typing import Any
 
@@ -13,11 +14,13 @@ from minifuse import compat_triton
 from minifuse.codegen.program import write_program
 from minifuse.codegen.triton import write_kernel
 from minifuse.ir.parse import parse, parse_kernel
-from minifuse.ir.plan import Launch
+from minifuse.ir.plan import Launch, Plan
+from minifuse.options import Options
 from minifuse.passes import schedule_triton
+from minifuse.passes.context import CompileContext
 from minifuse.records import RECORDS
 from minifuse.runtime.program import adopt
-from minifuse.runtime.triton_launch import Launched, TritonProgram
+from minifuse.runtime.triton_launch import Launched, TritonProgram, compile_all, share
 from minifuse.runtime.triton_run import Run, starter
 
 
@@ -249,3 +252,31 @@ def test_what_the_driver_does_not_start_is_tritons_launchers(launches: list[Any]
     run(addresses(16, 32, 48), sizes(), 5)
     assert [f for f, *_ in started] == [11, 99, 13]
     assert [args for _, args, *_ in launches] == [(32, 48)]
+
+
+def test_each_kernel_is_compiled_once_beside_the_others(monkeypatch: pytest.MonkeyPatch) -> None:
+    made = {k: launched(STATIC.replace("5000", str(5000 + k % 2))) for k in range(4)}
+    made[4] = launched(STATIC.replace("f32", "f64"))
+    share(made.values())
+    together = threading.Barrier(2, timeout=20)  # two at a time, or the test fails
+    calls: list[Any] = []
+
+    def compile(function: Any, signature: dict[str, str], *rest: Any) -> Any:
+        calls.append((signature, rest[2]))
+        if "*fp64" in signature.values():
+            raise RuntimeError("no such type")
+        together.wait()
+        return Compiled([], signature, [])
+
+    monkeypatch.setattr(compat_triton, "triton_compile", compile)
+    ctx = CompileContext("f", "inference", Options())
+    plan = Plan("f", (), {}, (), ())
+    kept = compile_all(made, "a GPU", ctx, plan)
+    assert list(kept) == [0, 1, 2, 3]
+    assert len(calls) == 3
+    assert {target for _, target in calls} == {"a GPU"}
+    assert kept[0].variants is kept[2].variants
+    assert list(kept[1].variants) == [kept[3].usual()]
+    (decision,) = ctx.decisions
+    assert decision.rule == "interpreted"
+    assert "no such type" in str(decision)
