@@ -487,3 +487,25 @@ def test_a_default_device_is_the_callers_alone(default: str) -> None:
     with torch.device(default):
         found = torch.compile(f, backend="minifuse")(x, w)
     torch.testing.assert_close(found, expected)
+
+
+def test_nothing_is_imported_that_is_not_used() -> None:
+    script = """
+import sys
+import minifuse
+assert "torch" not in sys.modules, "torch"
+assert set(minifuse.__all__) <= set(dir(minifuse))
+import torch
+torch.compile(lambda x: x.sin() + 1, backend="minifuse")(torch.randn(5))
+for name in ("rich.table", "jinja2", "scipy", "minifuse.cli"):
+    assert name not in sys.modules, name
+import minifuse.capturing
+assert minifuse.capture(lambda x: x + 1, torch.randn(3)).stages and str(minifuse.reports()[0])
+assert all(getattr(minifuse, name) is not None for name in minifuse.__all__)
+try:
+    minifuse.nothing
+except AttributeError as why:
+    assert "nothing" in str(why)
+"""
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr[-2000:]

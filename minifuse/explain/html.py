@@ -2,19 +2,26 @@
 
 from __future__ import annotations
 
-from jinja2 import Environment, PackageLoader, StrictUndefined
+from functools import cache
+from typing import Any
 
 from minifuse.ir.decision import bytes_text
+from minifuse.ir.lazy import Deferred
 
 from .report import Report
 
-_ENVIRONMENT = Environment(
-    loader=PackageLoader("minifuse.explain", "."), autoescape=True, undefined=StrictUndefined, trim_blocks=True
-)
-_ENVIRONMENT.filters["bytes"] = bytes_text
-_ENVIRONMENT.filters["microseconds"] = lambda seconds: f"{1e6 * seconds:.3g} µs"
+jinja2 = Deferred("jinja2")
+
+
+@cache
+def _environment() -> Any:
+    loader = jinja2.PackageLoader("minifuse.explain", ".")
+    made = jinja2.Environment(loader=loader, autoescape=True, undefined=jinja2.StrictUndefined, trim_blocks=True)
+    made.filters["bytes"] = bytes_text
+    made.filters["microseconds"] = lambda seconds: f"{1e6 * seconds:.3g} µs"
+    return made
 
 
 def render(report: Report) -> str:
     """The page of one report. Every text of the user's is escaped."""
-    return _ENVIRONMENT.get_template("report.html.j2").render(report=report)
+    return str(_environment().get_template("report.html.j2").render(report=report))

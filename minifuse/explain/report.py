@@ -11,18 +11,15 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from functools import cached_property
 from math import prod
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
-from rich.console import Console, RenderableType
-from rich.console import Group as RichGroup
-from rich.table import Table
-from rich.text import Text
 
 from minifuse.ir import ops
 from minifuse.ir.decision import Decision, bytes_text
 from minifuse.ir.device import DeviceModel
 from minifuse.ir.index import Expr
+from minifuse.ir.lazy import Deferred
 from minifuse.ir.plan import Extern, Launch, Plan, launch_traffic, least_traffic
 from minifuse.ir.value import Cast, Op, Random, Reduce, Scan, Value
 from minifuse.passes.fuse.log import entries
@@ -30,6 +27,12 @@ from minifuse.passes.remat.plan import RECOMPUTE, SAVE, Choice, RematPlan
 from minifuse.records import RECORDS, Record
 
 from .why import WhyNot, why_not
+
+if TYPE_CHECKING:
+    from rich.console import RenderableType
+    from rich.table import Table
+
+rich_console, rich_table, rich_text = Deferred("rich.console"), Deferred("rich.table"), Deferred("rich.text")
 
 SCHEMA = 1
 FIGURES = ("ops", "calls", "read", "written", "bytes", "at least")
@@ -229,7 +232,7 @@ class Report:
         }
 
     def __str__(self) -> str:
-        console = Console(width=WIDTH, color_system=None, legacy_windows=False)
+        console = rich_console.Console(width=WIDTH, color_system=None, legacy_windows=False)
         with console.capture() as captured:
             console.print(self)
         return "\n".join(line.rstrip() for line in captured.get().rstrip().splitlines())
@@ -237,16 +240,16 @@ class Report:
     __repr__ = __str__
 
     def __rich__(self) -> RenderableType:
-        parts: list[RenderableType] = [Text(line) for line in self.headline]
+        parts: list[RenderableType] = [rich_text.Text(line) for line in self.headline]
         if self.launches:
             parts.append(self._kernel_table())
         if self.externs:
             parts.append(self._extern_table())
         refused = self.costliest_refusals(REFUSALS_SHOWN)
         if refused:
-            parts.append(Text("Refused, by the bytes that it would have saved"))
-            parts += [Text(f"  {_clip(str(d), WIDTH - 2)}") for d in refused]
-        return RichGroup(*parts)
+            parts.append(rich_text.Text("Refused, by the bytes that it would have saved"))
+            parts += [rich_text.Text(f"  {_clip(str(d), WIDTH - 2)}") for d in refused]
+        return rich_console.Group(*parts)
 
     @cached_property
     def headline(self) -> list[str]:
@@ -288,7 +291,7 @@ class Report:
         for r in rows[:KERNELS_SHOWN]:
             bound = "interpreted" if r.interpreted else r.bound
             figures = str(len(r.ops)), bytes_text(r.read), bytes_text(r.written), f"{1e6 * r.lower_bound:.3g} us"
-            table.add_row(Text(r.name), *figures, bound, Text(_clip("; ".join(r.lines), 56)))
+            table.add_row(rich_text.Text(r.name), *figures, bound, rich_text.Text(_clip("; ".join(r.lines), 56)))
         if len(rows) > KERNELS_SHOWN:
             rest = rows[KERNELS_SHOWN:]
             read, written = sum(r.read for r in rest), sum(r.written for r in rest)
@@ -303,9 +306,9 @@ class Report:
         rows = sorted(by_op.items(), key=lambda item: -sum(e.nbytes for e in item[1]))
         table = _table("ATen", "calls", "bytes", "because", "first from")
         for (op, reason), calls in rows[:EXTERNS_SHOWN]:
-            texts = (Text(_clip(reason, 36)), Text(_clip(calls[0].where, 26)))
+            texts = (rich_text.Text(_clip(reason, 36)), rich_text.Text(_clip(calls[0].where, 26)))
             nbytes = sum(e.nbytes for e in calls)
-            table.add_row(Text(_clip(op, 36)), str(len(calls)), bytes_text(nbytes), *texts)
+            table.add_row(rich_text.Text(_clip(op, 36)), str(len(calls)), bytes_text(nbytes), *texts)
         if len(rows) > EXTERNS_SHOWN:
             rest = [e for _, calls in rows[EXTERNS_SHOWN:] for e in calls]
             table.add_row(f"{len(rows) - EXTERNS_SHOWN} more", str(len(rest)), bytes_text(sum(e.nbytes for e in rest)))
@@ -359,7 +362,7 @@ def instructions(plan: Plan, values: Iterable[Value], sizes: Mapping[Any, Expr] 
 
 
 def _table(*headings: str) -> Table:
-    table = Table(box=None, pad_edge=False, header_style="bold")
+    table = rich_table.Table(box=None, pad_edge=False, header_style="bold")
     for heading in headings:
         table.add_column(heading, justify="right" if heading in FIGURES else "left", no_wrap=True)
     return table

@@ -19,7 +19,8 @@ class lazy(cached_property[T]):  # noqa: N801 - a decorator
 
 
 class Deferred:
-    """A module that is imported at its first use: SciPy's take longer than all of minifuse."""
+    """A module that is imported at its first use: SciPy's take longer than all of minifuse, and not every compile is
+    explained."""
 
     def __init__(self, name: str) -> None:
         self._name = name
