@@ -420,3 +420,8 @@ def extract_forward_backward(
 def count_mutated_inputs(meta: Any) -> int:
     """How many outputs of a forward graph are new values of inputs, before the user's own outputs."""
     return int(meta.num_mutated_inp_runtime_indices)  # 2.11-2.13
+
+
+def current_raw_stream(device: int) -> int:
+    """The current CUDA stream of a device as the driver's handle. torch 2.11-2.13."""
+    return int(torch._C._cuda_getCurrentRawStream(device))

@@ -85,11 +85,6 @@ def driver_launch() -> int:
     return ctypes.cast(getattr(ctypes.CDLL(library), name), ctypes.c_void_p).value or 0
 
 
-def current_raw_stream(device: int) -> int:
-    """The current CUDA stream of a device as the driver's handle. torch 2.11-2.13."""
-    return int(torch._C._cuda_getCurrentRawStream(device))
-
-
 def mend_triton_interpreter() -> None:
     """Let a scalar comparison stay a bool when the interpreter spreads it over a block: it takes the dtype of what was
     compared, which a mask may not have. 3.6-3.9."""

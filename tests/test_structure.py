@@ -19,7 +19,7 @@ LONGEST_FILE = 500
 WHOLE = 17_560
 # The design aims at 9,000 for the core; the two targets, the capture surface, an allocator and vector maths of our own,
 # scans, scatters, joins, batches and the lowering of all of core ATen take it past that.
-CORE = 16_680
+CORE = 16_720
 # Lines of code a folder may have; the policies of rematerialisation, `explain` and the command line are no core.
 BUDGETS = {"ir": 2_790, "passes": 7_900, "codegen": 3_440, "runtime": 1_720, "explain": 1_500}
 POLICIES = {"baselines", "policies", "mincut", "checkpoint", "optimal", "budget", "offload"}

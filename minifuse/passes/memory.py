@@ -16,11 +16,16 @@ import torch
 
 from minifuse import compat
 from minifuse.ir import dtypes
+from minifuse.ir.index import ONE
 from minifuse.ir.kernel import Kernel, Store, rewrite
 from minifuse.ir.plan import Buffer, Extern, Free, Launch, Plan, Region, Step, TensorRef
 from minifuse.ir.value import Load, Value
 from minifuse.passes.context import CompileContext
 from minifuse.passes.schedule import canonical
+
+aten = torch.ops.aten
+
+PRODUCTS = frozenset({aten.mm.default, aten.addmm.default, aten.bmm.default, aten.baddbmm.default})
 
 ALIGN = 64
 # A buffer of this size has a block of its own, which returns to the pool when its last reader has run: one
@@ -202,10 +207,17 @@ def has_real_out(step: Extern, plan: Plan) -> bool:
     if not plain or not isinstance(target, compat.OpOverload):
         return False
     buffer = plan.buffers[step.writes[0]]
-    dense = buffer.is_contiguous or buffer.inside is not None
+    dense = buffer.is_contiguous or buffer.inside is not None or (target in PRODUCTS and has_rows(buffer))
     if target.namespace != "aten" or not dense or not dtypes.supported(buffer.dtype):
         return False
     return out_overload(target) is not None
+
+
+def has_rows(buffer: Buffer) -> bool:
+    """Whether a matrix, or a batch of them, is contiguous but for what lies between its rows: products write that."""
+    *outer, last = buffer.stride
+    steps = zip(outer, outer[1:], buffer.shape[1:], strict=False)
+    return bool(outer) and last is ONE and all(a is b * n for a, b, n in steps)
 
 
 def out_overload(target: compat.OpOverload) -> compat.OpOverload | None:

@@ -12,8 +12,8 @@ The tree of a reduction on this target, a function of its kind, its extent and i
   a time: equal places of its blocks are folded in order, and what is there at the end is a row of one block. So threads
   wait for each other once a piece. A row whose length is not known until the call is cut into blocks of a size taken
   from its hint; their results are a column.
-* What joins several values passes twice over each block. Means and squares about them (`welford`) would divide at every
-  element, so the results of a piece's blocks are a row of partial results, as the pieces' are.
+* What joins several values passes twice over a row of one block. Means and squares about them (`welford`) would divide
+  at every element, so the results of a piece's blocks are a row of partial results, as the pieces' are.
 * A column folds its elements in order, `COLUMN_BLOCK` at a time; the results are a column in turn.
 
 So a reduction with too few independent points for a GPU is split into a launch over the blocks of its
@@ -229,7 +229,8 @@ def _rows_first(kernel: Kernel, hint: Hint) -> list[Reduce]:
 
 def _results_first(kernel: Kernel, hint: Hint) -> tuple[list[Reduce], list[Root]]:
     """The reductions that roots over more axes read, where they have too few points to fill a GPU, those roots not, and
-    what is reduced is walked again; and the other roots, which stay with them."""
+    what is reduced is walked again; and the other roots, which stay with them: they write over nothing that the first
+    ones load."""
     grid = hint(product(a.size for a in common(kernel)))
     wide = [r for r in kernel.body if hint(product(a.size for a in r.space)) >= SPLIT_WORK * grid]
     if any(kernel.scans) or grid >= PROGRAMS:
@@ -243,9 +244,12 @@ def _results_first(kernel: Kernel, hint: Hint) -> tuple[list[Reduce], list[Root]
         else:
             waiting += v.args
     held = all(r.lanes > 1 and not tile_steps(r, hint) for r in found)  # by the block that has reduced it
-    if held or any(len(r.axes) >= len(root.space) for r in found for root in wide):
+    early = [r for r in kernel.body if r not in wide]
+    written = {r.param for r in early if isinstance(r, Store)}
+    late = any(isinstance(v, Load) and v.param in written for root in wide for v in topological(root.values))
+    if held or late or any(len(r.axes) >= len(root.space) for r in found for root in wide):
         return [], []
-    return list(found), [r for r in kernel.body if r not in wide]
+    return list(found), early
 
 
 def _splittable(kernel: Kernel, hint: Hint) -> list[Reduce]:

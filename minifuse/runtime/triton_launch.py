@@ -16,6 +16,7 @@ import ctypes
 import importlib.util
 import sys
 import textwrap
+import threading
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
@@ -25,7 +26,7 @@ from typing import Any
 
 import torch
 
-from minifuse import compat_triton
+from minifuse import compat, compat_triton
 from minifuse.codegen import triton
 from minifuse.codegen.printer import CodegenError
 from minifuse.codegen.program import HostProgram, write_program
@@ -47,6 +48,8 @@ from .triton_run import Run, starter
 
 ALIGNED = 15
 KEPT_SIZES = 256
+NO_INTERPRETER = 'target="triton" runs CPU tensors in its interpreter: set TRITON_INTERPRET=1 before triton is imported'
+_making = threading.Lock()
 COMPILERS = 8
 """Threads that compile a program's kernels."""
 POINTERS = {"f64": "fp64", "f32": "fp32", "f16": "fp16", "bool": "i1", "e4m3": "u8", "e5m2": "u8"}
@@ -57,34 +60,34 @@ def build(plan: Plan, ctx: CompileContext) -> Program:
     the decisions say so. Raises MinifuseError for CPU tensors where Triton does not interpret."""
     device = main_device(plan)
     plan = at_home(plan, device)
+    on_gpu = device.type != "cpu"
     with ctx.phase("codegen"):
         kernels = write_all(plan, device, ctx)
-        text = module_text(plan, kernels)
+        text = ctx.stages["triton"] = module_text(plan, kernels)
     with ctx.phase("compile"):
         module = load_module(text, ctx.options.cache_dir) if kernels else None
-        if device.type == "cpu" and module is not None and not compat_triton.triton_interprets():
-            raise MinifuseError(
-                'target="triton" runs CPU tensors in its interpreter: set TRITON_INTERPRET=1 before triton is imported'
-            )
-        if module is not None and device.type == "cpu":
+        if module is not None and not on_gpu:
+            if not compat_triton.triton_interprets():
+                raise MinifuseError(NO_INTERPRETER)
             triton_interpret.install(module)
         launches = {i: launched(module, plan.steps[i], kernel, device) for i, kernel in kernels.items()}
         share(launches.values())
-        if device.type != "cpu":
+        if on_gpu:
             with torch.cuda.device(device):
                 launches = compile_all(launches, compat_triton.current_target(), ctx, plan)
-    ctx.stages["triton"] = text
     symbols = tuple(sorted({s for one in launches.values() for s in one.sizes}))
     for one in launches.values():
         one.at = tuple(symbols.index(s) for s in one.sizes)
-    groups = group_steps(plan, launches) if device.type != "cpu" else [[i] for i in launches]
+    groups = group_steps(plan, launches) if on_gpu else [[i] for i in launches]
     runs = [Run([launches[i] for i in group], [launches[i].step.binding for i in group]) for group in groups]
-    binding, run_of = tuple(run.names for run in runs), {i: k for k, group in enumerate(groups) for i in group}
-    if device.type == "cpu":
+    if on_gpu:
+        binding = tuple(run.names for run in runs)
+        for run in runs:
+            run.start = starter(ctx.options.cache_dir)
+    else:
         binding = tuple(one.step.binding for one in launches.values())
+    run_of = {i: k for k, group in enumerate(groups) for i in group}
     host = ctx.stages["program"] = write_program(plan, binding, symbols, run_of)
-    for run in runs if device.type != "cpu" else ():
-        run.start = starter(ctx.options.cache_dir)
     return TritonProgram(plan, host, runs, binding, symbols, ctx.stages.get("constants", {}), device,
                          ctx.options.deterministic)  # fmt: skip
 
@@ -394,8 +397,13 @@ class TritonProgram(Program):
         with torch.cuda.device(self.device):
             return super().__call__(args)
 
+    @property
+    def direct(self) -> Callable[[list[Any]], Any]:
+        """What a call comes to: on a GPU with this device as the current one."""
+        return self if self.on_gpu else super().direct
+
     def stream(self) -> int:
-        return compat_triton.current_raw_stream(self.device.index)
+        return compat.current_raw_stream(self.device.index)
 
     def enter(self, key: tuple[int, ...]) -> Frame:
         """An arena for a call with these sizes; on a GPU the allocator's, in the order of the current stream."""
@@ -417,6 +425,11 @@ class TritonProgram(Program):
     def make_flags(self) -> None:
         """A flag a launch, where its checks note what failed, and where the host reads it. Made at the first call:
         a graph is compiled while every new tensor is a fake one."""
+        with _making:
+            if self.flags is None:
+                self.make_first_flags()
+
+    def make_first_flags(self) -> None:
         self.seen = torch.zeros(len(self.launches), dtype=torch.int32, device="cpu", pin_memory=True)
         flags = torch.zeros(len(self.launches), dtype=torch.int32, device=self.device)
         for k in self.checked:

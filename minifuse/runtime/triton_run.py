@@ -1,9 +1,9 @@
 """A run of kernels on a GPU: all that stand between two operators are started by one call into C.
 
 A kernel's arguments do not change between calls but for addresses, so a run has a table: the driver's function for any
-addresses and for those that 16 divides, programs, threads, shared memory, which addresses it takes, and its sizes. The
-tables of the latest sizes are kept. What the table lacks (a variant that is not compiled yet, a batch, whose addresses
-are a table themselves) goes through `Launched`, as all does where there is no C compiler.
+addresses and for those that 16 divides, programs, threads, shared memory, which addresses it takes, and its sizes.
+Up to `KEPT` tables are kept, one a size. What the table lacks (a variant that is not compiled yet, a batch, whose
+addresses are a table themselves) goes through `Launched`, as all does where there is no C compiler.
 """
 
 from __future__ import annotations
@@ -95,7 +95,7 @@ class Table:
     def __init__(self, run: Run, sizes: tuple[int, ...]) -> None:
         self.entries = (Entry * len(run.launches))()
         self.keep: list[Any] = []
-        for entry, one, at in zip(self.entries, run.launches, run.at, strict=True):
+        for entry, one, at in zip(self.entries, run.launches, run.places, strict=True):
             values = tuple([sizes[k] for k in one.at])
             entry.programs = 1 if one.tables is not None else one.programs(values)[0]
             size = [*(values[k] for k in one.given), *one.last]
@@ -112,7 +112,7 @@ class Run:
         self.launches = launches
         self.names = tuple(dict.fromkeys(name for names in bindings for name in names))
         places = {name: k for k, name in enumerate(self.names)}
-        self.at = [[places[name] for name in names] for names in bindings]
+        self.places = [[places[name] for name in names] for names in bindings]
         self.tables: dict[tuple[int, ...], Table] = {}
         self.start: tuple[Any, int] | None = None
 
@@ -141,7 +141,7 @@ class Run:
 
     def one(self, k: int, pointers: Any, sizes: Any, stream: int) -> bool:
         """One launch by itself; whether 16 divides its addresses."""
-        given = [pointers[j] or 0 for j in self.at[k]]
+        given = [pointers[j] or 0 for j in self.places[k]]
         self.launches[k](given, sizes, stream)
         return not any(address & 15 for address in given)
 

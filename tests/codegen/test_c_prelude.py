@@ -95,6 +95,9 @@ RANDOM = "".join(
 EXPORT void r_{kind}(int64_t seed, uint64_t offset, const int64_t* at, {c}* o, {c}* s, int64_t n) {{
   for (int64_t i = 0; i < n; i += 16) mf_store_{t}(o + i, mf_{kind}(seed, offset, mf_load_i64(at + i)));
   for (int64_t i = 0; i < n; i++) s[i] = mf_{kind}_s(seed, offset, at[i]);
+}}
+EXPORT void run_{kind}(int64_t seed, uint64_t offset, int64_t begin, {c}* o) {{
+  mf_store_{t}(o, mf_{kind}_run(seed, offset, begin));
 }}"""
     for kind, t, c in (("uniform", "f32", "float"), ("normal", "f32", "float"), ("bits", "i64", "int64_t"))
 )
@@ -384,6 +387,15 @@ def test_random_bits_are_philox_4x32_10(lib: ctypes.CDLL) -> None:
         assert [int(b) & (2**64 - 1) for b in bits] == [stream(2 * n) | stream(2 * n + 1) << 32 for n in numbers]
         uniform = _random(lib, "uniform", seed, offset, index)
         assert uniform.tolist() == [(stream(n) >> 8) * 2.0**-24 for n in numbers]
+
+
+@pytest.mark.parametrize("kind", ["uniform", "normal", "bits"])
+def test_neighbours_that_share_blocks_draw_what_each_draws_alone(lib: ctypes.CDLL, kind: str) -> None:
+    for begin in (0, 1, 2, 3, 4, 7, 2**34 - 2, 2**40 + 4):
+        alone = _random(lib, kind, 77, 3, torch.arange(begin, begin + 16))
+        together = torch.empty_like(alone)
+        _call(lib[f"run_{kind}"], 77, 3, begin, together)
+        assert torch.equal(alone, together)
 
 
 def test_normal_numbers_follow_box_and_muller(lib: ctypes.CDLL) -> None:

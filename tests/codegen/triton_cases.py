@@ -339,6 +339,45 @@ def random_numbers_are_the_same_on_every_target() -> str:
 
 
 @case
+def random_numbers_do_not_depend_on_what_is_beside_them() -> str:
+    """A draw alone is of one axis, whose neighbours share blocks of Philox; beside a sum of odd rows none do."""
+
+    def f(x: Tensor, seed: Tensor) -> tuple[Tensor, ...]:
+        drawn = prims.random([6, 501], seed, 7, "uniform", 0, 0, torch.float32, torch.device("cpu"))
+        bits = prims.random([6, 501], seed, 8, "integer", 0, 1 << 40, torch.int64, torch.device("cpu"))
+        return drawn * x, (drawn * x).sum(1), bits + 1
+
+    args = torch.ones(6, 501), torch.tensor(99)
+    fused, alone, c = (compiled(f, **o)(*args) for o in ({}, {"fusion_fuel": 0}, {"target": "c"}))
+    by_c = same((fused[0], fused[2]), (c[0], c[2])) or same((fused[0], fused[2]), (f(*args)[0], f(*args)[2]))
+    return same(fused, alone) or by_c
+
+
+@case
+def statistics_of_few_channels_are_found_before_they_are_applied() -> str:
+    x, mean = torch.randn(16, 2, 24, 24), torch.randn(2)
+
+    def renormalised(x: Tensor, mean: Tensor) -> tuple[Tensor, ...]:
+        m = x.mean((0, 2, 3))
+        y = x - m.view(1, -1, 1, 1) + mean.view(1, -1, 1, 1)
+        return y, mean.mul_(0.9).add_(m * 0.1)
+
+    def normalised(x: Tensor, mean: Tensor) -> tuple[Tensor, ...]:
+        var = torch.ones_like(mean)
+        return F.batch_norm(x, mean, var, None, None, True), mean * 1, var
+
+    problems = []
+    for function in (renormalised, normalised):
+        found, fuelled, expected = (
+            run(x, mean.clone()) for run in (compiled(function), compiled(function, fusion_fuel=0), function)
+        )
+        problems += [same(found, expected, ulps=64), same(found, fuelled)]
+    if not any(d.rule == "split" for r in RECORDS for d in r.decisions):
+        problems.append("no launch was split")
+    return "; ".join(p for p in problems if p)
+
+
+@case
 def odd_strides_and_offsets() -> str:
     x = torch.randn(9, 40)
     views = (

@@ -15,9 +15,11 @@ from minifuse.ir.interpret import run_plan
 from minifuse.ir.plan import Extern, Launch, Plan
 from minifuse.ir.verify import verify_plan
 from minifuse.options import Options
+from minifuse.passes import schedule_triton
 from minifuse.passes.context import CompileContext
 from minifuse.passes.fuse import fuse
 from minifuse.passes.lower.graph import lower
+from minifuse.passes.memory import place
 
 CPU, CUDA = torch.device("cpu"), torch.device("cuda", 0)
 
@@ -92,6 +94,9 @@ def test_rows_that_a_product_reads_or_writes_begin_on_16_bytes() -> None:
             plan = plan_of(f, *args)
         strides = {n: tuple(d.value for d in b.stride) for n, b in plan.buffers.items()}
         assert strides["mm"] == (row, 1)
+        ctx = CompileContext("f", "inference", Options(target="triton"))
+        placed = place(schedule_triton.schedule(plan, ctx), ctx)
+        assert all(step.out for step in placed.externs)  # each product writes its rows where they lie
         assert strides["mul"] == (8 * row, row, 1)
         (copy,) = (o.buffer for o in plan.outputs[:1])  # type: ignore[union-attr]
         assert strides[copy] == (77, 1)  # the caller sees eager's
@@ -100,3 +105,22 @@ def test_rows_that_a_product_reads_or_writes_begin_on_16_bytes() -> None:
         for found, expected in zip(run_plan(on_cpu(plan), [x, w], {}), f(x, w), strict=True):
             torch.testing.assert_close(found, expected)
             assert found.stride() == expected.stride()
+
+
+def rows_apart(function: Callable[..., Any], *shapes: tuple[int, ...]) -> dict[str, tuple[int, ...]]:
+    """The strides of the buffers that a function's own results have, where they are not contiguous."""
+    with FakeTensorMode():
+        plan = plan_of(function, *(torch.empty(*s, device="cuda") for s in shapes))
+    args = [torch.randn(*s) for s in shapes]
+    for found, expected in zip(run_plan(on_cpu(plan), args, {}), function(*args), strict=True):
+        torch.testing.assert_close(found, expected)
+    apart = {n: b for n, b in plan.buffers.items() if not b.is_contiguous and b.storage != "input"}
+    return {n: tuple(d.value for d in b.stride) for n, b in apart.items()}
+
+
+def test_rows_are_apart_only_where_all_that_reads_them_goes_by_strides() -> None:
+    x, w = (16, 77), (77, 8)
+    assert rows_apart(lambda x, w: ((x * 2) @ w,), x, w) == {"mul": (80, 1)}
+    assert rows_apart(lambda x, w: ((y := x * 2).sort(1).values, y @ w), x, w) == {}
+    assert rows_apart(lambda x, w: ((y := x * 2), y.view(-1), y @ w), x, w) == {}  # one memory for both
+    assert rows_apart(lambda x, w: ((x * 2).view(16 * 7, 11) @ w,), x, (11, 8)) == {}  # other rows

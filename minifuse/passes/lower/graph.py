@@ -60,11 +60,11 @@ class Lowering:
         self.origin: dict[str, str] = {}
         self.numbers: dict[Any, View] = {}
         self.literals: dict[str, bool | int | float] = {}
-        self.rows = padded_rows(graph)
         for n in graph.nodes:
             if _TAKEN.fullmatch(n.name):
                 n.name = f"{n.name}_"
         self.node_names = {n.name for n in graph.nodes}
+        self.rows = padded_rows(graph, lambda target: target in ROWS or target in STRUCTURAL)
         self.node: fx.Node = next(iter(graph.nodes))
         returned = Counter(memory_of(n) for n in graph.output_node().all_input_nodes)
         self.shared = {memory for memory, times in returned.items() if memory is not None and times > 1}
