@@ -29,6 +29,7 @@ from minifuse.passes.context import CompileContext
 from minifuse.passes.lower import scattering
 from minifuse.passes.lower.pointwise import Unsupported
 from minifuse.passes.memory import place
+from minifuse.passes.schedule_triton import grid_size
 from minifuse.records import RECORDS
 from minifuse.runtime import triton_launch
 from minifuse.runtime.triton_launch import Launched
@@ -148,6 +149,16 @@ def test_rows_that_registers_do_not_hold_are_not_fused(
     assert any(spilled) is spills
     (record,) = RECORDS
     assert any(d.rule == "spills" for d in record.decisions) is (kernels > 1)
+
+
+def test_what_few_channels_statistics_are_applied_to_has_a_grid_of_its_own() -> None:
+    x, mean = torch.randn(16, 2, 24, 24), torch.randn(2)
+    ((plan, _),) = plans(lambda x, m: (F.batch_norm(x, m, torch.ones_like(m), None, None, True), m * 1), x, mean)
+    programs = [grid_size(step.schedule).value for step in plan.launches if step.schedule is not None]
+    # the images' sums; the channels' statistics, which are written where no later launch loads them; what is normalised
+    assert programs[-1] >= 16 * 2
+    assert min(programs) == 1
+    verify_plan(plan)
 
 
 def test_kernels_compile_for_an_amd_gpu() -> None:

@@ -44,14 +44,10 @@ def padded_rows(graph: fx.Graph, lowered: Callable[[Any], bool]) -> dict[str, in
     for node in graph.nodes:
         for used in (node, *node.all_input_nodes) if node.target in PRODUCTS else ():
             root = _root(used)
-            row = None if root is None or root.name in found else _padded(root)
-            alone = root is not None and returned[memory_of(root)] < 2
-            if (
-                row is not None
-                and root is not None
-                and alone
-                and _by_strides(root, root.meta["val"].shape[-1], lowered)
-            ):
+            if root is None or root.name in found or returned[memory_of(root)] > 1:
+                continue
+            row = _padded(root)
+            if row is not None and _by_strides(root, root.meta["val"].shape[-1], lowered):
                 found[root.name] = row
     return found
 
