@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gc
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import pytest
@@ -64,7 +65,7 @@ def test_kernels_give_what_eager_gives(name: str, dtype: torch.dtype) -> None:
     close(compiled(FUNCTIONS[name])(x), FUNCTIONS[name](x), dtype)
 
 
-@pytest.mark.parametrize("n", [1, 7, 1024, 5000, 16_384, 50_000])
+@pytest.mark.parametrize("n", [1, 7, 1024, 5000, 16_384, 20_000, 50_000, 131_072])
 def test_rows_of_every_length(n: int) -> None:
     x = randn(33, n)
     softmax, total = compiled(lambda x: (x.softmax(-1), x.sum(-1)))(x)
@@ -282,6 +283,72 @@ def test_convolutions_and_norms_of_channels_last_train() -> None:
 
     for found, expected in zip(gradients(compiled(net)), gradients(net), strict=True):
         torch.testing.assert_close(found, expected, rtol=1e-3, atol=1e-5)
+
+
+def test_calls_take_what_they_are_given() -> None:
+    """The first call of a variant goes through Triton's launcher, the next ones through a table."""
+    f = compiled(lambda x, y: ((x * 2 + y) @ y, (x - y).sum(1), (x * y).softmax(0)))
+    for k in range(6):
+        flat = [randn(128 * 128 + 1)[k % 2 : 128 * 128 + k % 2] for _ in range(2)]  # every other call off 16 bytes
+        x, y = (t.view(128, 128) for t in flat)
+        expected = (x * 2 + y) @ y, (x - y).sum(1), (x * y).softmax(0)
+        torch.testing.assert_close(f(x, y), expected, rtol=1e-4, atol=1e-3)
+
+
+def test_threads_call_one_program() -> None:
+    f = compiled(lambda x: (x * 2 + 1).softmax(-1))
+    xs = [randn(64, 1000) for _ in range(8)]
+
+    def call(x: Tensor) -> Tensor:
+        for _ in range(20):
+            y = f(x)
+        torch.cuda.synchronize()
+        return y
+
+    f(xs[0])
+    with ThreadPoolExecutor(4) as pool:
+        for y, x in zip(pool.map(call, xs), xs, strict=True):
+            close(y, (x * 2 + 1).softmax(-1))
+
+
+@pytest.mark.parametrize("words", [1000, 1003])
+def test_a_vocabulary_of_any_size_trains(words: int) -> None:
+    """Rows of the logits and of their gradient begin on 16 bytes, whatever their length; the caller sees eager's."""
+    h, w = randn(512, 64, dtype=torch.bfloat16, grad=True), randn(words, 64, dtype=torch.bfloat16, grad=True)
+    labels = torch.randint(0, words, (512,), device="cuda")
+
+    def f(h: Tensor, w: Tensor) -> tuple[Tensor, Tensor]:
+        logits = h @ w.t()
+        return logits, F.cross_entropy(logits.float(), labels)
+
+    run = compiled(f)
+    found, expected = run(h, w), f(h, w)
+    assert found[0].stride() == expected[0].stride()
+    close(found, expected, torch.bfloat16)
+    close(torch.autograd.grad(found[1], (h, w)), torch.autograd.grad(expected[1], (h, w)), torch.bfloat16)
+
+
+def test_running_statistics_of_a_batch_norm() -> None:
+    x = randn(32, 8, 56, 56)
+    mean, var = randn(8), randn(8).abs()
+
+    def f(x: Tensor, mean: Tensor, var: Tensor) -> Tensor:
+        return F.batch_norm(x, mean, var, None, None, True) + mean.view(1, -1, 1, 1)
+
+    mine, eagers = (mean.clone(), var.clone()), (mean.clone(), var.clone())
+    torch.testing.assert_close(compiled(f)(x, *mine), f(x, *eagers), rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(mine, eagers, rtol=1e-4, atol=1e-4)
+
+
+def test_random_numbers_beside_sums_of_odd_rows() -> None:
+    seed = torch.tensor(77, device="cuda")
+
+    def f(x: Tensor, seed: Tensor) -> tuple[Tensor, Tensor]:
+        drawn = prims.random([6, 501], seed, 7, "uniform", 0, 0, torch.float32, seed.device)
+        return drawn * x, (drawn * x).sum(1)
+
+    expected = philox("uniform", 77, 7, torch.arange(6 * 501).view(6, 501))
+    assert torch.equal(compiled(f)(randn(6, 501) * 0 + 1, seed)[0].cpu(), expected)
 
 
 # Last, for they take the longest.
