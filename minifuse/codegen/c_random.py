@@ -50,12 +50,11 @@ _WORDS = """
 /* The words of four counters from `first` on, one behind the other. A block lies in four neighbouring lanes: one
    multiplication of the lower halves does both of a round. */
 MF v_u32 mf_words(int64_t seed, uint64_t offset, uint64_t first) {
-  mf_pieces m = {}, key = {}, next = {}, c[64 / MF_PIECE], p;
-  uint32_t k0 = (uint32_t)seed, k1 = (uint32_t)((uint64_t)seed >> 32);
-  for (int j = 0; j < MF_PIECE / 8; j++) {
-    m[j] = j & 1 ? 0xCD9E8D57u : 0xD2511F53u; next[j] = j & 1 ? 0xBB67AE85u : 0x9E3779B9u; key[j] = j & 1 ? k1 : k0;
-    for (int k = 0; k < 64 / MF_PIECE; k++) c[k][j] = j & 1 ? offset : first + k * (MF_PIECE / 16) + j / 2;
-  }
+  mf_pieces odd, step, c[64 / MF_PIECE], p;
+  for (int j = 0; j < MF_PIECE / 8; j++) { odd[j] = j & 1 ? ~0ull : 0; step[j] = j / 2; }
+  mf_pieces m = (odd & 0xCD9E8D57u) | (~odd & 0xD2511F53u), next = (odd & 0xBB67AE85u) | (~odd & 0x9E3779B9u);
+  mf_pieces key = (odd & ((uint64_t)seed >> 32)) | (~odd & (uint32_t)seed);
+  for (int k = 0; k < 64 / MF_PIECE; k++) c[k] = (odd & offset) | (~odd & (step + (first + k * (MF_PIECE / 16))));
   for (int round = 0; round < 10; round++) {
     for (int k = 0; k < 64 / MF_PIECE; k++) {
       MF_MULTIPLY(p, c[k], m);
