@@ -182,6 +182,10 @@ def compiled(function: Callable[..., Any], backend: str) -> Callable[..., Any]:
     return torch.compile(function, backend=models.resolve(backend), dynamic=False)
 
 
+def inputs_of(row: Row) -> list[Tensor]:
+    return [torch.randn(s, device="cuda", dtype=row.dtype, requires_grad=row.train) for s in row.shapes]
+
+
 def step_of(row: Row, inputs: list[Tensor], backend: str) -> Callable[[], Any]:
     run = compiled(row.run, backend)
     if not row.train:
@@ -211,7 +215,7 @@ Kernels = dict[str, list[tuple[str, float, float]]]
 
 def measure(table: Board, row: Row, backends: list[str], rounds: int) -> Kernels:
     """Fill a row. A backend that fails leaves its figure out and its error below the table."""
-    inputs = [torch.randn(s, device="cuda", dtype=row.dtype, requires_grad=row.train) for s in row.shapes]
+    inputs = inputs_of(row)
     source = torch.randn(1 << 28, device="cuda")
     target = torch.empty_like(source)
     cases: dict[str, Callable[[], Any]] = {"copy": lambda: target.copy_(source)}
@@ -397,8 +401,7 @@ def compile_part(options: argparse.Namespace, backends: list[str]) -> None:
             try:
                 if isinstance(what[0], Row):
                     row = what[0]
-                    inputs = [torch.randn(s, device="cuda", dtype=row.dtype, requires_grad=row.train)
-                              for s in row.shapes]  # fmt: skip
+                    inputs = inputs_of(row)
                     step_of(row, inputs, backend)()
                 else:
                     torch._dynamo.reset()
@@ -463,7 +466,7 @@ def nsight(table: Board, count: int, path: Path, until: float) -> None:
 def once(name: str) -> None:
     """A row's step by minifuse, twice."""
     row = next(row for row in ROWS if row.name == name)
-    inputs = [torch.randn(s, device="cuda", dtype=row.dtype, requires_grad=row.train) for s in row.shapes]
+    inputs = inputs_of(row)
     step = step_of(row, inputs, "minifuse")
     for _ in range(2):
         step()

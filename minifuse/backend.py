@@ -8,8 +8,8 @@ from __future__ import annotations
 
 import functools
 import itertools
-import os
 import re
+import sys
 import threading
 import time
 import warnings
@@ -22,6 +22,7 @@ from torch import fx
 
 from . import compat, dump, warm
 from .errors import FallbackError
+from .forks import renewed
 from .ir import device as devices
 from .ir import prims  # noqa: F401 - registers the random operators before anything is captured
 from .ir.device import DeviceModel
@@ -46,17 +47,7 @@ from .runtime.program import Program
 
 Boxed = Callable[[list[Any]], Any]
 _numbers = itertools.count()
-_compiling = threading.RLock()
-
-
-def _after_fork() -> None:
-    """In a forked child: another thread may have been compiling at the fork."""
-    global _compiling
-    _compiling = threading.RLock()
-
-
-if hasattr(os, "register_at_fork"):
-    os.register_at_fork(after_in_child=_after_fork)
+_compiling = renewed(sys.modules[__name__], "_compiling", threading.RLock)
 
 
 def minifuse_backend(

@@ -129,6 +129,11 @@ def test_a_stored_result_becomes_a_table() -> None:
     assert "| vit | 12.3 ms ±2% | - | - |" in text
     assert "`python -m benchmarks.cpu`; a processor, 2 threads; torch 2.13.0" in text
     assert "vs eager (>= 1)" in text
+    noted = readme.table("a-gpu-today", {**result, "gpu": {"driver": "1"}, "note": "Of commit abc.", "rows": {
+        "norm": {"copy": 4.2e12, "of copy": 0.5}}})  # fmt: skip
+    assert "`python -m benchmarks.gpu`;" in noted
+    assert "Of commit abc." in noted
+    assert "| norm | 4,200 GB/s | 0.50x |" in noted
 
 
 def maker(name: str) -> ModuleType:

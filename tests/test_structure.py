@@ -21,10 +21,10 @@ WHOLE = 17_560
 # scans, scatters, joins, batches and the lowering of all of core ATen take it past that.
 CORE = 16_720
 # Lines of code a folder may have; the policies of rematerialisation, `explain` and the command line are no core.
-BUDGETS = {"ir": 2_790, "passes": 7_900, "codegen": 3_440, "runtime": 1_720, "explain": 1_500}
+BUDGETS = {"ir": 2_810, "passes": 7_900, "codegen": 3_440, "runtime": 1_720, "explain": 1_500}
 POLICIES = {"baselines", "policies", "mincut", "checkpoint", "optimal", "budget", "offload"}
 # What each layer may import, itself aside. Leaves are data that every layer reads.
-LEAVES = {"compat", "compat_triton", "errors", "options", "records"}
+LEAVES = {"compat", "compat_triton", "errors", "forks", "options", "records"}
 LAYERS = ("ir", "passes", "codegen", "runtime", "explain", "dump", "warm", "backend", "capturing", "cli", "")
 OPTIONAL = {"transformers", "triton", "numpy"}
 

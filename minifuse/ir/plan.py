@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import re
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Container, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from functools import lru_cache
 from typing import Any, Literal
@@ -329,6 +329,20 @@ class Plan:
     @property
     def externs(self) -> tuple[Extern, ...]:
         return tuple(s for s in self.steps if isinstance(s, Extern))
+
+    def runs(self, written: Container[int]) -> list[list[int]]:
+        """The launches that one call does, by their steps: those that are `written` and that no other step parts."""
+        found: list[list[int]] = []
+        fresh = True
+        for i, step in enumerate(self.steps):
+            if isinstance(step, (Free, Join)):
+                continue
+            if i in written and fresh:
+                found.append([])
+            fresh = i not in written
+            if not fresh:
+                found[-1].append(i)
+        return found
 
     def memory(self, name: str) -> str:
         """The buffer whose memory a buffer lives in: itself, or the one that it is inside of."""

@@ -12,7 +12,7 @@ from minifuse.codegen.printer import CodegenError
 from minifuse.codegen.program import HostProgram, write_program
 from minifuse.codegen.unit import KernelText, Unit, write_kernel, write_unit
 from minifuse.errors import CompileError
-from minifuse.ir.plan import Extern, Free, Join, Launch, Plan, launch_traffic
+from minifuse.ir.plan import Launch, Plan, launch_traffic
 from minifuse.options import Options
 from minifuse.passes.context import CompileContext
 from minifuse.passes.schedule_triton import target
@@ -164,20 +164,8 @@ def assemble(
 
 def group_runs(plan: Plan, texts: dict[int, KernelText]) -> list[Run]:
     """The launches that one call into C does: those with a text and no other step between them."""
-    runs: list[Run] = []
-    fresh = True
-    for i, step in enumerate(plan.steps):
-        if isinstance(step, (Free, Join)):
-            continue
-        if isinstance(step, Extern) or i not in texts:
-            fresh = True
-            continue
-        assert isinstance(step, Launch)
-        if fresh:
-            runs.append([])
-        runs[-1].append((i, step, texts[i]))
-        fresh = False
-    return runs
+    steps: Any = plan.steps
+    return [[(i, steps[i], texts[i]) for i in run] for run in plan.runs(texts)]
 
 
 def entry(library: Any, name: str) -> Callable[..., int]:

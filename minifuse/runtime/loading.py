@@ -4,29 +4,19 @@ from __future__ import annotations
 
 import contextlib
 import functools
-import os
+import sys
 import tempfile
-import threading
 from typing import Any
 
 from minifuse.errors import CompileError
+from minifuse.forks import renewed
 from minifuse.ir.plan import content_hash
 
 from . import toolchain
 from .cache import DiskCache
 
 _loaded: dict[str, Any] = {}
-_lock = threading.Lock()
-
-
-def _after_fork() -> None:
-    """In a forked child: another thread may have held the lock at the fork."""
-    global _lock
-    _lock = threading.Lock()
-
-
-if hasattr(os, "register_at_fork"):
-    os.register_at_fork(after_in_child=_after_fork)
+_lock = renewed(sys.modules[__name__], "_lock")
 
 
 @functools.lru_cache(maxsize=8)

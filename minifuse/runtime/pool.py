@@ -8,8 +8,6 @@ does the same.
 
 from __future__ import annotations
 
-import os
-import threading
 import time
 import weakref
 from bisect import bisect_left, insort
@@ -22,6 +20,7 @@ import numpy as np
 import torch
 
 from minifuse import compat
+from minifuse.forks import renewed
 from minifuse.passes.memory import POOLED_BYTES
 
 # Below this many bytes torch's allocator is used: malloc keeps such pieces warm itself once it has grown, and wrapping
@@ -173,11 +172,8 @@ class Pool:
 
     def __init__(self, limit_bytes: int = 4 << 30) -> None:
         self.limit_bytes = limit_bytes
-        self._lock = threading.Lock()
+        self._lock = renewed(self, "_lock")
         self._forget()
-        if hasattr(os, "register_at_fork"):
-            this = weakref.ref(self)
-            os.register_at_fork(after_in_child=lambda: _renew_lock(this))
 
     def _forget(self) -> None:
         """Begin anew. Pieces in use live on, and their segments go when they all have died."""
@@ -362,10 +358,3 @@ class Pool:
             self._held -= piece.size
             dropped.append(piece)
         return dropped
-
-
-def _renew_lock(pool: weakref.ref[Pool]) -> None:
-    """In a forked child: another thread may have held the lock at the fork."""
-    found = pool()
-    if found is not None:
-        found._lock = threading.Lock()

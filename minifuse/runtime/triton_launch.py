@@ -16,7 +16,6 @@ import ctypes
 import importlib.util
 import sys
 import textwrap
-import threading
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
@@ -34,10 +33,11 @@ from minifuse.codegen.triton import TritonKernel
 from minifuse.codegen.triton_prelude import HEAD, helpers
 from minifuse.codegen.triton_text import LIMIT
 from minifuse.errors import MinifuseError
+from minifuse.forks import renewed
 from minifuse.ir import dtypes
 from minifuse.ir.interpret import run_kernel
 from minifuse.ir.kernel import Kernel
-from minifuse.ir.plan import Free, Join, Launch, Plan, content_hash
+from minifuse.ir.plan import Launch, Plan, content_hash
 from minifuse.passes.context import CompileContext
 
 from . import triton_interpret
@@ -49,7 +49,7 @@ from .triton_run import Run, starter
 ALIGNED = 15
 KEPT_SIZES = 256
 NO_INTERPRETER = 'target="triton" runs CPU tensors in its interpreter: set TRITON_INTERPRET=1 before triton is imported'
-_making = threading.Lock()
+_making = renewed(sys.modules[__name__], "_making")
 COMPILERS = 8
 """Threads that compile a program's kernels."""
 POINTERS = {"f64": "fp64", "f32": "fp32", "f16": "fp16", "bool": "i1", "e4m3": "u8", "e5m2": "u8"}
@@ -78,7 +78,7 @@ def build(plan: Plan, ctx: CompileContext) -> Program:
     symbols = tuple(sorted({s for one in launches.values() for s in one.sizes}))
     for one in launches.values():
         one.at = tuple(symbols.index(s) for s in one.sizes)
-    groups = group_steps(plan, launches) if on_gpu else [[i] for i in launches]
+    groups = plan.runs(launches) if on_gpu else [[i] for i in launches]
     runs = [Run([launches[i] for i in group], [launches[i].step.binding for i in group]) for group in groups]
     if on_gpu:
         binding = tuple(run.names for run in runs)
@@ -90,21 +90,6 @@ def build(plan: Plan, ctx: CompileContext) -> Program:
     host = ctx.stages["program"] = write_program(plan, binding, symbols, run_of)
     return TritonProgram(plan, host, runs, binding, symbols, ctx.stages.get("constants", {}), device,
                          ctx.options.deterministic)  # fmt: skip
-
-
-def group_steps(plan: Plan, launches: Mapping[int, Launched]) -> list[list[int]]:
-    """The launches of each run: those that stand between two other steps."""
-    groups: list[list[int]] = []
-    fresh = True
-    for i, step in enumerate(plan.steps):
-        if i in launches:
-            if fresh:
-                groups.append([])
-            groups[-1].append(i)
-            fresh = False
-        elif not isinstance(step, (Free, Join)):
-            fresh = True
-    return groups
 
 
 def main_device(plan: Plan) -> torch.device:

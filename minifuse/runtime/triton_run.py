@@ -82,7 +82,7 @@ def starter(cache_dir: str | None) -> tuple[Any, int] | None:
     try:
         function = Loading(SOURCE, tools, cache_dir).result().mf_start
         driver = compat_triton.driver_launch()
-    except (CompileError, OSError):
+    except (CompileError, OSError, AttributeError):
         return None
     function.restype = ctypes.c_int64
     function.argtypes = [ctypes.c_void_p] * 2 + [ctypes.c_int64] * 2 + [ctypes.c_void_p] * 2

@@ -98,3 +98,55 @@ def test_a_failing_suite_is_reported_by_name(tmp_path: Path, monkeypatch: pytest
     assert found["exit"] == 1
     assert [x.split(" - ")[0] for x in found["failed"]] == ["FAILED tests/gpu/test_it.py::test_no"]
     assert gpu.tested(0.01)["exit"] == 124
+
+
+def test_a_result_that_is_not_eagers_is_a_failure() -> None:
+    x = torch.randn(100)
+    gpu.compare((x, {"y": x * (1 + 1e-3)}), (x, {"y": x}))
+    with pytest.raises(ValueError, match="off eager's"):
+        gpu.compare((x, x * 1.1), (x, x))
+    with pytest.raises(ValueError, match="longer"):
+        gpu.compare((x,), (x, x))
+
+
+def test_all_rows_are_compiled_ahead_in_so_many_processes(monkeypatch: pytest.MonkeyPatch) -> None:
+    started: list[list[str]] = []
+
+    class Process:
+        def __init__(self, command: list[str], env: dict[str, str]) -> None:
+            started.append(command)
+
+        def wait(self, timeout: float) -> None:
+            return None
+
+    monkeypatch.setattr(gpu.subprocess, "Popen", Process)
+    monkeypatch.setattr(sys, "argv", ["gpu", "--warm", "3"])
+    gpu.warm_up(argparse.Namespace(warm=3), time.time() + 10)
+    assert [command[command.index("--compile") + 1] for command in started] == ["0", "1", "2"]
+    done: list[str] = []
+    monkeypatch.setattr(gpu, "jobs_of", lambda options: {str(k): (None, (gpu.ROWS[k],)) for k in range(7)})
+    monkeypatch.setattr(gpu, "inputs_of", lambda row: [])
+    monkeypatch.setattr(gpu, "step_of", lambda row, inputs, backend: lambda: done.append(f"{row.name} {backend}"))
+    monkeypatch.setattr(torch.cuda, "synchronize", lambda: None)
+    for part in range(3):
+        gpu.compile_part(argparse.Namespace(compile=part, warm=3, until=time.time() + 60), BACKENDS)
+    assert sorted(done) == sorted(f"{row.name} {b}" for row in gpu.ROWS[:7] for b in BACKENDS[1:])
+
+
+def test_the_profiler_looks_at_the_rows_furthest_from_a_copy(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda: "NVIDIA H100 80GB HBM3")
+    table = gpu.board(BACKENDS)
+    for name, share in (("near", 0.9), ("far", 0.1), ("between", 0.5)):
+        table.add(name, of_copy=share)
+    profiled: list[str] = []
+    monkeypatch.setattr(gpu.subprocess, "run", lambda command, **_: profiled.append(command[-1]))
+    monkeypatch.setattr(gpu.shutil, "which", lambda tool: None)
+    gpu.nsight(table, 2, tmp_path / "x", time.time() + 60)
+    assert "nothing is profiled" in capsys.readouterr().out
+    assert not profiled
+    monkeypatch.setattr(gpu.shutil, "which", lambda tool: f"/bin/{tool}")
+    gpu.nsight(table, 2, tmp_path / "x", time.time() + 60)
+    assert profiled == ["far", "between"]
+    assert "far: 0.10 of a copy" in (tmp_path / "x").read_text()
