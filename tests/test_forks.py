@@ -36,4 +36,5 @@ def test_a_held_lock_is_free_in_a_child() -> None:
 
 
 def test_an_owner_that_is_gone_is_not_kept() -> None:
-    assert weakref.ref(Owner())() is None
+    owner = weakref.ref(Owner())
+    assert owner() is None
