@@ -28,7 +28,7 @@ from .ir import prims  # noqa: F401 - registers the random operators before anyt
 from .ir.device import DeviceModel
 from .ir.plan import Launch, Plan
 from .options import Options
-from .passes.context import CompileContext
+from .passes.context import CompileContext, without_collection
 from .passes.cse import merge_equal
 from .passes.decompose import RESIZING, Decompositions
 from .passes.fuse import fuse
@@ -75,7 +75,7 @@ def compile_captured(gm: fx.GraphModule, example_inputs: Sequence[Any], options:
 def run_aot(graph: Graph, gm: fx.GraphModule, example_inputs: Sequence[Any]) -> Callable[..., Any]:
     """AOT autograd over a captured graph; it calls back `graph` for each stage."""
     dynamo, begin = compat.dynamo_seconds(), time.perf_counter()
-    with _compiling, compat.resizing_whole(RESIZING), graph.session(gm) as kept:
+    with _compiling, without_collection(), compat.resizing_whole(RESIZING), graph.session(gm) as kept:
         wrap = compat.serializable if kept else lambda compiler: compiler
         graph.kept = kept
         aot = compat.aot_autograd(

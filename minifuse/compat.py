@@ -63,6 +63,9 @@ try:  # 2.13
 except ImportError:  # 2.11
     _is_opaque_node = None  # type: ignore[assignment]
 
+LINEAR: Any = torch.ops.mkldnn._linear_pointwise.default if torch.backends.mkldnn.is_available() else None  # 2.11-2.13
+"""oneDNN's `x @ w.t() + bias` of float32 (x, w, bias or None, "none", [], ""); None where torch came without it."""
+
 
 # -- sizes ------------------------------------------------------------------------------------------
 def expr_of_symint(s: Any, symbols: MutableMapping[str, Symbol], bind: str | None = None) -> Expr:

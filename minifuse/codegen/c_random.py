@@ -6,12 +6,18 @@ _PIECES = """
 #if defined(__AVX512F__)
 #define MF_PIECE 64
 #define MF_TURNED 3, 2, 1, 0, 7, 6, 5, 4, 11, 10, 9, 8, 15, 14, 13, 12
+#define MF_BLOCKS 0, 0, 1, 1, 2, 2, 3, 3
+#define MF_PAIRS(a, b) a, b, a, b, a, b, a, b
 #elif defined(__AVX2__)
 #define MF_PIECE 32
 #define MF_TURNED 3, 2, 1, 0, 7, 6, 5, 4
+#define MF_BLOCKS 0, 0, 1, 1
+#define MF_PAIRS(a, b) a, b, a, b
 #else
 #define MF_PIECE 16
 #define MF_TURNED 3, 2, 1, 0
+#define MF_BLOCKS 0, 0
+#define MF_PAIRS(a, b) a, b
 #endif
 /* 32 x 32 -> 64 bits of each lane; gcc would take the slow 64-bit vpmullq. */
 #if defined(__AVX2__)
@@ -50,18 +56,17 @@ _WORDS = """
 /* The words of four counters from `first` on, one behind the other. A block lies in four neighbouring lanes: one
    multiplication of the lower halves does both of a round. */
 MF v_u32 mf_words(int64_t seed, uint64_t offset, uint64_t first) {
-  mf_pieces odd, step, c[64 / MF_PIECE], p;
-  for (int j = 0; j < MF_PIECE / 8; j++) { odd[j] = j & 1 ? ~0ull : 0; step[j] = j / 2; }
-  mf_pieces m = (odd & 0xCD9E8D57u) | (~odd & 0xD2511F53u), next = (odd & 0xBB67AE85u) | (~odd & 0x9E3779B9u);
-  mf_pieces key = (odd & ((uint64_t)seed >> 32)) | (~odd & (uint32_t)seed);
-  for (int k = 0; k < 64 / MF_PIECE; k++) c[k] = (odd & offset) | (~odd & (step + (first + k * (MF_PIECE / 16))));
-  for (int round = 0; round < 10; round++) {
+  const mf_pieces even = {MF_PAIRS(~0ull, 0)}, block = {MF_BLOCKS}, m = {MF_PAIRS(0xD2511F53u, 0xCD9E8D57u)};
+  const mf_pieces next = {MF_PAIRS(0x9E3779B9u, 0xBB67AE85u)};
+  mf_pieces key = (even & (uint32_t)seed) | (~even & ((uint64_t)seed >> 32)), c[64 / MF_PIECE], p;
+  for (int k = 0; k < 64 / MF_PIECE; k++) c[k] = (even & (block + (first + k * (MF_PIECE / 16)))) | (~even & offset);
+  _Pragma("GCC unroll 10") for (int round = 0; round < 10; round++) {
     for (int k = 0; k < 64 / MF_PIECE; k++) {
       MF_MULTIPLY(p, c[k], m);
       mf_half h = (mf_half)p;
       c[k] = (mf_pieces)__builtin_shufflevector(h, h, MF_TURNED) ^ (c[k] >> 32) ^ key;
     }
-    key = (key + next) & 0xffffffffu;
+    key = (mf_pieces)((mf_half)key + (mf_half)next);
   }
   v_u32 r; __builtin_memcpy(&r, c, 64); return r;
 }"""
@@ -81,9 +86,13 @@ MF_ONCE v_f32 mf_uniform(int64_t seed, uint64_t offset, v_i64 index) {
   }
   return mf_uniform_of(r);
 }""",
+    # In place: a block waits for its own rounds, and a call would keep the next one's from beginning meanwhile.
     "mf_uniform_run": """
-MF_ONCE v_f32 mf_uniform_run(int64_t seed, uint64_t offset, int64_t index) {
-  if (index & 3) return mf_uniform(seed, offset, mf_splat_i64(index) + mf_iota_i64());
+MF_ONCE v_f32 mf_uniform_across(int64_t seed, uint64_t offset, int64_t index) {
+  return mf_uniform(seed, offset, mf_splat_i64(index) + mf_iota_i64());
+}
+MF v_f32 mf_uniform_run(int64_t seed, uint64_t offset, int64_t index) {
+  if (index & 3) return mf_uniform_across(seed, offset, index);
   return mf_uniform_of(mf_words(seed, offset, (uint64_t)index >> 2));
 }""",
     "mf_pair": """

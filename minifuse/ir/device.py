@@ -25,7 +25,8 @@ class DeviceModel:
     `levels` go from the smallest to main memory. `flops` is what matrix products reach at the dtype that training uses,
     `vector` the elementwise instructions/s of generated code, `launch` the seconds that starting one kernel or extern
     costs, `units` how many cores or multiprocessors share the work of a kernel, `registers` the 32-bit registers of one
-    of them that a row is held in (0 where it is held in memory).
+    of them that a row is held in (0 where it is held in memory), `onednn` the rate of oneDNN's products by weights over
+    that of ATen's (below 1 where it has none).
     """
 
     name: str
@@ -35,6 +36,7 @@ class DeviceModel:
     launch: float
     units: int
     registers: int = 0
+    onednn: float = 0.0
 
     @property
     def dram(self) -> float:

@@ -12,7 +12,6 @@ from collections import Counter
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field, replace
 
-from minifuse import compat
 from minifuse.ir import dtypes
 from minifuse.ir.decision import Decision
 from minifuse.ir.index import ONE, ZERO, Expr
@@ -23,7 +22,7 @@ from minifuse.passes.context import CompileContext
 
 from .fuse import fuse
 from .fuse.log import JOINED, given
-from .memory import ALIGN, LARGE_BYTES, has_real_out, held, lifetimes, most_alive, unknown_at_start
+from .memory import ALIGN, LARGE_BYTES, PRODUCTS, has_real_out, held, lifetimes, most_alive, unknown_at_start
 from .regions import Piece, copy_kernel, covers, pieces, strides_of
 
 MEMORY_ROUNDS = 3
@@ -232,7 +231,7 @@ class Rewriting:
             if not has_real_out(writer, self.plan):
                 return f"is made by {writer.target}, which has no out="
             rows = len(stride) > 1 and stride[-1] is ONE and (b.shape[-1] - 2).is_nonneg()
-            if not together and not (rows and is_product(writer) and b.device.type == "cpu"):
+            if not together and not (rows and writer.target in PRODUCTS and b.device.type == "cpu"):
                 return f"would have its rows apart where {writer.target} writes them"
         readers = [s for s in self.readers.get(b.name, ()) if isinstance(s, Extern)]
         for reader in readers:
@@ -282,14 +281,6 @@ class Rewriting:
         if params == kernel.params:
             return step
         return replace(step, kernel=Kernel(kernel.axes, params, kernel.body, kernel.origins))
-
-
-def is_product(step: Extern) -> bool:
-    """Whether an operator is a matrix product, which writes rows that lie apart as it writes them together."""
-    return isinstance(step.target, compat.OpOverload) and step.target._schema.name.split("::")[-1] in PRODUCTS
-
-
-PRODUCTS = ("mm", "addmm", "bmm", "baddbmm")
 
 
 def joined(plan: Plan, some: Iterable[Candidate]) -> Plan:

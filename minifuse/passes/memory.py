@@ -26,6 +26,7 @@ from minifuse.passes.schedule import canonical
 aten = torch.ops.aten
 
 PRODUCTS = frozenset({aten.mm.default, aten.addmm.default, aten.bmm.default, aten.baddbmm.default})
+"""Matrix products: they write rows that lie apart as they write them together."""
 
 ALIGN = 64
 # A buffer of this size has a block of its own, which returns to the pool when its last reader has run: one
@@ -120,7 +121,8 @@ def held(plan: Plan) -> set[str]:
     found: set[str] = set()
     for step in plan.externs:
         target = step.target
-        if not isinstance(target, compat.OpOverload) or target.namespace != "aten" or step.effect:
+        ours = isinstance(target, compat.OpOverload) and (target.namespace == "aten" or target is compat.LINEAR)
+        if not ours or step.effect:
             found |= {*step.reads, *step.writes}
     return found
 

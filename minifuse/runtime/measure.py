@@ -7,14 +7,16 @@ import json
 import platform
 import re
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
 
+from minifuse import compat
 from minifuse.ir import device as devices
 from minifuse.ir.device import UNBOUNDED, DeviceModel, Level
 from minifuse.ir.plan import content_hash
@@ -27,28 +29,35 @@ ROUNDS, SECONDS = 5, 0.03
 LARGEST_COPY = 1 << 27
 # The share of a cache that the buffers between two kernels have; what else is at work has the rest.
 OURS = 7 / 8
+# Rows, terms and columns of the product that two libraries are compared at: that of a layer of a thousand features.
+PRODUCT = (256, 1024, 2048)
 
 
 @functools.cache
 def cpu_model(cache_dir: str | None) -> DeviceModel:
     """The rates of this machine's CPU: read from the cache directory, else measured (about a second) and written.
 
-    What is kept is found by the processor, torch's number of threads and the text of this module.
+    What is kept is found by the processor, the text of this module and, but for the library that multiplies (no number
+    may change with threads), torch's number of threads.
     """
     cache = DiskCache(cache_dir)
-    parts = [_processor(), str(torch.get_num_threads()), Path(__file__).read_text()]
-    key = f"device_{content_hash(' '.join(parts))}"
-    path = cache.get(key)
-    if path is not None:
-        return DeviceModel.from_json(json.loads(Path(path).read_bytes()))
+    text = Path(__file__).read_text()
+    model = _kept(cache, "device", [_processor(), str(torch.get_num_threads()), text], lambda: asdict(measure()))
+    return replace(DeviceModel.from_json(model), onednn=_kept(cache, "products", [_processor(), text], onednn))
+
+
+def _kept(cache: DiskCache, name: str, parts: Sequence[str], measured: Callable[[], Any]) -> Any:
+    """What JSON holds of a measurement, from the cache or made now and put there."""
+    key = f"{name}_{content_hash(' '.join(parts))}"
+    if (path := cache.get(key)) is not None:
+        return json.loads(Path(path).read_bytes())
     with cache.lock("device"):  # of processes that start together one measures: the others take what it found
-        path = cache.get(key)
-        if path is not None:
-            return DeviceModel.from_json(json.loads(Path(path).read_bytes()))
+        if (path := cache.get(key)) is not None:
+            return json.loads(Path(path).read_bytes())
         with ThreadPoolExecutor(1) as apart:  # a compile runs among fake tensors, which are a thread's own
-            model = apart.submit(measure).result()
-        cache.put(key, json.dumps(asdict(model)).encode())
-    return model
+            found = apart.submit(measured).result()
+        cache.put(key, json.dumps(found).encode())
+    return found
 
 
 def measure() -> DeviceModel:
@@ -91,6 +100,23 @@ def _copy_rate(nbytes: int) -> float:
     alone, into = source.numpy(), target.numpy()
     seconds = min(_seconds(lambda: target.copy_(source)), _seconds(lambda: np.copyto(into, alone)))
     return _digits(8 * source.numel() / seconds)
+
+
+def onednn() -> float:
+    """The rate of oneDNN's products over that of ATen's, each by a weight as it is stored; 0 where there is none."""
+    if compat.LINEAR is None or not torch.backends.mkldnn.enabled:
+        return 0.0
+    rows, inner, columns = PRODUCT
+    x, w = torch.ones(rows, inner, device="cpu"), torch.ones(columns, inner, device="cpu")
+    product = torch.empty(rows, columns, device="cpu")
+    works = (lambda: torch.mm(x, w.t(), out=product), lambda: compat.LINEAR(x, w, None, "none", [], ""))
+    best = [float("inf")] * 2
+    for turn in range(ROUNDS + 1):  # by turns: what else the machine does slows both
+        for k, work in enumerate(works):
+            begin = time.perf_counter()
+            work()
+            best[k] = min(best[k], time.perf_counter() - begin) if turn else best[k]
+    return _digits(best[0] / best[1])
 
 
 def _digits(x: float) -> float:

@@ -26,7 +26,7 @@ EXPECTED = _by_name({
         _scaled_mm_v2 _grouped_mm _scaled_grouped_mm _int_mm _foreach_mm _weight_int4pack_mm _weight_int4pack_mm_for_cpu
         _weight_int4pack_mm_with_scales_and_zeros _weight_int8pack_mm _convert_weight_to_int4pack
         _convert_weight_to_int4pack_for_cpu _dyn_quant_matmul_4bit _dyn_quant_pack_4bit_weight matmul_backward
-        _trilinear _mixed_dtypes_linear _scaled_grouped_mm_v2""",
+        _trilinear _mixed_dtypes_linear _scaled_grouped_mm_v2 mkldnn::_linear_pointwise""",
     _CONVOLUTION: """convolution convolution_backward convolution_overrideable _convolution cudnn_convolution
         _slow_conv2d_forward _conv_depthwise2d conv_depthwise3d conv_tbc convolution_backward_overrideable
         slow_conv3d_forward slow_conv_dilated2d slow_conv_dilated3d slow_conv_transpose2d slow_conv_transpose3d

@@ -32,6 +32,7 @@ from .layout import padded_rows
 from .memory import arguments
 from .nodes import finds_size, is_alias, is_dense, is_effect, memory_of, mutated_arguments, names_symbol, source_line
 from .pointwise import ROWS, Unsupported, check_dtype, check_fits, division_checks, to_compute, truth
+from .products import by_onednn
 from .structural import STRUCTURAL
 from .unread import without_unread
 from .view import View
@@ -279,7 +280,9 @@ class Lowering:
     # -- externs ---------------------------------------------------------------------------------
     def extern(self, node: fx.Node, reason: str) -> Any:
         """A call of ATen (or of whatever the target is); its results become buffers."""
-        args = arguments(self, node)
+        target, args = node.target, arguments(self, node)
+        if (faster := by_onednn(self, node, args)) is not None:
+            (target, args), reason = faster, f"{reason}, here oneDNN ({self.ctx.device.onednn:.2g}x as fast as ATen's)"
         kwargs = tuple((k, self.tree(v)) for k, v in node.kwargs.items())
         before = set(self.symbols)
         val = node.meta.get("val")
@@ -303,7 +306,7 @@ class Lowering:
             results.append(name)
         self.steps.append(
             Extern(
-                node.target, args, kwargs, tuple(results), reason, single, effect=is_effect(node), sizes=tuple(sizes),
+                target, args, kwargs, tuple(results), reason, single, effect=is_effect(node), sizes=tuple(sizes),
                 dims=self.new_sizes(results, before), origin=node.name,
             )
         )  # fmt: skip
