@@ -2,10 +2,10 @@
 
     python -m benchmarks.products [--quick] [--json FILE] [--check]
 
-Each row is one operator of a layer, float32, on all threads: `eager` and `minifuse` are a call of it as it is and
-compiled (the library that this machine showed to be faster), `onednn` oneDNN's by weights as they lie, `packed` by
-weights that were laid out for it ahead, `channels last` with images and filters in that order. Medians of interleaved
-rounds; a figure is missing where there is no such form.
+Each row is one operator of a layer, float32, on all threads: `eager` and `minifuse` are a call of it as Dynamo captures
+it, run as it is and compiled (by the library that this machine showed to be faster), `onednn` a call of oneDNN's by
+weights as they lie, `packed` by weights that were laid out for it ahead, `channels last` a call with images and filters
+in that order. Medians of interleaved rounds; a figure is missing where there is no such form.
 """
 
 from __future__ import annotations
@@ -55,8 +55,11 @@ def board() -> Board:
     )
 
 
-def compiled(function: Callable[..., Tensor]) -> Callable[..., Tensor]:
-    return torch.compile(function, backend=models.resolve("minifuse"), dynamic=False)
+def compiled(function: Callable[..., Tensor]) -> tuple[Callable[..., Tensor], Callable[..., Tensor]]:
+    """A function as Dynamo captures it, run as it is, and compiled: both pay for guards."""
+    torch._dynamo.reset()
+    eager, ours = (torch.compile(function, backend=models.resolve(b), dynamic=False) for b in ("dynamo", "minifuse"))
+    return eager, ours
 
 
 def product(kind: str, rows: int, terms: int, columns: int) -> Calls:
@@ -66,9 +69,8 @@ def product(kind: str, rows: int, terms: int, columns: int) -> Calls:
         x = torch.randn(terms, rows).t()
     if kind != "layer":
         w = torch.randn(terms, columns).t()
-    calls: Calls = {"eager": lambda: x @ w.t()}
-    made = compiled(lambda x, w: x @ w.t())
-    calls["minifuse"] = lambda: made(x, w)
+    eager, ours = compiled(lambda x, w: x @ w.t())
+    calls: Calls = {"eager": lambda: eager(x, w), "minifuse": lambda: ours(x, w)}
     if compat.LINEAR is not None:
         calls["onednn"] = lambda: compat.LINEAR(x, w, None, "none", [], "")
         if kind == "layer":
@@ -86,10 +88,10 @@ def convolution(images: int, channels: int, size: int, filters: int, window: int
     )
     pad = window // 2
     last, turned = (t.contiguous(memory_format=torch.channels_last) for t in (x, w))
-    made = compiled(lambda x, w, b: F.conv2d(x, w, b, 1, pad, 1, groups))
+    eager, ours = compiled(lambda x, w, b: F.conv2d(x, w, b, 1, pad, 1, groups))
     calls: Calls = {
-        "eager": lambda: F.conv2d(x, w, b, 1, pad, 1, groups),
-        "minifuse": lambda: made(x, w, b),
+        "eager": lambda: eager(x, w, b),
+        "minifuse": lambda: ours(x, w, b),
         "channels last": lambda: F.conv2d(last, turned, b, 1, pad, 1, groups),
     }
     if torch.backends.mkldnn.is_available():

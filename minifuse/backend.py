@@ -110,7 +110,7 @@ class Graph:
 
     def session(self, gm: fx.GraphModule) -> AbstractContextManager[bool]:
         """Where AOT autograd takes its results from, and keeps them; gives whether it does."""
-        return warm.session(self.name, self.options, model_of(gm, self.options), target_of(gm, self.options))
+        return warm.session(self.name, gm, self.options, model_of(gm, self.options), target_of(gm, self.options))
 
     def keep(self, stage: str, gm: fx.GraphModule) -> None:
         """Remember a graph as text for the dump, where one is written."""

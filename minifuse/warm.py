@@ -13,7 +13,9 @@ from __future__ import annotations
 
 import functools
 import io
+import json
 import pickle
+import re
 import time
 import zlib
 from collections.abc import Callable, Iterator, Sequence
@@ -33,6 +35,7 @@ from .options import Options
 from .passes import pipeline
 from .passes.fuse import rules
 from .passes.lower import pointwise, structural
+from .passes.lower.nodes import source_line
 from .passes.remat import policies
 from .records import RECORDS, Record
 from .runtime import toolchain
@@ -42,16 +45,20 @@ from .runtime.program import Program
 
 # Results kept of one key: AOT autograd's has the sizes of a graph's inputs in it, what was guarded on them not.
 VARIANTS = 8
+# A place in a user's file, as `source_line` gives it.
+_PLACE = re.compile(r"[^\s/()]+:\d+")
 TORCHS_OPERATORS = ("aten", "prims", "prim", "inductor", "_c10d_functional")
 
 
 class CompiledGraph(compat.OutputCode):
     """A program that AOT autograd can write to its cache: as its record, from which `runtime.build` makes it again.
 
-    `loading` names the graph that is being compiled: a record that is taken from the disk has its name in this process.
+    `loading` is the graph that is being compiled, `lines` the user's lines of its nodes: a record that comes from the
+    disk has the name and the lines of this process.
     """
 
     loading = ""
+    lines: tuple[str, ...] = ()
 
     def __init__(self, record: Record, build: Callable[[], Program]) -> None:
         super().__init__()
@@ -74,7 +81,7 @@ class CompiledGraph(compat.OutputCode):
         assert self.record is not None
         written = io.BytesIO()
         try:
-            _Pickler(written, pickle.HIGHEST_PROTOCOL).dump(self.record)
+            _Pickler(written, self.lines).dump(self.record)
         except Exception as why:
             raise compat.NotCachedError(f"{self.record.name}: {why}") from why
         # a seventh of the bytes for milliseconds: torch holds on to what it has written
@@ -83,7 +90,7 @@ class CompiledGraph(compat.OutputCode):
 
     def post_compile(self, example_inputs: Any, constants: Any, graph_kwargs: Any) -> None:
         begin = time.perf_counter()
-        record = pickle.loads(zlib.decompress(self.saved))
+        record = _Unpickler(io.BytesIO(zlib.decompress(self.saved)), self.lines).load()
         self.saved = b""
         program = restore(record)
         seconds = {"warm start": time.perf_counter() - begin}
@@ -96,7 +103,24 @@ class CompiledGraph(compat.OutputCode):
 
 
 class _Pickler(pickle.Pickler):
-    """What pickle cannot name: the operators."""
+    """What pickle cannot name, operators, and what is another in another process: the user's `lines`, `file:line code`
+    of each node. A text that names one is written as what stands around it and the number of the first such node."""
+
+    def __init__(self, file: io.BytesIO, lines: tuple[str, ...]) -> None:
+        super().__init__(file, pickle.HIGHEST_PROTOCOL)
+        self.lines = lines
+        self.first = {line.partition(" ")[0]: k for k, line in reversed(tuple(enumerate(lines))) if line}
+
+    def persistent_id(self, value: Any) -> str | None:
+        if type(value) is not str or ":" not in value:
+            return None
+        for found in _PLACE.finditer(value):
+            k = self.first.get(found[0])
+            if k is not None:
+                line = self.lines[k]
+                text = line if value.startswith(line, found.start()) else found[0]
+                return json.dumps([value[: found.start()], k, text, value[found.start() + len(text) :]])
+        return None
 
     def reducer_override(self, value: Any) -> Any:
         if isinstance(value, compat.OpOverload):
@@ -104,19 +128,35 @@ class _Pickler(pickle.Pickler):
         return NotImplemented
 
 
+class _Unpickler(pickle.Unpickler):
+    """What `_Pickler` wrote, with the lines that the nodes have now."""
+
+    def __init__(self, file: io.BytesIO, lines: tuple[str, ...]) -> None:
+        super().__init__(file)
+        self.lines = lines
+
+    def persistent_load(self, pid: str) -> str:
+        before, k, text, after = json.loads(pid)
+        line = self.lines[k]
+        return before + (line if " " in text else line.partition(" ")[0]) + after
+
+
 def _operator(namespace: str, name: str, overload: str) -> Any:
     return getattr(getattr(getattr(torch.ops, namespace), name), overload)
 
 
-def session(name: str, options: Options, device: DeviceModel, target: str) -> AbstractContextManager[bool]:
-    """Inside, where a graph of this name is compiled, AOT autograd keeps its results in the disk cache; gives whether
-    it does."""
+def session(
+    name: str, gm: fx.GraphModule, options: Options, device: DeviceModel, target: str
+) -> AbstractContextManager[bool]:
+    """Inside, where the captured graph `gm` of this name is compiled, AOT autograd keeps its results in the disk cache;
+    gives whether it does."""
     if not plain(options, target) or tables() != SHIPPED or not compat.CACHES:
         return nullcontext(False)
     tools = toolchain.find(options.precise)
     if tools is None:
         return nullcontext(False)
     CompiledGraph.loading = name
+    CompiledGraph.lines = tuple(source_line(node) for node in gm.graph.nodes)
     cache = disk_cache(options.cache_dir)
     machine = [repr(asdict(device)), tools.key, str(torch.get_num_threads())]
     key = content_hash("\n".join([sources(), repr(options), *machine]))

@@ -78,6 +78,35 @@ def test_a_training_step_is_taken_from_the_disk_and_is_the_same_to_the_bit(folde
         assert {**old.to_json(), "name": "", "seconds": 0} == {**new.to_json(), "name": "", "seconds": 0}
 
 
+def here(x: torch.Tensor, i: torch.Tensor) -> torch.Tensor:
+    return x[i].sin().sum(0) * 2
+
+
+def there(x: torch.Tensor, i: torch.Tensor) -> torch.Tensor:
+    # fmt: off
+    return (x[i].sin()
+            .sum(0) * 2)
+    # fmt: on
+
+
+def test_a_graph_from_the_disk_has_the_lines_of_who_asks(folder: str) -> None:
+    x, i = torch.randn(6, 4), torch.tensor([1, 2])
+    reports = []
+    for fn, line in ((here, 1), (there, 2)):
+        torch._dynamo.reset()
+        run = torch.compile(fn, backend="minifuse", options={"plan_cache": True, "cache_dir": folder})
+        torch.testing.assert_close(run(x, i), fn(x, i))
+        reports.append(minifuse.reports()[-1])
+        place = rf"\(test_warm.py:{fn.__code__.co_firstlineno + line}\)"
+        with pytest.raises(IndexError, match=place):
+            run(x, torch.tensor([1, 7]))
+    assert [r.record.warm for r in reports] == [False, True]
+    first, second = (set(r.record.stages["memory"].origins.values()) for r in reports)
+    assert first == {f"test_warm.py:{here.__code__.co_firstlineno + 1} return x[i].sin().sum(0) * 2"}
+    assert {line.partition(" ")[2] for line in second} == {"return (x[i].sin()"}
+    assert f"test_warm.py:{here.__code__.co_firstlineno + 1}" not in str(reports[1].to_json())
+
+
 def test_another_process_compiles_nothing(folder: str) -> None:
     text = f"""
         import torch, minifuse
