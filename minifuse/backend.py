@@ -26,12 +26,12 @@ from .forks import renewed
 from .ir import device as devices
 from .ir import prims  # noqa: F401 - registers the random operators before anything is captured
 from .ir.device import DeviceModel
-from .ir.plan import Launch, Plan
+from .ir.plan import Plan
 from .options import Options
 from .passes.context import CompileContext, without_collection
 from .passes.cse import merge_equal
 from .passes.decompose import RESIZING, Decompositions
-from .passes.fuse import fuse
+from .passes.fuse import landed
 from .passes.lower import lower
 from .passes.lower.externs import expected
 from .passes.lower.pointwise import ROWS
@@ -259,12 +259,7 @@ def is_kernel(node: fx.Node) -> bool:
 def fused_groups(joint: fx.GraphModule, options: Options) -> dict[str, int]:
     """Which fused kernel each node of the joint graph lands in: the joint graph lowered and fused once."""
     ctx = CompileContext("joint", "joint", options, device=model_of(joint, options))
-    groups: dict[str, int] = {}
-    for k, step in enumerate(fuse(lower(joint.graph, ctx, {}), ctx).steps):
-        if isinstance(step, Launch):
-            for node in step.kernel.origins:
-                groups.setdefault(node, k)
-    return groups
+    return landed(lower(joint.graph, ctx, {}), ctx)
 
 
 def gpu_of(gm: fx.GraphModule) -> torch.device | None:

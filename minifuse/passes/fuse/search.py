@@ -111,13 +111,14 @@ class Search:
                     break
 
     # -- the walk --------------------------------------------------------------------------------
-    def run(self) -> Plan:
+    def decide(self) -> Search:
+        """Merge the groups, by the user's log or by the rules."""
         entries = log.given(self.ctx)
         if entries is not None:
             self.replay(entries)
         else:
             self.search()
-        return self.finish()
+        return self
 
     def search(self) -> None:
         """Find what to fuse."""
@@ -361,4 +362,14 @@ def stake(c: Candidate) -> dict[str, Any]:
 
 def fuse(plan: Plan, ctx: CompileContext) -> Plan:
     """Merge kernels; the plan computes the same values, bit for bit."""
-    return Search(plan, ctx).run()
+    return Search(plan, ctx).decide().finish()
+
+
+def landed(plan: Plan, ctx: CompileContext) -> dict[str, int]:
+    """The number of the kernel that each operator of a plan lands in when it is fused, of those that have one."""
+    search, found = Search(plan, ctx).decide(), dict[str, int]()
+    groups = search.graph.groups
+    for k, i in enumerate(search.ordered()):
+        for node in groups[i].nodes if not groups[i].fixed else ():
+            found.setdefault(node, k)
+    return found
