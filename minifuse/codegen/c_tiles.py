@@ -125,13 +125,18 @@ def gathered(d: CDialect, p: Printer, root: Store, offset: Expr, step: Expr) -> 
 # -- the helpers --------------------------------------------------------------------------------------
 TILES = {
     "stage": """
-/* A tile of rows that lie `step` apart, as columns `ld` apart: each line of memory is read once, whole. */
+/* A tile of rows that lie `step` apart, as columns `ld` apart: each line of memory is read once, whole. Of rows on
+   pages of their own no processor sees the next one coming: they are asked for 32 rows ahead. */
 MF_ONCE void mf_stage_$T($S* t, int64_t ld, const $S* p, int64_t step, int64_t columns, int64_t rows) {
   int64_t r = 0;
 #if defined(__AVX512BW__)
   for (; (sizeof *p == 2 || sizeof *p == 4) && r + 16 <= rows; r += 16) {
     int64_t c = 0;
-    for (; c + 16 <= columns; c += 16) mf_turn_$T(t + c * ld + r, ld, p + r * step + c, step);
+    for (; c + 16 <= columns; c += 16) {
+      if (step * (int64_t)sizeof *p >= 4096)
+        for (int k = 32; k < 48; ++k) __builtin_prefetch(p + (r + k) * step + c, 0, 2);
+      mf_turn_$T(t + c * ld + r, ld, p + r * step + c, step);
+    }
     for (; c < columns; ++c) for (int k = 0; k < 16; ++k) t[c * ld + r + k] = p[(r + k) * step + c];
   }
 #endif
