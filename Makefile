@@ -46,6 +46,7 @@ bench: env
 	$(PY) -m benchmarks.compile_time
 	$(PY) -m benchmarks.overhead
 	$(PY) -m benchmarks.peak
+	$(PY) -m benchmarks.products
 
 # Minutes to hours: every Triton kernel of the model set compiled for four GPUs, small models in Triton's interpreter.
 kernels: env

@@ -285,7 +285,11 @@ class _Writer:
                 self.derive({step.sizes[0][1]})
                 return
             (name,) = step.writes
-            out.append(f"{self.var(name)} = {self.adopt(call, plan.buffers[name], copies, step)}{comment}")
+            made_by = self.adopt(call, plan.buffers[name], copies, step)
+            if self.exchanged(step, plan.buffers[name]):
+                out.append(f"lend({self.size(plan.buffers[name].nbytes)})")
+                made_by = f"own({made_by})"
+            out.append(f"{self.var(name)} = {made_by}{comment}")
             made.add(name)
         else:
             out.append(f"{self.var(step.origin)} = {call}{comment}")
@@ -305,6 +309,11 @@ class _Writer:
             if result is not None and result in plan.buffers and self.is_late(plan.buffers[result], step):
                 name = self.var(result)
                 out.append(f"{name} = {self.adopt(name, plan.buffers[result], copies, step, known=True)}")
+
+    def exchanged(self, step: Extern, b: Buffer) -> bool:
+        """Whether a product allocates a large result: memory that the pool gives up for it and takes over. Else its
+        results and the pool's would each hold what both need at once at most."""
+        return step.target is compat.LINEAR and (not b.nbytes.is_const or b.nbytes.value >= POOLED_BYTES)
 
     @cached_property
     def opaques(self) -> set[str]:

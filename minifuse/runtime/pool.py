@@ -8,6 +8,7 @@ does the same.
 
 from __future__ import annotations
 
+import itertools
 import time
 import weakref
 from bisect import bisect_left, insort
@@ -225,11 +226,51 @@ class Pool:
         nbytes = count * dtype.itemsize
         if nbytes < SMALL:
             return compat.empty_strided_cpu(shape, stride, dtype)
-        piece = self._take(nbytes)
+        return self._over(self._take(nbytes), nbytes, shape, stride, dtype)
+
+    @staticmethod
+    def _over(
+        piece: _Piece, nbytes: int, shape: Sequence[int], stride: Sequence[int], dtype: torch.dtype
+    ) -> torch.Tensor:
+        """A tensor whose death gives the piece back."""
         tenant = np.ndarray.__new__(_Tenant, (nbytes,), np.uint8, piece.array, piece.offset)
         tenant.piece = piece
         flat = torch.frombuffer(tenant, dtype=dtype)
         return flat.set_(flat.untyped_storage(), 0, shape, stride)
+
+    def lend(self, nbytes: int) -> None:
+        """Give a free segment of about this size back to the system, where there is one: an operator is about to
+        allocate as much for its result, which `own` brings back."""
+        if nbytes < SMALL:
+            return
+        size = -(-nbytes // PAGE) * PAGE
+        with self._lock:
+            self._begin()
+            self._settle()
+            at = bisect_left(self._sizes, size)
+            near = itertools.takewhile(lambda s: s <= size + size // SLACK, self._sizes[at:])
+            piece = next((p for s in near for p in self._free[s].values() if p.whole), None)
+            if piece is not None:
+                self._remove(piece)
+                self._held -= piece.size
+            self._torn = False
+
+    def own(self, x: torch.Tensor) -> torch.Tensor:
+        """A result that nobody else holds, as a tensor over the same memory, which is the pool's from here on."""
+        storage = x.untyped_storage()
+        if storage.nbytes() < SMALL or x.storage_offset():
+            return x
+        segment = torch.empty(0, dtype=torch.uint8, device="cpu").set_(storage)
+        with self._lock:
+            self._begin()
+            piece = _Piece(segment, segment.numpy(), self._returned)
+            self._held += piece.size
+            self._used += piece.size
+            self._most = max(self._most, self._used)
+            if self._held > self._bound():
+                self._shrink(MAX_AGE, self._bound() - self._used)
+            self._torn = False
+        return self._over(piece, piece.size, x.size(), x.stride(), x.dtype)
 
     def trim(self, max_age: float = 0.0, limit_bytes: int = 0) -> int:
         """Give free segments back to the system: those unused for `max_age` seconds, and the oldest of the others

@@ -128,7 +128,7 @@ class Program:
         self.frames: dict[tuple[tuple[int, ...], int], Frame] = {}
         namespace: dict[str, Any] = {
             "torch": torch, "math": math, "enter": self.enter, "leave": self.leave, "view": compat.reinterpret_tensor,
-            "empty": compat.empty_strided_cpu, "new": new, "adopt": adopt,
+            "empty": compat.empty_strided_cpu, "new": new, "adopt": adopt, "lend": POOL.lend, "own": POOL.own,
             "fail": self.fail, "threads": threads, "interpret": self.interpret, **host.objects,
         }  # fmt: skip
         namespace.update({f"run{i}": f for i, f in enumerate(functions)})

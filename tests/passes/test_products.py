@@ -20,7 +20,10 @@ from minifuse.ir.verify import verify_plan
 from minifuse.options import Options
 from minifuse.passes.context import CompileContext
 from minifuse.passes.lower.graph import lower
+from minifuse.records import RECORDS
 from minifuse.runtime import measure
+from minifuse.runtime.pool import SMALL
+from minifuse.runtime.program import POOL
 from tests.judge import compiled, externs, same
 
 pytestmark = pytest.mark.skipif(compat.LINEAR is None, reason="this torch was built without oneDNN")
@@ -116,6 +119,21 @@ def test_a_step_uses_it_both_ways_and_its_sizes_may_change(monkeypatch: pytest.M
             same(g, w)
     used = externs()
     assert used.count(ONEDNN) == 4 + 2 + 4 and used.count("aten.mm.default") == 2 + 4 + 2
+
+
+def test_a_large_result_is_the_pools_and_a_small_one_torchs(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("minifuse.backend.cpu_model", lambda _: replace(CPU, onednn=1.2))
+    x, w = torch.randn(1024, 512), torch.randn(512, 512) / 512**0.5
+    for rows, ours in ((1024, SMALL), (300, 0)):
+        run = compiled(lambda x, w: (x @ w).relu() @ w, {"device_model": "auto"}, dynamic=False)
+        given = x[:rows].contiguous()
+        same(run(given, w), (given @ w).relu() @ w, tolerance=1e-4)
+        text = RECORDS[-1].stages["program"].source
+        assert ("lend(" in text) == ("own(" in text) == bool(ours) and externs().count(ONEDNN) == 2
+        before = POOL.used_bytes
+        out = run(given, w)
+        assert POOL.used_bytes - before == (out.nbytes if ours else 0)
+        del out
 
 
 def test_a_machine_says_once_which_library_is_faster(

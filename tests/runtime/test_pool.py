@@ -197,6 +197,46 @@ def test_trim_gives_unused_segments_back_and_leaves_used_ones() -> None:
     held.release()
 
 
+def test_an_operators_result_takes_the_place_of_a_free_segment() -> None:
+    pool = Pool()
+    for _ in range(3):
+        mine = pool.tensor((SMALL,), (1,), torch.uint8)
+        held = pool.held_bytes
+        del mine
+        pool.lend(SMALL)
+        assert pool.held_bytes == held - SMALL
+        made = torch.arange(SMALL // 4, dtype=torch.float32).view(-1, 64)
+        address = made.data_ptr()
+        result = pool.own(made)
+        del made
+        assert (pool.held_bytes, pool.used_bytes) == (held, SMALL)
+        assert result.data_ptr() == address and result.shape == (SMALL // 256, 64) and result.stride() == (64, 1)
+        assert torch.equal(result.flatten(), torch.arange(SMALL // 4, dtype=torch.float32))
+        view = result[1:]
+        del result
+        assert pool.free_bytes == 0  # a view holds it
+        del view
+        assert pool.free_bytes == SMALL
+        again = pool.tensor((SMALL,), (1,), torch.uint8)
+        assert again.data_ptr() == address
+        del again
+
+
+def test_what_is_small_or_in_use_or_of_another_size_is_not_lent() -> None:
+    pool = Pool()
+    used, free = (pool.tensor((4 * SMALL,), (1,), torch.uint8) for _ in range(2))
+    del free
+    held = pool.held_bytes
+    for nbytes in (0, 64, SMALL - 1, SMALL, 2 * SMALL, 5 * SMALL):
+        pool.lend(nbytes)
+        assert pool.held_bytes == held
+    pool.lend(4 * SMALL)
+    pool.lend(4 * SMALL)
+    assert pool.held_bytes == held - 4 * SMALL and used.numel() == 4 * SMALL
+    small, part = torch.ones(8), torch.ones(SMALL + 1)[1:]
+    assert pool.own(small) is small and pool.own(part) is part
+
+
 def test_memory_beyond_the_limit_goes_back_when_more_is_asked() -> None:
     pool = Pool(limit_bytes=1 << 16)
     pool.lease(1 << 20).release()
