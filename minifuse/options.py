@@ -62,7 +62,8 @@ class Options:
     the path of a JSON file of them."""
 
     device_model: str = "auto"
-    """Whose rates price fusions and recomputation: `auto` (the GPU's by its name; the CPU's, measured once and kept in
+    """Whose rates price fusions and recomputation, and on a CPU choose the library of matrix products (a named model
+    leaves them to ATen): `auto` (the GPU's by its name; the CPU's, measured once and kept in
     the cache directory), or by name: `cpu` (a server of two cores), `A100`, `H100`, `H200`, `B200`, `MI300X`.
     Unset: `$MINIFUSE_DEVICE_MODEL`, else `auto`."""
 

@@ -104,7 +104,8 @@ class CompiledGraph(compat.OutputCode):
 
 class _Pickler(pickle.Pickler):
     """What pickle cannot name, operators, and what is another in another process: the user's `lines`, `file:line code`
-    of each node. A text that names one is written as what stands around it and the number of the first such node."""
+    of each node. A text that names some is written as what stands around them and the number of the first node of each.
+    """
 
     def __init__(self, file: io.BytesIO, lines: tuple[str, ...]) -> None:
         super().__init__(file, pickle.HIGHEST_PROTOCOL)
@@ -114,13 +115,15 @@ class _Pickler(pickle.Pickler):
     def persistent_id(self, value: Any) -> str | None:
         if type(value) is not str or ":" not in value:
             return None
+        parts: list[str | tuple[int, bool]] = []
+        at = 0
         for found in _PLACE.finditer(value):
             k = self.first.get(found[0])
-            if k is not None:
-                line = self.lines[k]
-                text = line if value.startswith(line, found.start()) else found[0]
-                return json.dumps([value[: found.start()], k, text, value[found.start() + len(text) :]])
-        return None
+            if k is not None and found.start() >= at:
+                whole = value.startswith(self.lines[k], found.start())
+                parts += [value[at : found.start()], (k, whole)]
+                at = found.start() + len(self.lines[k] if whole else found[0])
+        return json.dumps([*parts, value[at:]]) if parts else None
 
     def reducer_override(self, value: Any) -> Any:
         if isinstance(value, compat.OpOverload):
@@ -136,9 +139,10 @@ class _Unpickler(pickle.Unpickler):
         self.lines = lines
 
     def persistent_load(self, pid: str) -> str:
-        before, k, text, after = json.loads(pid)
-        line = self.lines[k]
-        return before + (line if " " in text else line.partition(" ")[0]) + after
+        return "".join(part if isinstance(part, str) else self.line(*part) for part in json.loads(pid))
+
+    def line(self, k: int, whole: bool) -> str:
+        return self.lines[k] if whole else self.lines[k].partition(" ")[0]
 
 
 def _operator(namespace: str, name: str, overload: str) -> Any:

@@ -10,7 +10,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from benchmarks import cpu, instructions, models, peak
+from benchmarks import cpu, instructions, models, peak, products
 from benchmarks.harness import Board
 from minifuse.passes.join import peak as live
 from minifuse.passes.memory import most_alive
@@ -72,3 +72,21 @@ def test_the_means_of_training_are_held_to_their_own_target() -> None:
     assert table.short() == []
     table.rows["geometric mean, training"]["vs inductor"] = 1.05
     assert table.short() == ["geometric mean, training"]
+
+
+@pytest.mark.parametrize("kind", ["layer", "input", "weight"])
+def test_the_forms_of_a_product_compute_the_same(kind: str) -> None:
+    agree(products.product(kind, 24, 40, 56), (24, 56))
+
+
+def test_the_forms_of_a_convolution_compute_the_same() -> None:
+    agree(products.convolution(2, 8, 12, 16, 3, 4), (2, 16, 12, 12))
+
+
+def agree(calls: products.Calls, shape: tuple[int, ...]) -> None:
+    with torch.no_grad():
+        found = {name: call() for name, call in calls.items()}
+    assert len(found) >= 2
+    for result in found.values():
+        assert result.shape == shape
+        torch.testing.assert_close(result, found["eager"], rtol=1e-4, atol=1e-4)

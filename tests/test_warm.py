@@ -107,6 +107,29 @@ def test_a_graph_from_the_disk_has_the_lines_of_who_asks(folder: str) -> None:
     assert f"test_warm.py:{here.__code__.co_firstlineno + 1}" not in str(reports[1].to_json())
 
 
+def before(x: torch.Tensor) -> torch.Tensor:
+    total = x.exp().sum(-1)
+    return (x.sin() @ x).sum(-1) + total
+
+
+def behind(x: torch.Tensor) -> torch.Tensor:
+    total = x.exp().sum(-1)
+    return (x.sin() @ x).sum(-1) + total
+
+
+def test_a_decision_about_two_lines_has_both_of_who_asks(folder: str) -> None:
+    x, said = torch.randn(32, 32), []
+    for fn in (before, behind):
+        torch._dynamo.reset()
+        torch.compile(fn, backend="minifuse", options={"plan_cache": True, "cache_dir": folder})(x)
+        said.append([d.where for d in minifuse.reports()[-1].decisions])
+    assert [r.record.warm for r in minifuse.reports()[-2:]] == [False, True]
+    first, second = (fn.__code__.co_firstlineno for fn in (before, behind))
+    assert any(where.count("test_warm.py:") == 2 for where in said[0])
+    assert said[1] == [where.replace(f":{first + 1} ", f":{second + 1} ").replace(f":{first + 2} ", f":{second + 2} ")
+                       for where in said[0]]  # fmt: skip
+
+
 def test_another_process_compiles_nothing(folder: str) -> None:
     text = f"""
         import torch, minifuse

@@ -37,13 +37,13 @@ PRODUCT = (256, 1024, 2048)
 def cpu_model(cache_dir: str | None) -> DeviceModel:
     """The rates of this machine's CPU: read from the cache directory, else measured (about a second) and written.
 
-    What is kept is found by the processor, the text of this module and, but for the library that multiplies (no number
-    may change with threads), torch's number of threads.
+    What is kept is found by the processor, torch's version, the text of this module and, but for the library that
+    multiplies (no number may change with threads), torch's number of threads.
     """
     cache = DiskCache(cache_dir)
-    text = Path(__file__).read_text()
-    model = _kept(cache, "device", [_processor(), str(torch.get_num_threads()), text], lambda: asdict(measure()))
-    return replace(DeviceModel.from_json(model), onednn=_kept(cache, "products", [_processor(), text], onednn))
+    parts = [_processor(), torch.__version__, Path(__file__).read_text()]
+    model = _kept(cache, "device", [*parts, str(torch.get_num_threads())], lambda: asdict(measure()))
+    return replace(DeviceModel.from_json(model), onednn=_kept(cache, "products", parts, onednn))
 
 
 def _kept(cache: DiskCache, name: str, parts: Sequence[str], measured: Callable[[], Any]) -> Any:
