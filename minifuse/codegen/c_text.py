@@ -51,7 +51,7 @@ def literal(value: object, dtype: torch.dtype) -> str:
     if math.isinf(value):
         return f"{'-' if value < 0 else ''}__builtin_inf{suffix}()"
     if dtype is not torch.float64:
-        value = float(torch.tensor(value, dtype=dtype, device="cpu").item())
+        value = dtypes.rounded(value, dtype)
         if math.isinf(value):
             return f"{'-' if value < 0 else ''}__builtin_inff()"
     text = value.hex() + suffix

@@ -47,8 +47,7 @@ def literal(value: object, dtype: torch.dtype) -> str:
         if math.isnan(value) or math.isinf(value):
             return f'float("{value}")'
         if dtypes.is_half(dtype):
-            value = torch.tensor(value, dtype=dtype, device="cpu").item()
-            return literal(value, torch.float32)
+            return literal(dtypes.rounded(value, dtype), torch.float32)
     return repr(value)
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ctypes
 from dataclasses import dataclass
 
 import torch
@@ -66,6 +67,15 @@ def is_float(dtype: torch.dtype) -> bool:
 def is_half(dtype: torch.dtype) -> bool:
     """Whether values of a floating dtype are held in float32, rounded to the dtype."""
     return is_float(dtype) and itemsize(dtype) < 4
+
+
+def rounded(value: float, dtype: torch.dtype) -> float:
+    """The number of a floating dtype that is nearest to a float."""
+    if dtype is torch.float64:
+        return value
+    if dtype is torch.float32:
+        return ctypes.c_float(value).value  # a tensor takes a millisecond where fake ones are made
+    return float(torch.tensor(value, dtype=dtype, device="cpu").item())
 
 
 @dataclass(frozen=True)

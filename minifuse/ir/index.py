@@ -24,6 +24,10 @@ _exprs: weakref.WeakValueDictionary[tuple, Expr] = weakref.WeakValueDictionary()
 _atoms: weakref.WeakValueDictionary[tuple, Atom] = weakref.WeakValueDictionary()
 _serial = itertools.count()
 
+# Expressions are interned and never change, and layers repeat: of what is asked of them in a compile, some fiftieth is
+# asked for the first time.
+_remembered = functools.lru_cache(maxsize=1 << 14)
+
 
 class _Atom:
     """What the four kinds of atoms share: a sort key, and arithmetic through `Expr`."""
@@ -214,12 +218,7 @@ class Expr:
         other = as_expr(other)
         if not other.terms:
             return self
-        if not self.terms:
-            return other
-        terms = dict(self.terms)
-        for mono, coef in other.terms:
-            terms[mono] = terms.get(mono, 0) + coef
-        return Expr.of(terms)
+        return _sum(self, other) if self.terms else other
 
     __radd__ = __add__
 
@@ -236,14 +235,7 @@ class Expr:
         other = as_expr(other)
         if other is ONE or not self.terms:
             return self
-        if self is ONE or not other.terms:
-            return other
-        terms: dict[Monomial, int] = {}
-        for m1, c1 in self.terms:
-            for m2, c2 in other.terms:
-                mono = tuple(sorted(m1 + m2, key=_order)) if m1 and m2 else m1 + m2
-                terms[mono] = terms.get(mono, 0) + c1 * c2
-        return Expr.of(terms)
+        return other if self is ONE or not other.terms else _product(self, other)
 
     __rmul__ = __mul__
 
@@ -257,18 +249,7 @@ class Expr:
         """Replace symbols and axes; the result is simplified anew."""
         if not env or self.atoms().isdisjoint(env):
             return self
-        total = ZERO
-        for mono, coef in self.terms:
-            product = as_expr(coef)
-            for a in mono:
-                if isinstance(a, FloorDiv):
-                    product = product * (a.num.substitute(env) // a.den.substitute(env))
-                elif isinstance(a, Mod):
-                    product = product * (a.num.substitute(env) % a.den.substitute(env))
-                else:
-                    product = product * env.get(a, a.expr)
-            total = total + product
-        return total
+        return _substitute(self, tuple(env.items()))
 
     def evaluate(self, env: Mapping[str, int]) -> int:
         """The value with symbols and axes given by name. Raises KeyError naming a missing one."""
@@ -338,6 +319,41 @@ class Expr:
         return None if least <= _UNBOUNDED // 2 else -least  # an infinite end, whatever was added to it
 
 
+@_remembered
+def _sum(a: Expr, b: Expr) -> Expr:
+    terms = dict(a.terms)
+    for mono, coef in b.terms:
+        terms[mono] = terms.get(mono, 0) + coef
+    return Expr.of(terms)
+
+
+@_remembered
+def _product(a: Expr, b: Expr) -> Expr:
+    terms: dict[Monomial, int] = {}
+    for m1, c1 in a.terms:
+        for m2, c2 in b.terms:
+            mono = tuple(sorted(m1 + m2, key=_order)) if m1 and m2 else m1 + m2
+            terms[mono] = terms.get(mono, 0) + c1 * c2
+    return Expr.of(terms)
+
+
+@_remembered
+def _substitute(e: Expr, pairs: tuple[tuple[Atom, Expr], ...]) -> Expr:
+    env = dict(pairs)
+    total = ZERO
+    for mono, coef in e.terms:
+        product = as_expr(coef)
+        for a in mono:
+            if isinstance(a, FloorDiv):
+                product = product * (a.num.substitute(env) // a.den.substitute(env))
+            elif isinstance(a, Mod):
+                product = product * (a.num.substitute(env) % a.den.substitute(env))
+            else:
+                product = product * env.get(a, a.expr)
+        total = total + product
+    return total
+
+
 def as_expr(x: IntLike) -> Expr:
     return x if isinstance(x, Expr) else _constant(x)
 
@@ -404,6 +420,7 @@ def _ends(a: _Atom) -> tuple[int, int] | None:
     return None
 
 
+@_remembered
 def _bound(e: Expr, low: bool) -> Expr | None:
     total = ZERO
     for mono, coef in e.terms:
@@ -432,6 +449,7 @@ def _bound(e: Expr, low: bool) -> Expr | None:
     return total
 
 
+@_remembered
 def divmod_expr(num: Expr, den: Expr) -> tuple[Expr, Expr]:
     """Floor division and remainder, simplified by the ranges of axes and symbols.
 

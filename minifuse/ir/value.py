@@ -6,7 +6,6 @@ Every constructor checks what it is given; a wrong value cannot exist.
 
 from __future__ import annotations
 
-import ctypes
 import weakref
 from collections.abc import Callable, Iterable, Mapping
 from typing import Any, Literal, TypeVar
@@ -223,7 +222,8 @@ class Cast(Value):
         if dtypes.is_half(dtype) and isinstance(arg, Cast) and arg.arg.dtype is dtype and arg.dtype is torch.float32:
             return arg.arg  # widening is exact, so rounding again gives the same number
         if isinstance(arg, Const) and (not dtypes.is_half(dtype)) and _const_casts(arg.value, dtype):
-            return Const.of(_round_const(arg.value, arg.dtype), dtype)
+            held = dtypes.rounded(arg.value, arg.dtype) if isinstance(arg.value, float) else arg.value
+            return Const.of(held, dtype)
         return Cast._make((arg,), dtype, arg.axes)
 
     arg: Value = _field(0)
@@ -237,14 +237,6 @@ def _const_casts(value: Any, dtype: torch.dtype) -> bool:
     if dtypes.is_float(dtype) or dtype is torch.bool:
         return True
     return not isinstance(value, float) or (value == value and abs(value) < 2**31)
-
-
-def _round_const(value: Any, dtype: torch.dtype) -> Any:
-    if not isinstance(value, float) or dtype is torch.float64:
-        return value
-    if dtype is torch.float32:
-        return ctypes.c_float(value).value  # a tensor takes a millisecond where fake ones are made
-    return torch.tensor(value, dtype=dtype, device="cpu").item()
 
 
 RandomKind = Literal["uniform", "normal", "bits"]

@@ -241,10 +241,10 @@ class Group:
         self.cost, self.size = self.cost + other.cost, self.size + other.size
         self.instructions += other.instructions
         self.pure, self.whole = self.pure and other.pure, self.whole and other.whole
-        if self.copies or other.copies:  # a value is computed once in a kernel, whoever brought it
+        self.copies = self.copies or other.copies
+        if self.copies and not set(self.nodes).isdisjoint(other.nodes):
             self.nodes = tuple(dict.fromkeys(self.nodes + other.nodes))
-            self.copies = True
-            self.survey()
+            self.survey()  # a value is computed once in a kernel, whoever brought it
         else:
             self.nodes = self.nodes + other.nodes
         if other.last > self.last:
