@@ -24,8 +24,7 @@ _exprs: weakref.WeakValueDictionary[tuple, Expr] = weakref.WeakValueDictionary()
 _atoms: weakref.WeakValueDictionary[tuple, Atom] = weakref.WeakValueDictionary()
 _serial = itertools.count()
 
-# Expressions are interned and never change, and layers repeat: of what is asked of them in a compile, some fiftieth is
-# asked for the first time.
+# Layers repeat: of what a compile asks of expressions, some fiftieth is asked for the first time.
 _remembered = functools.lru_cache(maxsize=1 << 14)
 
 
@@ -214,11 +213,12 @@ class Expr:
         return Expr.of(out)
 
     # -- arithmetic ------------------------------------------------------------------------------
+    @_remembered
     def __add__(self, other: IntLike) -> Expr:
-        other = as_expr(other)
-        if not other.terms:
-            return self
-        return _sum(self, other) if self.terms else other
+        terms = dict(self.terms)
+        for mono, coef in as_expr(other).terms:
+            terms[mono] = terms.get(mono, 0) + coef
+        return Expr.of(terms)
 
     __radd__ = __add__
 
@@ -231,11 +231,14 @@ class Expr:
     def __rsub__(self, other: IntLike) -> Expr:
         return as_expr(other) - self
 
+    @_remembered
     def __mul__(self, other: IntLike) -> Expr:
-        other = as_expr(other)
-        if other is ONE or not self.terms:
-            return self
-        return other if self is ONE or not other.terms else _product(self, other)
+        terms: dict[Monomial, int] = {}
+        for m1, c1 in self.terms:
+            for m2, c2 in as_expr(other).terms:
+                mono = tuple(sorted(m1 + m2, key=_order)) if m1 and m2 else m1 + m2
+                terms[mono] = terms.get(mono, 0) + c1 * c2
+        return Expr.of(terms)
 
     __rmul__ = __mul__
 
@@ -247,9 +250,7 @@ class Expr:
 
     def substitute(self, env: Mapping[Atom, Expr]) -> Expr:
         """Replace symbols and axes; the result is simplified anew."""
-        if not env or self.atoms().isdisjoint(env):
-            return self
-        return _substitute(self, tuple(env.items()))
+        return self if not env or self.atoms().isdisjoint(env) else _substitute(self, tuple(env.items()))
 
     def evaluate(self, env: Mapping[str, int]) -> int:
         """The value with symbols and axes given by name. Raises KeyError naming a missing one."""
@@ -317,24 +318,6 @@ class Expr:
             return None
         least = _min_value(-high)
         return None if least <= _UNBOUNDED // 2 else -least  # an infinite end, whatever was added to it
-
-
-@_remembered
-def _sum(a: Expr, b: Expr) -> Expr:
-    terms = dict(a.terms)
-    for mono, coef in b.terms:
-        terms[mono] = terms.get(mono, 0) + coef
-    return Expr.of(terms)
-
-
-@_remembered
-def _product(a: Expr, b: Expr) -> Expr:
-    terms: dict[Monomial, int] = {}
-    for m1, c1 in a.terms:
-        for m2, c2 in b.terms:
-            mono = tuple(sorted(m1 + m2, key=_order)) if m1 and m2 else m1 + m2
-            terms[mono] = terms.get(mono, 0) + c1 * c2
-    return Expr.of(terms)
 
 
 @_remembered
@@ -511,7 +494,6 @@ def _opaque_divmod(quotient: Expr, r: Expr, den: Expr) -> tuple[Expr, Expr]:
     atom = r.atom
     if isinstance(atom, FloorDiv) and r.is_nonneg():
         return quotient + atom.num // (atom.den * den), Mod(r, den).expr
-    if isinstance(atom, Mod) and atom.den.is_const and den.is_const:
-        if atom.den.value % den.value == 0:
-            return quotient + FloorDiv(r, den).expr, atom.num % den
+    if isinstance(atom, Mod) and atom.den.is_const and den.is_const and atom.den.value % den.value == 0:
+        return quotient + FloorDiv(r, den).expr, atom.num % den
     return quotient + FloorDiv(r, den).expr, Mod(r, den).expr
