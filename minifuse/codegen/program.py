@@ -118,9 +118,8 @@ class _Writer:
     # -- the text --------------------------------------------------------------------------------
     def write(self) -> HostProgram:
         plan = self.plan
-        late = unknown_at_start(plan)
+        late, used = self.late, self.used_symbols
         names = [self.var(n) for n in plan.inputs]
-        used = self.used_symbols()
         out = self.lines
         if names:
             out.append(f"({', '.join(names)},) = args")
@@ -130,7 +129,7 @@ class _Writer:
                 out.append(f"sym_{name} = {self.source(symbol.source, name)}")
         key = tuple(sorted(n for n in used if n not in late))
         mark = len(out)
-        self.steps(late)
+        self.steps()
         body = out[mark:]
         del out[mark:]
         body.append(f"return ({', '.join(self.outputs())}{',' if len(plan.outputs) == 1 else ''})")
@@ -154,6 +153,12 @@ class _Writer:
             raise ValueError(f"nothing in the inputs of {self.plan.name} gives the size {name}")
         return re.sub(r"\b([A-Za-z_]\w*)\b", lambda m: f"sym_{m[1]}" if m[1] in self.plan.symbols else m[1], source)
 
+    @cached_property
+    def late(self) -> set[str]:
+        """The sizes that are known only when some step has run."""
+        return unknown_at_start(self.plan)
+
+    @cached_property
     def used_symbols(self) -> set[str]:
         outputs = self.plan.outputs
         exprs = [o for o in outputs if isinstance(o, Expr)]
@@ -176,7 +181,7 @@ class _Writer:
             found |= more
         return found
 
-    def steps(self, late: set[str]) -> None:
+    def steps(self) -> None:
         plan, out = self.plan, self.lines
         done_runs: set[int] = set()
         made = set(plan.inputs) | {n for n, b in plan.buffers.items() if b.storage == "constant"}
@@ -210,7 +215,7 @@ class _Writer:
                     out.append(f"P[{k}] = {self.address(name)}")
             launches = ", ".join(plan.steps[j].name for j, _ in self.members(run))  # type: ignore[union-attr]
             for k, symbol in enumerate(self.unit_symbols):
-                if symbol in late & self.known:
+                if symbol in self.late & self.known:
                     out.append(f"frame.sizes[{k}] = sym_{symbol}")
             threads = "1" if self.threads and self.threads[run] == 1 else "threads()"
             out.append(f"error = run{run}(P, frame.sizes, {threads})  # {launches}")
@@ -323,11 +328,11 @@ class _Writer:
 
     def derive(self, known: set[str]) -> None:
         """Sizes that are computed from ones that a step has just defined."""
-        late = unknown_at_start(self.plan)
+        late = self.late
         self.known |= known
         while more := [
             n
-            for n in self.used_symbols() & late - self.known
+            for n in self.used_symbols & late - self.known
             if self.plan.symbols[n].source and self.plan.symbols[n].mentions(late) <= self.known
         ]:
             for n in sorted(more):

@@ -69,7 +69,7 @@ def measure() -> DeviceModel:
         # half of a level, so that all of it stays there
         levels.append(Level(name, nbytes, _copy_rate(min(int(nbytes) // 4, LARGEST_COPY))))
         largest = nbytes
-    levels.append(Level("DRAM", UNBOUNDED, _copy_rate(min(max(int(4 * largest), 1 << 26), LARGEST_COPY))))
+    levels.append(Level("DRAM", UNBOUNDED, _copy_rate(min(max(int(2 * largest), 1 << 26), LARGEST_COPY))))
     for k in range(len(levels) - 2, -1, -1):  # no level is slower than the next one
         levels[k] = replace(levels[k], rate=max(levels[k].rate, levels[k + 1].rate))
     a, b, one = (torch.ones(*shape, device="cpu") for shape in ((512, 512), (512, 512), (16,)))
