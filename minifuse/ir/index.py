@@ -205,8 +205,7 @@ class Expr:
                 rest.remove(axis)
                 if axis in rest:
                     return None
-                out[tuple(rest)] = coef
-                mono = tuple(rest)
+                out[mono := tuple(rest)] = coef
             for a in mono:
                 if isinstance(a, (FloorDiv, Mod)) and axis in a.num.atoms() | a.den.atoms():
                     return None
@@ -313,10 +312,7 @@ class Expr:
 
     def max_value(self) -> int | None:
         """The largest value over all axes and symbols, or None when unbounded."""
-        high = self.upper()
-        if high is None:
-            return None
-        least = _min_value(-high)
+        least = _UNBOUNDED if (high := self.upper()) is None else _min_value(-high)
         return None if least <= _UNBOUNDED // 2 else -least  # an infinite end, whatever was added to it
 
 
@@ -432,6 +428,11 @@ def _bound(e: Expr, low: bool) -> Expr | None:
     return total
 
 
+def _below(e: Expr, n: IntLike) -> bool:
+    """Whether `0 <= e < n` for every value of its axes and symbols."""
+    return e.is_nonneg() and (top := e.upper()) is not None and (n - 1 - top).is_nonneg()
+
+
 @_remembered
 def divmod_expr(num: Expr, den: Expr) -> tuple[Expr, Expr]:
     """Floor division and remainder, simplified by the ranges of axes and symbols.
@@ -478,17 +479,16 @@ def _opaque_divmod(quotient: Expr, r: Expr, den: Expr) -> tuple[Expr, Expr]:
         return quotient, ZERO
     if not den.is_nonneg():
         return quotient + FloorDiv(r, den).expr, Mod(r, den).expr
-    if r.is_nonneg():
-        top = r.upper()
-        if top is not None and (den - 1 - top).is_nonneg():
-            return quotient, r
+    if _below(r, den):
+        return quotient, r
+    if _below(r + den, den):
+        return quotient - 1, r + den
     scale = abs(den.terms[0][1]) if len(den.terms) == 1 else 1
     for g in sorted({gcd(scale, c) for _, c in r.terms} - {1}, reverse=True):
         # g*A + B with 0 <= B < g: the low part B never carries into the quotient
         high = Expr.of({m: c // g for m, c in r.terms if c % g == 0})
         low = Expr.of({m: c for m, c in r.terms if c % g})
-        top = low.upper()
-        if low.is_nonneg() and top is not None and (g - 1 - top).is_nonneg():
+        if _below(low, g):
             q, m = divmod_expr(high, Expr.of({den.terms[0][0]: den.terms[0][1] // g}))
             return quotient + q, m * g + low
     atom = r.atom

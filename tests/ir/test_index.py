@@ -140,6 +140,7 @@ def test_delinearize_of_a_linear_index_gives_the_axes_back():
 S = Sym("s0", 1)
 I, J, K = Axis("i", 32), Axis("j", 768), Axis("k", S.expr)  # noqa: E741
 i, j, k, s = I.expr, J.expr, K.expr, S.expr
+square = Axis("n", s * s).expr
 
 
 @pytest.mark.parametrize(
@@ -151,6 +152,10 @@ i, j, k, s = I.expr, J.expr, K.expr, S.expr
         ((1536 * i + 2 * j) // 2, 768 * i + j),
         ((i * s + k) // s, i),
         ((i * s + k) % s, k),
+        ((i * s - 1) // s, i - 1),
+        ((i * s - 1) % s, s - 1),
+        ((square // s) % s, square // s),
+        (s * ((square // s) % s) + square % s, square),
         (j // 768, ZERO),
         (j % 768, j),
         (j // 1, j),
