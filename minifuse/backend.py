@@ -34,6 +34,7 @@ from .passes.decompose import RESIZING, Decompositions
 from .passes.fuse import landed
 from .passes.lower import lower
 from .passes.lower.externs import expected
+from .passes.lower.nodes import source_line
 from .passes.lower.pointwise import ROWS
 from .passes.lower.structural import STRUCTURAL
 from .passes.normalise import replace_random
@@ -200,6 +201,8 @@ class Graph:
                 return boxed(gm)
             plan = make_plan(gm.graph, ctx, strides)
             report_fallbacks(plan, ctx)
+            if stage != "backward":
+                report_sizes(gm, ctx)
             finish = begin([(plan, ctx)])
             record = Record(
                 ctx.name, stage, ctx.stages, ctx.decisions, ctx.seconds, options=self.options, device=ctx.device
@@ -301,6 +304,21 @@ def report_fallbacks(plan: Plan, ctx: CompileContext) -> None:
             continue
         warned.add(target)
         say_fallback(ctx, f"minifuse hands {target} to PyTorch: {step.reason}", where)
+
+
+def report_sizes(gm: fx.GraphModule, ctx: CompileContext) -> None:
+    """Record which sizes a graph is compiled for all of, and which of them a line has made a number or another size."""
+    lines = {source_line(n) for n in gm.graph.nodes}
+    for s in compat.traced_sizes():
+        span = f"{s.low} and more" if s.high is None else f"{s.low} to {s.high}"
+        free, fixed = (
+            "one kernel for {span}, planned for {hint}",
+            "fixed at {became}, for others the graph is compiled anew",
+        )
+        # the number of a line that no operator comes from is not known when the graph is read from the cache
+        where = s.where if s.where in lines else re.sub(r":\d+", ":", s.where, count=1)
+        ctx.record("size", s.source, taken=not s.fixed, reason=fixed if s.fixed else free, where=where, span=span,
+                   hint=s.hint, became=s.fixed)  # fmt: skip
 
 
 def report_interpreted(ctx: CompileContext) -> None:

@@ -8,11 +8,12 @@ from __future__ import annotations
 import functools
 import inspect
 import pickle
+import re
 import threading
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, MutableMapping, Sequence
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, NamedTuple
 
 import sympy  # type: ignore[import-untyped]
 import torch
@@ -157,6 +158,41 @@ def _bounds(found: Any) -> tuple[int, int | None]:
     low = int(found.lower) if found.lower.is_Integer else -(2**62)
     high = int(found.upper) if found.upper.is_Integer and int(found.upper) < 2**40 else None
     return low, high
+
+
+class TracedSize(NamedTuple):
+    """A size that a graph was captured with as a symbol: where a call finds it, the value that it was traced with, its
+    range (`high` None: unbounded), the number or the other size that a guard made of it, and the line that did."""
+
+    source: str
+    hint: int
+    low: int
+    high: int | None
+    fixed: str
+    where: str
+
+
+def traced_sizes() -> list[TracedSize]:
+    """Those of the graph that is being compiled."""
+    context = TracingContext.try_get()
+    env = None if context is None or context.fake_mode is None else context.fake_mode.shape_env
+    if env is None:
+        return []
+    names = {symbol: sympy.Symbol(_source(given[0].name)) for symbol, given in env.var_to_sources.items() if given}
+    found = []
+    for symbol, name in names.items():
+        fixed = env.replacements.get(symbol)
+        line = getattr(env.replacements_slocs.get(symbol), "maybe_user_loc", None)
+        place = re.fullmatch(r"(.*?)\s*# (?:.*/)?([^/]+:\d+) in .*", line or "")
+        where = "" if place is None else f"{place[2]} {place[1]}"
+        became = "" if fixed is None else str(fixed.xreplace(names))
+        found.append(TracedSize(str(name), _hint(symbol, env), *_range(symbol, env), became, where))
+    return found
+
+
+def _source(name: str) -> str:
+    """Dynamo's name of a source as users write it: `x.size(0)` for `L['x'].size()[0]`."""
+    return re.sub(r"(size|stride)\(\)\[(\d+)\]", r"\1(\2)", re.sub(r"\b[LG]\['(\w+)'\]", r"\1", name))
 
 
 def symbol_names(s: Any) -> set[str]:

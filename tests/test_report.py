@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import re
 from collections.abc import Iterator
 
 import pytest
@@ -162,3 +163,25 @@ def test_the_page_is_one_file_and_escapes_what_the_user_wrote() -> None:
     assert "<script" not in page
     assert "http" not in page
     assert r.launches[0].name in page
+
+
+def test_the_sizes_that_are_free_and_those_that_a_line_fixed_are_named() -> None:
+    def rows(x: Tensor, w: Tensor) -> Tensor:
+        if x.shape[0] == 16:
+            x = x + 1
+        return x.reshape(-1, 8) * w
+
+    torch.compile(rows, backend="minifuse", dynamic=True)(torch.randn(16, 24), torch.randn(8))
+    (report,) = minifuse.reports()
+    sizes = {d.subject[0]: d for d in report.decisions if d.rule == "size"}
+    assert {name: d.taken for name, d in sizes.items()} == {"x.size(0)": False, "x.size(1)": True, "w.size(0)": False}
+    assert sizes["x.size(0)"].facts["became"] == "16"
+    assert sizes["x.size(0)"].where == "test_report.py: if x.shape[0] == 16:"
+    assert re.fullmatch(r"test_report.py:\d+ return x.reshape\(-1, 8\) \* w", sizes["w.size(0)"].where)
+    assert "x.size(1): one kernel for 2 and more, planned for 24" in str(report)
+
+
+def test_a_graph_whose_sizes_are_all_fixed_lists_none() -> None:
+    torch.compile(lambda x: x.cos(), backend="minifuse", dynamic=False)(torch.randn(16))
+    (report,) = minifuse.reports()
+    assert not [d for d in report.decisions if d.rule == "size"]

@@ -328,12 +328,11 @@ class _Writer:
 
     def derive(self, known: set[str]) -> None:
         """Sizes that are computed from ones that a step has just defined."""
-        late = self.late
         self.known |= known
         while more := [
             n
-            for n in self.used_symbols & late - self.known
-            if self.plan.symbols[n].source and self.plan.symbols[n].mentions(late) <= self.known
+            for n in self.used_symbols & self.late - self.known
+            if self.plan.symbols[n].source and self.plan.symbols[n].mentions(self.late) <= self.known
         ]:
             for n in sorted(more):
                 self.lines.append(f"sym_{n} = {self.source(self.plan.symbols[n].source, n)}")

@@ -40,6 +40,7 @@ WIDTH = 120
 KERNELS_SHOWN = 8
 EXTERNS_SHOWN = 4
 REFUSALS_SHOWN = 4
+SIZES_SHOWN = 4
 
 
 @dataclass(frozen=True)
@@ -269,6 +270,10 @@ class Report:
         spent = [(phase, s) for phase, s in sorted(self.seconds.items(), key=lambda item: -item[1]) if s >= total / 200]
         how = "read from the cache" if self.record.warm else "compiled"
         lines.append(f"{how} in {total:.2f} s: " + ", ".join(f"{phase} {1e3 * s:.0f} ms" for phase, s in spent))
+        sizes = [f"{d.subject[0]}: {d.words} {d.where}" for d in self.decisions if d.rule == "size"]
+        lines += [_clip(line, WIDTH) for line in sizes[:SIZES_SHOWN]]
+        if len(sizes) > SIZES_SHOWN:
+            lines.append(f"{len(sizes) - SIZES_SHOWN} sizes more")
         if self.interpreted:
             lines.append(f"interpreted, slowly: {', '.join(self.interpreted)}")
         return lines
