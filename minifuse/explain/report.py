@@ -167,8 +167,8 @@ class Report:
 
     @property
     def seconds(self) -> dict[str, float]:
-        """Seconds of the compile by phase: `dynamo` captures, `aot` traces and decomposes; both stand with a graph's
-        forward. A `warm start` reads the rest from the disk."""
+        """Seconds of the compile by phase: `dynamo` captures, `aot` traces, and within it `decompose` what
+        operators are taken apart into; they stand with a graph's forward. A `warm start` reads the rest."""
         return self.record.seconds
 
     @property

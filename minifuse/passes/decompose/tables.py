@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import time
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
@@ -71,17 +72,35 @@ _OURS: dict[Any, Callable[..., Any]] = {
 class Decompositions(Mapping[Any, Callable[..., Any]]):
     """Overload -> function. With rng="eager" dropout stays ATen's own.
 
-    Made when somebody looks into it: a warm start does not, and torch takes 0.3 s to give its own.
+    Made when somebody looks into it: a warm start does not. `seconds` is what its functions took so far, of the time
+    of whoever traces them.
     """
 
     def __init__(self, rng: str) -> None:
         self.rng = rng
+        self.seconds = 0.0
+        self._inside = False
 
     @lazy
     def table(self) -> dict[Any, Callable[..., Any]]:
         fma = compat.registered_prim("fma")
         late = {} if fma is None else {fma: lambda a, b, c: a * b + c}
-        return {**_table(self.rng), **quantised.decompositions(), **late}
+        table = {**_table(self.rng), **quantised.decompositions(), **late}
+        return {op: self._timed(fn) for op, fn in table.items()}
+
+    def _timed(self, fn: Callable[..., Any]) -> Callable[..., Any]:
+        @functools.wraps(fn)
+        def call(*args: Any, **kw: Any) -> Any:
+            if self._inside:
+                return fn(*args, **kw)
+            self._inside, begin = True, time.perf_counter()
+            try:
+                return fn(*args, **kw)
+            finally:
+                self._inside = False
+                self.seconds += time.perf_counter() - begin
+
+        return call
 
     def __getitem__(self, op: Any) -> Callable[..., Any]:
         return self.table[op]
