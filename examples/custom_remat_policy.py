@@ -68,7 +68,7 @@ def main() -> None:
     print(f"{options.backend}, {options.layers} blocks, {options.batch} rows")
     print(f"{'policy':14} {'saved':>10} {'peak':>10} {'recomputed':>11} {'costs':>10}   gradients")
     first: list[Tensor] = []
-    for policy in ("save_all", "mincut", KeepProducts(), "recompute_all"):
+    for policy in ("save_all", "priced_mincut", KeepProducts(), "recompute_all"):
         found = gradients(model, x, options.backend, policy)
         first = first or found
         equal = all(torch.equal(a, b) for a, b in zip(first, found))

@@ -7,6 +7,7 @@ import difflib
 import os
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
+from importlib.metadata import entry_points
 from typing import Any
 
 import torch
@@ -34,9 +35,10 @@ class Options:
     """What kernels are written in: `auto` (`triton` for CUDA and ROCm tensors, `c` for CPU ones), `c`, `triton`, or
     `interpret` (each kernel op by op with torch, slowly: the meaning that the others are tested against)."""
 
-    remat: Any = "mincut"
-    """How the backward gets an activation, loaded or recomputed: a policy's name, or an object with
-    a `name` and `plan(problem) -> RematPlan`."""
+    remat: Any = "priced_mincut"
+    """How the backward gets an activation, loaded or recomputed: a policy's name (one of minifuse's or of an installed
+    package's), the path of a plan (`.json`, from `RematPlan.to_json`), a function of the problem that returns a plan or
+    the names of what to save, or an object with a `name` and `plan(problem) -> RematPlan`."""
 
     memory_budget: float = 1.0
     """Bytes saved for the backward, as a share (above 0, to 1) of what `remat` saves unconstrained."""
@@ -143,7 +145,15 @@ def _did_you_mean(given: object, valid: Iterable[str]) -> str:
 
 _CHOICES: dict[str, tuple[str, ...]] = {
     "target": ("auto", "c", "triton", "interpret"),
-    "remat": ("mincut", "save_all", "recompute_all"),
+    "remat": (
+        "priced_mincut",
+        "save_all",
+        "recompute_all",
+        "chen_sqrt",
+        "korthikanti_selective",
+        "mincut",
+        "knapsack_budget",
+    ),
     "fusion": ("greedy", "exact"),
     "device_model": ("auto", *devices.DEVICES),
     "rng": ("fast", "eager"),
@@ -158,6 +168,13 @@ def _one_of(name: str) -> _Check:
     return "one of " + ", ".join(_CHOICES[name]), lambda value: value in _CHOICES[name]
 
 
+def _is_installed(value: Any) -> bool:
+    """Whether it names a plan's file, or a policy that a package offers."""
+    named = isinstance(value, (str, os.PathLike))
+    path = os.fspath(value) if named else ""
+    return named and (path.endswith(".json") or bool(entry_points(group="minifuse.remat", name=path)))
+
+
 def _is_int(value: Any) -> bool:
     return isinstance(value, int) and not isinstance(value, bool)
 
@@ -168,8 +185,13 @@ _PATH: _Check = ("a directory's path or None", lambda value: value is None or (i
 _ACCEPTS: dict[str, _Check] = {
     "target": _one_of("target"),
     "remat": (
-        f"{_one_of('remat')[0]}, or an object with a `name` and plan(problem)",
-        lambda value: value in _CHOICES["remat"] or callable(getattr(value, "plan", None)),
+        f"{_one_of('remat')[0]}, a plan's path (.json), a function of the problem, or an object with plan(problem)",
+        lambda value: (
+            value in _CHOICES["remat"]
+            or _is_installed(value)
+            or callable(value)
+            or callable(getattr(value, "plan", None))
+        ),
     ),
     "memory_budget": (
         "a number above 0 and at most 1",

@@ -213,8 +213,11 @@ def plain(options: Options, target: str) -> bool:
     written or warned about while it compiles."""
     values = (getattr(options, f.name) for f in fields(options))
     simple = all(isinstance(v, (str, int, float, bool, type(None), tuple)) for v in values)
+    shipped = (
+        isinstance(options.remat, str) and options.remat in policies.POLICIES
+    )  # and not what an installed package or a file says
     asked = options.fusion_rules or options.fusion_log or options.debug_dir or options.fallback == "warn"
-    return options.plan_cache and simple and not asked and target == "c"
+    return options.plan_cache and simple and shipped and not asked and target == "c"
 
 
 def tables() -> tuple[Any, ...]:

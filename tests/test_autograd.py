@@ -392,7 +392,7 @@ def test_a_backward_never_run_is_never_compiled() -> None:
     assert [r.stage for r in records()] == ["forward"]
 
 
-@pytest.mark.parametrize("remat", ["mincut", "save_all", "recompute_all"])
+@pytest.mark.parametrize("remat", ["priced_mincut", "save_all", "recompute_all"])
 def test_an_input_that_is_written_when_the_forward_has_run_is_not_what_the_backward_reads(remat: str) -> None:
     def f(x: Tensor) -> Tensor:
         x.sub_(x * 3)

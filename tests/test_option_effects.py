@@ -72,10 +72,10 @@ def test_fuel_stops_fusion_and_changes_no_bit() -> None:
 def test_remat_policies_change_what_is_saved_and_no_bit() -> None:
     want = trained()
     sizes = {}
-    for policy in ("save_all", "mincut", "recompute_all"):
+    for policy in ("save_all", "priced_mincut", "recompute_all"):
         same(trained({"remat": policy}), want, exact=True)
         sizes[policy] = saved_bytes()
-    assert sizes["save_all"] >= sizes["mincut"] >= sizes["recompute_all"]
+    assert sizes["save_all"] >= sizes["priced_mincut"] >= sizes["recompute_all"]
     assert sizes["save_all"] > sizes["recompute_all"]
 
 

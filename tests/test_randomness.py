@@ -82,7 +82,7 @@ def test_the_backwards_mask_is_the_forwards(rng: str) -> None:
 
 
 @pytest.mark.parametrize("rng", ["fast", "eager"])
-@pytest.mark.parametrize("remat", ["save_all", "recompute_all", "mincut"])
+@pytest.mark.parametrize("remat", ["save_all", "recompute_all", "priced_mincut"])
 def test_every_policy_replays_dropout(rng: str, remat: str) -> None:
     def f(x: Tensor, w: Tensor) -> Tensor:
         return F.dropout(F.dropout((x * w).exp(), 0.5).sin() * w, 0.2)

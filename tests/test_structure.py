@@ -16,13 +16,13 @@ ROOT = Path(__file__).resolve().parent.parent
 PACKAGE = ROOT / "minifuse"
 FILES = sorted(PACKAGE.rglob("*.py"))
 LONGEST_FILE = 500
-WHOLE = 17_735
+WHOLE = 18_400
 # The design aims at 9,000 for the core; the two targets, the capture surface, an allocator and vector maths of our own,
 # scans, scatters, joins, batches and the lowering of all of core ATen take it past that.
-CORE = 16_865
+CORE = 17_060
 # Lines of code a folder may have; the policies of rematerialisation, `explain` and the command line are no core.
-BUDGETS = {"ir": 2_810, "passes": 7_950, "codegen": 3_440, "runtime": 1_720, "explain": 1_500}
-POLICIES = {"baselines", "policies", "mincut", "checkpoint", "optimal", "budget", "offload"}
+BUDGETS = {"ir": 2_810, "passes": 8_800, "codegen": 3_440, "runtime": 1_720, "explain": 1_500}
+POLICIES = {"baselines", "policies", "mincut", "priced", "chen", "korthikanti", "knapsack"}
 # What each layer may import, itself aside. Leaves are data that every layer reads.
 LEAVES = {"compat", "compat_triton", "errors", "forks", "options", "records"}
 LAYERS = ("ir", "passes", "codegen", "runtime", "explain", "dump", "warm", "backend", "capturing", "cli", "")

@@ -48,7 +48,9 @@ class Seen:
     backwards: list[fx.GraphModule] = field(default_factory=list)
 
 
-def backend(policy: str | RematPolicy = "mincut", budget: float = 1.0, seen: Seen | None = None) -> Callable[..., Any]:
+def backend(
+    policy: str | RematPolicy = "priced_mincut", budget: float = 1.0, seen: Seen | None = None
+) -> Callable[..., Any]:
     """A Dynamo backend that partitions by a policy and runs the graphs as they are."""
     seen = seen if seen is not None else Seen()
 

@@ -13,7 +13,11 @@ from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selectiv
 
 from tests.remat.harness import Seen, backend, train
 
-PLANS = [("save_all", 1.0), ("recompute_all", 1.0), *(("mincut", b) for b in (1.0, 0.5, 0.05, 0.0))]
+PLANS = [
+    *((name, 1.0) for name in ("save_all", "recompute_all", "chen_sqrt", "korthikanti_selective", "mincut")),
+    *(("priced_mincut", b) for b in (1.0, 0.5, 0.05, 0.0)),
+    *(("knapsack_budget", b) for b in (0.5, 0.05)),
+]
 
 
 class Attention(nn.Module):
@@ -139,8 +143,12 @@ def test_gradients_and_buffers_are_those_of_eager(name: str):
         nbytes = sum(p.saved_bytes for p in seen.plans)
         if policy == "save_all":
             everything = nbytes
-        assert nbytes <= everything
-        if policy == "mincut":
+            peak = max(p.peak_bytes for p in seen.plans)
+        if policy == "chen_sqrt":  # by its peak: a checkpoint may be what the backward itself does not read
+            assert max(p.peak_bytes for p in seen.plans) <= peak
+        else:
+            assert nbytes <= everything
+        if policy == "priced_mincut":
             expected_bytes[budget] = nbytes
     ordered = [expected_bytes[b] for b in sorted(expected_bytes)]
     assert ordered == sorted(ordered)
@@ -160,7 +168,7 @@ def test_one_compile_with_dynamic_sizes_serves_every_batch(policy: str, budget: 
     assert len(seen.plans) == 1
 
 
-@pytest.mark.parametrize("policy", ["save_all", "recompute_all", "mincut"])
+@pytest.mark.parametrize("policy", ["save_all", "recompute_all", "priced_mincut"])
 def test_a_retained_graph_gives_the_same_gradients_twice(policy: str):
     model, x = _mlp(0.4), torch.randn(16, 32)
     out = torch.compile(model, backend=backend(policy))(x).sum()

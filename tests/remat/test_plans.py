@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import random
 from dataclasses import replace
+from pathlib import Path
 
 import networkx as nx
 import pytest
@@ -105,7 +106,7 @@ def test_the_default_plan_is_the_least_of_all_plans():
     rng = random.Random(2)
     for _ in range(40):
         problem = random_problem(rng, 7)
-        plan = resolve("mincut").plan(problem)
+        plan = resolve("priced_mincut").plan(problem)
         if plan.status != "optimal":
             continue
         names = [v.name for v in problem.values if v.phase == "forward" and v.kind != "view"]
@@ -132,7 +133,7 @@ def test_plans_of_random_problems_are_sound_and_fall_with_the_budget():
         before = everything.saved_bytes
         for budget in (1.0, 0.9, 0.75, 0.5, 0.35, 0.2, 0.1, 0.05, 0.0):
             asked = replace(problem, memory_budget=budget)
-            plan = resolve("mincut").plan(asked)
+            plan = resolve("priced_mincut").plan(asked)
             verify_plan(asked, plan)
             assert plan.saved_bytes <= before
             within = plan.saved_bytes <= budget * everything.saved_bytes
@@ -163,7 +164,7 @@ def test_the_graph_for_networkx_has_costs_on_its_nodes():
 
 def test_a_cheap_cast_is_recomputed_from_its_saved_source():
     problem = chain(value("cast", "mm", nbytes=MB // 2, flops=MB / 4), required=("mm", "cast"))
-    plan = resolve("mincut").plan(problem)
+    plan = resolve("priced_mincut").plan(problem)
     assert plan.choices["mm"].action == SAVE
     assert plan.choices["cast"].action == RECOMPUTE
     assert plan.saved_bytes == MB
@@ -171,7 +172,7 @@ def test_a_cheap_cast_is_recomputed_from_its_saved_source():
 
 def test_a_cast_that_alone_is_read_is_saved_in_place_of_its_source():
     problem = chain(value("cast", "mm", nbytes=MB // 2, flops=MB / 4), required=("cast",))
-    assert resolve("mincut").plan(problem).saved_bytes == MB // 2
+    assert resolve("priced_mincut").plan(problem).saved_bytes == MB // 2
 
 
 def test_two_views_of_one_storage_count_once():
@@ -186,15 +187,15 @@ def test_two_views_of_one_storage_count_once():
 def test_a_chain_that_costs_more_than_loading_is_not_recomputed():
     links = [value("k0", "mm", flops=MB)]
     links += [value(f"k{i}", f"k{i - 1}", flops=MB) for i in range(1, 30)]
-    plan = resolve("mincut").plan(chain(*links, required=("mm", "k29")))
+    plan = resolve("priced_mincut").plan(chain(*links, required=("mm", "k29")))
     assert plan.choices["k29"].action == SAVE
-    short = resolve("mincut").plan(chain(*links[:2], required=("mm", "k1")))
+    short = resolve("priced_mincut").plan(chain(*links[:2], required=("mm", "k1")))
     assert short.choices["k1"].action == RECOMPUTE
 
 
 def test_tags_decide_before_costs():
     cheap = value("a", "mm", flops=1, tag="must_save")
-    assert resolve("mincut").plan(chain(cheap, required=("mm", "a"))).choices["a"].action == SAVE
+    assert resolve("priced_mincut").plan(chain(cheap, required=("mm", "a"))).choices["a"].action == SAVE
     problem = chain(value("again", "mm", kind="extern", flops=1e12, tag="must_recompute"), required=("again",))
     for policy in POLICIES.values():
         assert policy.plan(problem).choices["again"].action == RECOMPUTE
@@ -214,7 +215,7 @@ def broken(plan: RematPlan, **changes: Choice | None) -> RematPlan:
 )
 def test_the_verifier_refuses_to_run_twice_what_may_run_once(pin: str, word: str):
     problem = chain(value("a", "mm", **{pin: True}), required=("a",))
-    plan = resolve("mincut").plan(problem)
+    plan = resolve("priced_mincut").plan(problem)
     verify_plan(problem, plan)
     with pytest.raises(RematError, match=rf"a is recomputed, and may run only once: {word}"):
         verify_plan(problem, assemble(problem, {"mm"}, "wrong"))
@@ -258,13 +259,15 @@ def test_nothing_is_recomputed_from_an_input_that_the_forward_overwrites():
 def test_a_problem_without_a_plan_says_which_value_has_none():
     problem = chain(value("token", "mm", has_effect=True, savable=False), required=("token",))
     with pytest.raises(RematError, match=r"no plan: token cannot be saved and may run only once \(effect\)"):
-        resolve("mincut").plan(problem)
+        resolve("priced_mincut").plan(problem)
 
 
 def test_a_policy_is_found_by_name_or_taken_as_it_is():
-    assert resolve("mincut").name == "mincut"
+    assert resolve("priced_mincut").name == "priced_mincut"
     assert resolve(POLICIES["save_all"]) is POLICIES["save_all"]
-    with pytest.raises(RematError, match=r"no .* 'nope'; policies: mincut, save_all, recompute_all"):
+    with pytest.raises(
+        RematError, match=r"no .* 'nope'; policies: priced_mincut, save_all, recompute_all, .*, or a plan's path"
+    ):
         resolve("nope")
     with pytest.raises(MinifuseError, match="has a `name` and a `plan"):
         resolve(3)  # type: ignore[arg-type]
@@ -334,9 +337,9 @@ def test_what_stays_inside_one_kernel_takes_no_memory():
     def peak(group: int | None) -> int:
         a, b = value("a", "mm", group=group), value("b", "mm", group=group)
         problem = chain(a, b, value("c", "a", "b", group=group), required=("c",))
-        return resolve("save_all").plan(problem).peak_bytes
+        return resolve("save_all").plan(problem).timeline.forward_peak
 
-    assert (peak(None), peak(1)) == (3 * MB, 2 * MB)
+    assert (peak(None), peak(1)) == (2 * MB, MB)
 
 
 def test_every_decision_names_its_value_and_what_each_way_costs():
@@ -349,3 +352,105 @@ def test_every_decision_names_its_value_and_what_each_way_costs():
         assert d.taken == (choice.action == RECOMPUTE)
         assert d.facts["nbytes"] == choice.nbytes
         assert "saving it takes" in d.words
+
+
+def test_a_timeline_counts_what_is_saved_the_gradients_and_the_rest_step_by_step():
+    problem = chain(value("a", "mm", flops=1), value("b", "a", kind="extern"), required=("mm", "b"))
+    plan = resolve("save_all").plan(problem)
+    assert plan.timeline.steps == ("mm", "a", "b", "grad")
+    assert plan.timeline.forward == 3
+    saved, outputs, gradients, temporary = plan.timeline.held
+    assert saved == (MB, MB, MB, MB)
+    assert outputs == (0, 0, MB, MB)
+    assert gradients == (0, 0, 0, MB)
+    assert temporary == (0, MB, MB, MB)  # a while b reads it, then the tangent
+    assert (plan.peak_bytes, plan.timeline.forward_peak, plan.timeline.boundary) == (4 * MB, 3 * MB, 2 * MB)
+
+
+def test_a_function_of_the_problem_is_a_policy():
+    def keep_products(problem: Problem) -> list[str]:
+        return [v.name for v in problem.values if v.kind == "extern"]
+
+    problem = chain(value("a", "mm", flops=1), required=("mm", "a"))
+    plan = resolve(keep_products).plan(problem)
+    assert (plan.policy, plan.saved, plan.recomputed) == ("keep_products", ("mm",), ("a",))
+    with pytest.raises(RematError, match=r"<lambda>: expected a RematPlan or the names of what to save, found 3"):
+        resolve(lambda problem: 3).plan(problem)
+
+
+def test_a_plan_in_a_file_is_replayed_and_one_of_another_graph_is_refused(tmp_path: Path):
+    problem = chain(value("a", "mm", flops=1), required=("mm", "a"))
+    plan, path = resolve("save_all").plan(problem), tmp_path / "plan.json"
+    path.write_text(plan.to_json())
+    again = resolve(str(path)).plan(problem)
+    verify_plan(problem, again)
+    assert (again.policy, again.saved, again.status) == ("save_all", plan.saved, f"replayed from {path}")
+    other = chain(value("b", "mm", flops=1), required=("mm", "b"))
+    with pytest.raises(RematError, match=rf"{path}: expected a plan of this graph, found a, which is no value of it"):
+        resolve(path).plan(other)
+    path.write_text("[" + plan.to_json() + "," + resolve("save_all").plan(other).to_json() + "]")
+    assert resolve(path).plan(other).saved == ("mm", "b")
+    path.write_text(plan.to_json()[:-9])
+    with pytest.raises(RematError, match="expected rematerialisation plans as JSON"):
+        resolve(path).plan(problem)
+    path.write_text("{}")
+    with pytest.raises(RematError, match="expected a rematerialisation plan as JSON, found KeyError"):
+        resolve(path).plan(problem)
+    with pytest.raises(RematError, match="No such file"):
+        resolve(tmp_path / "none.json").plan(problem)
+
+
+def test_two_plans_differ_in_figures_and_in_actions():
+    problem = chain(value("a", "mm", flops=1), value("b", "a", flops=1, nbytes=3 * MB), required=("mm", "a", "b"))
+    text = resolve("save_all").plan(problem).diff(assemble(problem, ["mm", "b"], "mine"))
+    assert text.splitlines()[0] == "save_all -> mine"
+    assert "saved_bytes: 5e+06 -> 4e+06 (-1e+06)" in text
+    assert "a: save -> recompute, 1 MB" in text and "b: " not in text.partition("extra_seconds")[2]
+
+
+def test_attention_in_parts_is_recomputed_and_the_rest_saved():
+    values = (
+        *(value(n, phase="input", kind="input") for n in ("q", "k", "v")),
+        value("scores", "q", "k", kind="extern", op="aten.bmm", nbytes=8 * MB, flops=1e9),
+        value("exp", "scores", op="aten.exp", nbytes=8 * MB, flops=1e6),
+        value("drawn", phase="forward", op="minifuse.uniform", nbytes=8 * MB, is_random=True),
+        value("dropped", "exp", "drawn", nbytes=8 * MB),
+        value("mixed", "dropped", "v", kind="extern", op="aten.bmm", flops=1e9),
+        value("out", "mixed", kind="extern", op="aten.mm", flops=1e9),
+        value("grad", "exp", "dropped", "mixed", "out", phase="backward"),
+    )
+    problem = Problem(values, ("out",), ("grad",), ("exp", "dropped", "mixed", "out"), CPU)
+    plan = resolve("korthikanti_selective").plan(problem)
+    verify_plan(problem, plan)
+    assert set(plan.recomputed) == {"scores", "exp", "dropped", "mixed"}
+    assert set(plan.saved) == {"q", "k", "v", "drawn", "out"}
+
+
+def test_a_chain_of_layers_takes_the_square_root_of_its_memory_for_one_more_forward():
+    """Chen and others, 2016, section 4: O(sqrt(n)) memory at the price of one more forward."""
+    for n in (100, 1000):
+        layers = [value(f"l{i}", f"l{i - 1}" if i else "x", kind="extern", flops=1e9) for i in range(n)]
+        back = [value("g0", "tangent", f"l{n - 1}", phase="backward", kind="extern")]
+        back += [value(f"g{i}", f"g{i - 1}", f"l{n - 1 - i}", phase="backward", kind="extern") for i in range(1, n)]
+        values = (
+            value("x", phase="input", kind="input"), *layers, value("tangent", phase="tangent", kind="input"), *back,
+        )  # fmt: skip
+        problem = Problem(values, (f"l{n - 1}",), (f"g{n - 1}",), tuple(f"l{i}" for i in range(n)), CPU)
+        everything, plan = resolve("save_all").plan(problem), resolve("chen_sqrt").plan(problem)
+        verify_plan(problem, plan)
+        assert everything.peak_bytes >= n * MB
+        assert plan.peak_bytes <= 3 * n**0.5 * MB
+        assert plan.extra_flops <= n * 1e9
+
+
+def test_a_knapsack_is_filled_with_what_takes_longest_to_recompute():
+    more = [value(f"e{i}", "mm", kind="extern", nbytes=(i + 1) * MB, flops=1e8 * (9 - i)) for i in range(8)]
+    problem = chain(*more, required=tuple(v.name for v in more))
+    sizes = []
+    for budget in (1.0, 0.5, 0.2, 0.0):
+        plan = resolve("knapsack_budget").plan(replace(problem, memory_budget=budget))
+        verify_plan(problem, plan)
+        sizes.append(plan.saved_bytes)
+    assert sizes == sorted(sizes, reverse=True) and sizes[0] == 36 * MB and sizes[-1] == 0
+    assert sizes[1] <= 18 * MB
+    assert resolve("knapsack_budget").plan(replace(problem, memory_budget=0.5)).choices["e0"].action == SAVE

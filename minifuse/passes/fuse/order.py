@@ -4,14 +4,26 @@ from __future__ import annotations
 
 import heapq
 from collections.abc import Callable, Collection, Mapping
-
-from .group import Group
+from typing import Protocol
 
 WORTH_BYTES = 65_536
 
 
+class Step(Protocol):
+    """What runs as one: its place in the captured graph, and what it depends on and what depends on it."""
+
+    @property
+    def last(self) -> int: ...
+
+    @property
+    def preds(self) -> Collection[int]: ...
+
+    @property
+    def succs(self) -> Collection[int]: ...
+
+
 def order(
-    groups: Mapping[int, Group],
+    groups: Mapping[int, Step],
     reads: Mapping[int, Collection[str]],
     writes: Mapping[int, Collection[str]],
     nbytes: Mapping[str, int],

@@ -2,9 +2,10 @@
 
 from .build import build_problem
 from .partition import partition
-from .plan import RECOMPUTE, SAVE, Choice, RematPlan, RematPolicy, assemble
+from .plan import Choice, RematPlan, RematPolicy, assemble
 from .policies import POLICIES, resolve
-from .problem import Problem, Value
+from .problem import RECOMPUTE, SAVE, Problem, Value
+from .simulate import Timeline, simulate
 from .verify import verify_plan
 
 __all__ = [
@@ -15,10 +16,12 @@ __all__ = [
     "Problem",
     "RematPlan",
     "RematPolicy",
+    "Timeline",
     "Value",
     "assemble",
     "build_problem",
     "partition",
     "resolve",
+    "simulate",
     "verify_plan",
 ]

@@ -27,13 +27,13 @@ class RecomputeAll:
     name: str = field(default="recompute_all", init=False)
 
     def plan(self, problem: Problem) -> RematPlan:
-        return _plan(problem, lambda v: v.tag == "must_save" or _runs_once(problem, v), self.name)
+        return _plan(problem, lambda v: v.tag == "must_save" or runs_once(problem, v), self.name)
 
 
-def _runs_once(problem: Problem, v: Value) -> bool:
+def runs_once(problem: Problem, v: Value) -> bool:
     """Whether it, or the operator that it is a result of, may not run again in the backward."""
     if v.kind == "item":
-        return _runs_once(problem, problem[v.inputs[0]])
+        return runs_once(problem, problem[v.inputs[0]])
     return v.pinned is not None or any(_is_lost(problem, problem[i]) for i in v.inputs)
 
 

@@ -92,10 +92,12 @@ def schema_of(n: fx.Node) -> torch.FunctionSchema | None:
     return n.target._schema if isinstance(n.target, compat.OpOverload) else None
 
 
-def op_name(n: fx.Node) -> str:
-    """The operator's name without namespace and overload: `add` for `aten.add.Tensor`."""
+def op_name(n: fx.Node, whole: bool = False) -> str:
+    """The operator's name without overload, and without namespace too but for the `whole` of it: `add`, `aten.add`."""
     schema = schema_of(n)
-    return schema.name.split("::")[-1] if schema else getattr(n.target, "__name__", str(n.target))
+    if schema is None:
+        return getattr(n.target, "__name__", str(n.target))
+    return schema.name.replace("::", ".") if whole else schema.name.split("::")[-1]
 
 
 def is_assertion(n: fx.Node) -> bool:
@@ -249,6 +251,7 @@ def build_problem(
                 stored=stored[n],
                 tag=tag,
                 where=source_line(n, code=False),
+                op=op_name(n, whole=True) if n.op == "call_function" else "",
             )
         )
     return Problem(

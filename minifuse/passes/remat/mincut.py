@@ -1,19 +1,17 @@
-"""The minimum cut that divides what the backward loads from what it computes again, and the budgets below it."""
+"""Minimum cuts: the solver, and the partition that PyTorch's own partitioner makes by one."""
 
 from __future__ import annotations
 
 import time
-from collections.abc import Sequence
-from dataclasses import dataclass, field, replace
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
 
 import numpy as np
 
 from minifuse.errors import RematError
-from minifuse.ir.decision import bytes_text
 from minifuse.ir.lazy import Deferred
 
-from .baselines import SaveAll
-from .plan import RECOMPUTE, SAVE, RematPlan, assemble, closure
+from .plan import RematPlan, assemble
 from .problem import SYMBOL_BYTES, Problem, Value
 
 sparse, csgraph = Deferred("scipy.sparse"), Deferred("scipy.sparse.csgraph")
@@ -21,8 +19,8 @@ sparse, csgraph = Deferred("scipy.sparse"), Deferred("scipy.sparse.csgraph")
 INFINITE = float("inf")
 _FINITE_TOTAL = 2**30
 _INFINITE_CAPACITY = 2**31 - 1
-_MAX_HULL_STEPS = 24
-_FILL_STEPS = 32
+# What torch's partitioner weighs bytes by, for each operator between a value and the backward, and the most of them.
+_FURTHER, _FURTHEST = 1.1, 100
 
 
 @dataclass(frozen=True)
@@ -80,145 +78,48 @@ def _reaches(size: int, ends: np.ndarray, source: int, sink: int) -> bool:
 
 
 @dataclass(frozen=True)
-class Prices:
-    """What a cut pays: seconds for each second (`time`) and for each byte saved; whether externs may run again."""
+class Division:
+    """What a cut of a problem saves, and a proven bound on its price."""
 
-    externs: bool = False
-    time: float = 1.0
-    byte: float = 0.0
-
-
-@dataclass(frozen=True)
-class MinCut:
-    """Least seconds for the backward's inputs, exactly; below budget 1 the lower convex hull of seconds over bytes.
-
-    A value is an edge in -> out that costs what saving it costs; source -> in costs what recomputing it costs; a
-    reader's `in` beyond the cut pulls its inputs' `out` beyond it. Saving versus recomputing with finite costs for both
-    is the project-selection form (Picard, "Maximal closure of a graph", 1976) of the cut that torch's partitioner
-    makes, so a long chain is recomputed only while all of it costs less than loading what it ends in. Matrix products,
-    convolutions and attention are recomputed only under a budget or where the user asks for it.
-
-    Below the bytes of that cut, a price on bytes (Everett 1963, generalised Lagrange multipliers) gives
-    plans that no other plan with as few bytes beats; the last step between two of them saves values from the end
-    of the forward on, since what is recomputed early in the backward stands beside everything that is still saved.
-    """
-
-    name: str = field(default="mincut", init=False)
-
-    def plan(self, problem: Problem) -> RematPlan:
-        began = time.perf_counter()
-        everything = SaveAll().plan(problem)
-        found = self._cheapest(problem, Prices())
-        plan = assemble(problem, found.saved, self.name, status="optimal", lower_bound=found.lower_bound)
-        if plan.saved_bytes > everything.saved_bytes:
-            kept = frozenset(everything.saved)
-            status = (
-                f"saves as save_all: the cheapest plan saves {bytes_text(plan.saved_bytes)}, "
-                f"more than its {bytes_text(everything.saved_bytes)}"
-            )
-            plan = assemble(problem, kept, self.name, status=status, lower_bound=found.lower_bound)
-        limit = problem.memory_budget * everything.saved_bytes
-        if problem.memory_budget < 1 and plan.saved_bytes > limit:
-            saved, status = self._within(problem, frozenset(plan.saved), limit)
-            plan = assemble(problem, saved, self.name, status=status)
-        return replace(plan, solve_seconds=time.perf_counter() - began)
-
-    def _cheapest(self, problem: Problem, prices: Prices) -> _Saved:
-        cut = _cut(problem, prices)
-        if cut is None:
-            raise RematError(f"no plan: {_dead_end(problem)}")
-        return cut
-
-    def _within(self, problem: Problem, start: frozenset[str], limit: float) -> tuple[frozenset[str], str]:
-        """The cheapest saved set found within `limit` bytes, and how it was found."""
-        high, low = start, self._cheapest(problem, Prices(externs=True, time=1e-6, byte=1.0)).saved
-        high_at, low_at = _cost(problem, high), _cost(problem, low)
-        if low_at.nbytes > limit:
-            return low, f"over budget: no plan saves less than {bytes_text(low_at.nbytes)} of {bytes_text(limit)}"
-        for _ in range(_MAX_HULL_STEPS):
-            if high_at.nbytes <= low_at.nbytes:
-                break
-            price = (low_at.seconds - high_at.seconds) / (high_at.nbytes - low_at.nbytes)
-            middle = self._cheapest(problem, Prices(externs=True, byte=max(price, 0.0))).saved
-            at = _cost(problem, middle)
-            better = at.seconds + price * at.nbytes < (low_at.seconds + price * low_at.nbytes) * (1 - 1e-6)
-            if not better or not low_at.nbytes < at.nbytes < high_at.nbytes:
-                break
-            if at.nbytes > limit:
-                high, high_at = middle, at
-            else:
-                low, low_at = middle, at
-        return _fill(problem, low, high, limit), "within budget"
-
-
-@dataclass(frozen=True)
-class _Saved:
     saved: frozenset[str]
     lower_bound: float
 
 
-@dataclass(frozen=True)
-class _Cost:
-    nbytes: int
-    seconds: float
+def divide(problem: Problem, save: Callable[[Value], float], again: Callable[[Value], float]) -> Division:
+    """The cheapest division into what the backward loads, at `save` a value, and what it computes again, at `again`.
 
-
-def _cost(problem: Problem, saved: frozenset[str]) -> _Cost:
-    actions = closure(problem, saved)
-    kept = [n for n, a in actions.items() if a == SAVE]
-    loading = sum(problem.save_seconds(problem[n]) for n in kept)
-    again = sum(problem.recompute_seconds(problem[n]) for n, a in actions.items() if a == RECOMPUTE)
-    return _Cost(problem.saved_bytes(kept), loading + again)
-
-
-def _cut(problem: Problem, prices: Prices) -> _Saved | None:
+    A value is an edge in -> out that costs what saving it costs; source -> in costs what recomputing it costs; a
+    reader's `in` beyond the cut pulls its inputs' `out` beyond it. With finite costs for both this is the
+    project-selection form (Picard, "Maximal closure of a graph", 1976). Raises RematError where there is no plan.
+    """
     values = [v for v in problem.values if v.phase not in ("backward", "tangent")]
     index = {v.name: 2 + 2 * i for i, v in enumerate(values)}
     edges: list[tuple[int, int, float]] = []
     for v in values:
         at = index[v.name]
-        edges.append((at, at + 1, _save_price(problem, v, prices)))
-        edges.append((0, at, _recompute_price(problem, v, prices)))
+        edges.append((at, at + 1, save(v)))
+        edges.append((0, at, again(v)))
         edges.extend((index[i] + 1, at, INFINITE) for i in v.inputs)
     edges.extend((index[name] + 1, 1, INFINITE) for name in problem.required if not problem[name].is_given)
     cut = minimum_cut(2 + 2 * len(values), edges, 0, 1)
     if cut is None:
-        return None
+        raise RematError(f"no plan: {_dead_end(problem)}")
     saved = frozenset(n for n, at in index.items() if cut.source_side[at] and not cut.source_side[at + 1])
-    return _Saved(saved, cut.lower_bound)
+    return Division(saved, cut.lower_bound)
 
 
-def _save_price(problem: Problem, v: Value, prices: Prices) -> float:
+def save_price(v: Value, price: Callable[[Value], float]) -> float:
+    """What saving a value costs: nothing of an input, too much of what cannot be or what the user wants recomputed."""
     if v.is_given:
         return 0.0 if v.savable else INFINITE
-    if not v.savable or v.kind == "view" or v.wants_recompute:
-        return INFINITE
-    return prices.time * problem.save_seconds(v) + prices.byte * max(v.nbytes, SYMBOL_BYTES)
+    return INFINITE if not v.savable or v.kind == "view" or v.wants_recompute else price(v)
 
 
-def _recompute_price(problem: Problem, v: Value, prices: Prices) -> float:
+def again_price(v: Value, price: Callable[[Value], float]) -> float:
+    """What recomputing it costs: too much of what may run once, nothing where the user wants it."""
     if v.is_given or v.pinned or v.tag == "must_save":
         return INFINITE
-    if not v.wants_recompute and not prices.externs and v.phase != "either":
-        if v.kind == "extern" or v.tag == "prefer_save":
-            return INFINITE
-    return 0.0 if v.wants_recompute else prices.time * problem.recompute_seconds(v)
-
-
-def _fill(problem: Problem, low: frozenset[str], high: frozenset[str], limit: float) -> frozenset[str]:
-    """Between two plans, of which only `low` fits: add what `high` saves, the forward's end first, while it fits.
-
-    The candidates do not depend on the limit, so a larger limit never gives fewer bytes.
-    """
-    more = sorted(high - low, key=lambda n: -problem.position[n])
-    best, best_bytes = low, _cost(problem, low).nbytes
-    ceiling = _cost(problem, high).nbytes
-    for step in range(1, _FILL_STEPS):
-        saved = low | frozenset(more[: len(more) * step // _FILL_STEPS])
-        nbytes = _cost(problem, saved).nbytes
-        if best_bytes < nbytes <= min(limit, ceiling):
-            best, best_bytes = saved, nbytes
-    return best
+    return 0.0 if v.wants_recompute else price(v)
 
 
 def _dead_end(problem: Problem) -> str:
@@ -241,3 +142,41 @@ def _dead_end(problem: Problem) -> str:
             return f"{v.name} is tagged must_save and cannot be saved"
         stack.extend(v.inputs)
     return "the backward needs a value that can be neither saved nor recomputed"
+
+
+@dataclass(frozen=True)
+class MinCut:
+    """As PyTorch's default partitioner: the fewest bytes, at no price for what is recomputed (Horace He and Shangdi Yu,
+    "Transcending Runtime-Memory Tradeoffs in Checkpointing by being Fusion Aware", MLSys 2023).
+
+    Matrix products, convolutions and reductions are never recomputed, whatever it costs to keep them. A byte counts
+    twice where nothing else has it written, and more the further the value is from the backward that reads it. The
+    budget is not looked at: see `knapsack_budget`.
+    """
+
+    name: str = field(default="mincut", init=False)
+
+    def plan(self, problem: Problem) -> RematPlan:
+        began = time.perf_counter()
+        far = self._distances(problem)
+
+        def keep(v: Value) -> float:
+            return max(v.nbytes, SYMBOL_BYTES) * (1 if v.stored else 2) * _FURTHER ** min(far[v.name], _FURTHEST)
+
+        def again(v: Value) -> float:
+            dear = v.phase != "either" and (v.kind in ("extern", "reduction") or v.tag == "prefer_save")
+            return INFINITE if dear else 0.0
+
+        found = divide(problem, lambda v: save_price(v, keep), lambda v: again_price(v, again))
+        return assemble(problem, found.saved, self.name, solve_seconds=time.perf_counter() - began)
+
+    @staticmethod
+    def _distances(problem: Problem) -> dict[str, int]:
+        """How many operators lie between a value and the first in the backward that reads what comes of it."""
+        required, far = set(problem.required), dict[str, int]()
+        nearest = {v.name: _FURTHEST for v in problem.values}
+        for v in reversed(problem.values):
+            far[v.name] = 1 if v.name in required else nearest[v.name]
+            for i in v.inputs:
+                nearest[i] = min(nearest[i], far[v.name] + 1)
+        return far

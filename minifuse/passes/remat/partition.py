@@ -13,9 +13,10 @@ from minifuse.ir import device as devices
 from minifuse.ir.decision import Decision
 
 from .build import build_problem, is_effect
-from .plan import SAVE, RematPlan, RematPolicy, backward_order
+from .plan import RematPlan, RematPolicy
 from .policies import resolve
-from .problem import Problem
+from .problem import SAVE, Problem
+from .simulate import backward_order
 from .verify import verify_plan
 
 
@@ -24,7 +25,7 @@ def partition(
     joint_inputs: Sequence[Any],
     *,
     num_fwd_outputs: int,
-    policy: str | RematPolicy = "mincut",
+    policy: Any = "priced_mincut",
     budget: float = 1.0,
     group_of: Mapping[str, int] | None = None,
     is_kernel: Callable[[fx.Node], bool],

@@ -5,17 +5,15 @@ from __future__ import annotations
 import difflib
 import json
 from collections.abc import Collection, Mapping
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, fields
 from functools import cached_property
 from typing import Any, Protocol, runtime_checkable
 
 from minifuse.errors import RematError
 from minifuse.ir.decision import bytes_text
 
-from .problem import Problem, Value
-
-SAVE = "save"
-RECOMPUTE = "recompute"
+from .problem import RECOMPUTE, SAVE, Problem, Value
+from .simulate import Timeline, simulate
 
 
 @dataclass(frozen=True)
@@ -36,9 +34,8 @@ class RematPlan:
 
     `choices` has every value that the backward gets from the forward's side, inputs included (action save, no bytes).
     `saved_bytes` counts each storage once and no input; `extra_flops`, `extra_traffic` (bytes) and `extra_seconds` are
-    those of what is recomputed; `peak_bytes` is the largest sum of live intermediates, inputs not counted, of a
-    forward followed by its backward; `lower_bound` is a proven bound on the seconds of the policy's own objective,
-    None where it has none.
+    those of what is recomputed; `timeline` is what a forward and its backward will hold, step by step, `peak_bytes`
+    the most of it; `lower_bound` is a proven bound on the seconds of the policy's own objective, None without one.
     """
 
     policy: str
@@ -51,6 +48,7 @@ class RematPlan:
     status: str = ""
     lower_bound: float | None = None
     solve_seconds: float = field(default=0.0, compare=False)
+    timeline: Timeline = field(default_factory=Timeline, repr=False)
 
     @cached_property
     def saved(self) -> tuple[str, ...]:
@@ -61,14 +59,40 @@ class RematPlan:
         return tuple(n for n, c in self.choices.items() if c.action == RECOMPUTE)
 
     def to_json(self) -> str:
-        return json.dumps(asdict(self), separators=(",", ":"))
+        data = {f.name: getattr(self, f.name) for f in fields(self)}
+        choices = [asdict(c) for c in self.choices.values()]
+        return json.dumps({**data, "choices": choices, "timeline": self.timeline.to_json()}, separators=(",", ":"))
 
     @classmethod
     def from_json(cls, text: str) -> RematPlan:
-        """The inverse of `to_json`."""
-        data: dict[str, Any] = json.loads(text)
-        data["choices"] = {n: Choice(**c) for n, c in data["choices"].items()}
-        return cls(**data)
+        """The inverse of `to_json`. Raises RematError for a text that it did not write."""
+        try:
+            data: dict[str, Any] = json.loads(text)
+            data["choices"] = {c["name"]: Choice(**c) for c in data["choices"]}
+            return cls(**{**data, "timeline": Timeline.from_json(data["timeline"])})
+        except (ValueError, KeyError, TypeError, AttributeError) as error:
+            raise RematError(
+                f"expected a rematerialisation plan as JSON, found {type(error).__name__}: {error}"
+            ) from error
+
+    def diff(self, other: RematPlan) -> str:
+        """What another plan does otherwise: figures that differ, and values whose action does, the largest first."""
+        figures = ("saved_bytes", "peak_bytes", "extra_flops", "extra_traffic", "extra_seconds")
+        lines = [f"{self.policy} -> {other.policy}"]
+        for name in figures:
+            before, after = getattr(self, name), getattr(other, name)
+            if before != after:
+                lines.append(f"  {name}: {before:.6g} -> {after:.6g} ({after - before:+.6g})")
+        absent = Choice("", "not needed", "", 0, 0.0, 0.0)
+        names = [n for n in {**self.choices, **other.choices}
+                 if self.choices.get(n, absent).action != other.choices.get(n, absent).action]  # fmt: skip
+        for n in sorted(names, key=lambda n: -max(p.choices.get(n, absent).nbytes for p in (self, other))):
+            before, after = (p.choices.get(n, absent) for p in (self, other))
+            nbytes = max(before.nbytes, after.nbytes)
+            lines.append(
+                f"  {n}: {before.action} -> {after.action}, {bytes_text(nbytes)}; {after.reason or before.reason}"
+            )
+        return "\n".join(lines)
 
     def __str__(self) -> str:
         head = (
@@ -136,6 +160,7 @@ def assemble(
         costs = problem.save_seconds(v), problem.recompute_seconds(v)
         choices[name] = Choice(name, action, _reason(problem, v, actions), 0 if v.is_given else v.nbytes, *costs)
     again = [problem[n] for n, a in actions.items() if a == RECOMPUTE and problem[n].phase == "forward"]
+    timeline = simulate(problem, actions)
     return RematPlan(
         policy,
         choices,
@@ -143,10 +168,11 @@ def assemble(
         extra_flops=sum(v.flops * (1 if v.kind == "extern" else v.copies) for v in again),
         extra_traffic=sum(v.traffic for v in again),
         extra_seconds=sum(problem.recompute_seconds(v) for v in again),
-        peak_bytes=peak_bytes(problem, actions),
+        peak_bytes=timeline.peak,
         status=status,
         lower_bound=lower_bound,
         solve_seconds=solve_seconds,
+        timeline=timeline,
     )
 
 
@@ -190,88 +216,3 @@ def _missing(problem: Problem, v: Value, actions: Mapping[str, str]) -> list[str
             found[name] = None
             queue.extend(problem[name].inputs)
     return list(found)
-
-
-def backward_order(problem: Problem, actions: Mapping[str, str]) -> list[str]:
-    """The backward's values in the order they run: each recomputed value just before its first reader."""
-    order: list[str] = []
-    done: set[str] = {n for n, a in actions.items() if a == SAVE}
-
-    def emit(name: str) -> None:
-        stack = [name]
-        while stack:
-            top = stack[-1]
-            waiting = [] if top in done else [i for i in problem[top].inputs if i not in done]
-            if waiting:
-                stack.extend(reversed(waiting))
-                continue
-            stack.pop()
-            if top not in done:
-                done.add(top)
-                order.append(top)
-
-    results = [n for n in problem.backward_outputs if n in actions]
-    for v in problem.values:
-        if v.phase not in ("backward", "tangent"):
-            continue
-        if v.has_effect:  # It may overwrite an input that a result is still to be computed from.
-            while results:
-                emit(results.pop())
-        emit(v.name)
-    for name in reversed(results):
-        emit(name)
-    return order
-
-
-def peak_bytes(problem: Problem, actions: Mapping[str, str]) -> int:
-    """The largest sum of live storages over a forward and its backward.
-
-    A value inside a fused kernel that nothing outside reads never reaches memory and counts nothing; inputs,
-    parameters and tangents belong to the caller. Storages die at their last reader; saved ones at the last reader in
-    the backward; outputs live on.
-    """
-    early = {n for n, a in actions.items() if a == SAVE and problem[n].phase == "either"}
-    forward = [v for v in problem.values if v.phase == "forward" or v.name in early]
-    backward = [problem[n] for n in backward_order(problem, actions)]
-    steps = [(v, False) for v in forward] + [(v, True) for v in backward]
-    kept = {problem[n].storage for n in problem.forward_outputs}
-    loaded = {problem[n].storage for n, a in actions.items() if a == SAVE}
-    last: dict[tuple[str, bool], int] = {}
-    crosses: set[tuple[str, bool]] = set()
-
-    def instance(root: str, in_backward: bool) -> tuple[str, bool]:
-        return root, in_backward and root not in loaded
-
-    for at, (v, in_backward) in enumerate(steps):
-        for name in (v.name, *v.inputs):
-            key = instance(problem[name].storage, in_backward)
-            last[key] = at
-            source = problem[key[0]]
-            if v.group is None or source.group != v.group or source.kind == "extern" or in_backward != key[1]:
-                crosses.add(key)
-    for root in kept:
-        last[root, False] = len(steps)
-        crosses.add((root, False))
-    for root in loaded:
-        crosses.add((root, False))
-    for name in problem.backward_outputs:
-        key = instance(problem[name].storage, True)
-        last[key] = len(steps)
-        crosses.add(key)
-    dies: dict[int, list[tuple[str, bool]]] = {}
-    for key, at in last.items():
-        dies.setdefault(at, []).append(key)
-    live: set[tuple[str, bool]] = set()
-    held = peak = 0
-    for at, (v, in_backward) in enumerate(steps):
-        key = instance(v.storage, in_backward)
-        owner = problem[key[0]]
-        if owner.phase not in ("input", "parameter", "tangent") and key in crosses and key not in live:
-            live.add(key)
-            held += owner.nbytes
-            peak = max(peak, held)
-        for key in dies.get(at, ()):
-            if key in live:
-                live.remove(key)
-                held -= problem[key[0]].nbytes
-    return peak

@@ -16,6 +16,7 @@ from minifuse.ir.device import DeviceModel
 
 PHASES = ("input", "parameter", "forward", "either", "backward", "tangent")
 KINDS = ("input", "constant", "view", "item", "kernel", "reduction", "extern", "symbol")
+SAVE, RECOMPUTE = ACTIONS = ("save", "recompute")
 TAGS = ("must_save", "prefer_save", "prefer_recompute", "must_recompute")
 SYMBOL_BYTES = 8
 
@@ -32,7 +33,8 @@ class Value:
     `group` is the fused kernel it landed in, None alone; `copies` the kernels of the backward that would each
     recompute it. `tag` is the user's wish (one of `TAGS`); `savable` is false of tuples, tokens and inputs that the
     forward overwrites; `binds` marks an operator that defines a data-dependent size. `stored` says that the forward
-    writes it to memory whether it is saved or not: an extern made it or reads it, or it is an output.
+    writes it to memory whether it is saved or not: an extern made it or reads it, or it is an output. `op` is its
+    operator (`aten.bmm`).
     """
 
     name: str
@@ -53,6 +55,7 @@ class Value:
     stored: bool = False
     tag: str | None = None
     where: str = ""
+    op: str = ""
 
     def __post_init__(self) -> None:
         for field, valid in (("phase", PHASES), ("kind", KINDS), ("tag", (None, *TAGS))):

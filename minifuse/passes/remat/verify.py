@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from minifuse.errors import RematError
 
-from .plan import RECOMPUTE, SAVE, Choice, RematPlan
-from .problem import Problem, Value
+from .plan import Choice, RematPlan
+from .problem import RECOMPUTE, SAVE, Problem, Value
 
 
 def verify_plan(problem: Problem, plan: RematPlan) -> None:
