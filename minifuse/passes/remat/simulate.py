@@ -102,7 +102,9 @@ class Side:
         self.unit_of: dict[str, int] = {}
         # a view is another name for memory, whoever reads it, and a tangent is there
         values = [v for v in values if v.kind != "view" and v.phase != "tangent"]
-        apart = knotted(problem, values, self.key)
+        inside = inlined(problem, values) if there else frozenset()
+        values = [v for v in values if v.name not in inside]
+        apart = knotted(problem, values, self.key, inside)
         number: dict[Key, int] = {}
         for at, v in enumerate(values):
             key = self.key(v)
@@ -112,8 +114,8 @@ class Side:
             unit.last = at
         for i, unit in self.units.items():
             for v in unit.members:
-                for name in v.inputs:
-                    self.link(i, unit, problem[name].storage)
+                for root in sources(problem, v, inside):
+                    self.link(i, unit, root)
                 if v.name in self.kept:
                     unit.writes[v.name] = None
 
@@ -174,11 +176,36 @@ class Side:
         return steps, rows, alive
 
 
-def knotted(problem: Problem, values: Sequence[Value], key: Callable[[Value], Key]) -> set[Key]:
+def inlined(problem: Problem, values: Sequence[Value]) -> frozenset[str]:
+    """What the backward computes again within the kernels that read it: pointwise values that no operator reads."""
+    taken = {problem[i].storage for v in values if v.kind == "extern" for i in v.inputs}
+    again = (v for v in values if v.phase == "forward" and v.kind in ("kernel", "symbol"))
+    return frozenset(v.name for v in again if v.name not in taken)
+
+
+def sources(problem: Problem, v: Value, inside: Collection[str]) -> dict[str, None]:
+    """The storages that a value is computed from, those of what is computed inside its kernel in its place."""
+    found: dict[str, None] = {}
+    stack = [problem[i].storage for i in v.inputs]
+    seen = set(stack)
+    while stack:
+        root = stack.pop()
+        if root not in inside:
+            found[root] = None
+            continue
+        more = {problem[i].storage for i in problem[root].inputs} - seen
+        seen |= more
+        stack.extend(more)
+    return found
+
+
+def knotted(
+    problem: Problem, values: Sequence[Value], key: Callable[[Value], Key], inside: Collection[str]
+) -> set[Key]:
     """The kernels that would need each other: fusion computed a value in each of several, and one alone is named."""
     number: dict[Key, int] = {}
     unit = {v.name: number.setdefault(key(v), len(number)) for v in values}
-    reads = ((problem[i].storage, v.name) for v in values for i in v.inputs)
+    reads = ((root, v.name) for v in values for root in sources(problem, v, inside))
     ends = {(unit[r], unit[n]) for r, n in reads if r in unit and unit[r] != unit[n]}
     rows, columns = np.array(sorted(ends), dtype=np.int64).reshape(-1, 2).T
     graph = sparse.csr_matrix((np.ones(len(rows), np.int8), (rows, columns)), shape=(len(number), len(number)))
