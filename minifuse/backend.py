@@ -151,6 +151,7 @@ class Graph:
                 inputs,
                 policy=self.options.remat,
                 budget=self.options.memory_budget,
+                on_budget=self.options.on_budget,
                 group_of=fused_groups(joint, self.options),
                 is_kernel=is_kernel,
                 record=ctx.decisions.append,

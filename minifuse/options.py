@@ -35,13 +35,18 @@ class Options:
     """What kernels are written in: `auto` (`triton` for CUDA and ROCm tensors, `c` for CPU ones), `c`, `triton`, or
     `interpret` (each kernel op by op with torch, slowly: the meaning that the others are tested against)."""
 
-    remat: Any = "priced_mincut"
+    remat: Any = "default"
     """How the backward gets an activation, loaded or recomputed: a policy's name (one of minifuse's or of an installed
     package's), the path of a plan (`.json`, from `RematPlan.to_json`), a function of the problem that returns a plan or
     the names of what to save, or an object with a `name` and `plan(problem) -> RematPlan`."""
 
     memory_budget: float = 1.0
-    """Bytes saved for the backward, as a share (above 0, to 1) of what `remat` saves unconstrained."""
+    """The most that a training step may hold at its peak, inputs and parameters aside: a share (above 0, to 1) of what
+    eager would, as predicted, or a whole number of bytes above 1. 1: no limit."""
+
+    on_budget: str = "error"
+    """What becomes of a graph for which no plan within `memory_budget` was found: `error` names the least peak that
+    was, `best` takes that plan."""
 
     debug_dir: str | None = None
     """Directory into which every graph is written: captured, joint, planned, kernels' source, decisions, report.
@@ -146,6 +151,7 @@ def _did_you_mean(given: object, valid: Iterable[str]) -> str:
 _CHOICES: dict[str, tuple[str, ...]] = {
     "target": ("auto", "c", "triton", "interpret"),
     "remat": (
+        "default",
         "priced_mincut",
         "save_all",
         "recompute_all",
@@ -154,6 +160,7 @@ _CHOICES: dict[str, tuple[str, ...]] = {
         "mincut",
         "knapsack_budget",
     ),
+    "on_budget": ("error", "best"),
     "fusion": ("greedy", "exact"),
     "device_model": ("auto", *devices.DEVICES),
     "rng": ("fast", "eager"),
@@ -194,9 +201,10 @@ _ACCEPTS: dict[str, _Check] = {
         ),
     ),
     "memory_budget": (
-        "a number above 0 and at most 1",
-        lambda value: (_is_int(value) or isinstance(value, float)) and 0 < value <= 1,
+        "a share above 0 and at most 1, or a whole number of bytes",
+        lambda value: (isinstance(value, float) and 0 < value <= 1) or (_is_int(value) and value > 0),
     ),
+    "on_budget": _one_of("on_budget"),
     "debug_dir": _PATH,
     "fusion_fuel": ("an integer of 0 or more, or None", lambda value: value is None or (_is_int(value) and value >= 0)),
     "fusion": _one_of("fusion"),

@@ -72,7 +72,7 @@ def test_a_near_miss_of_a_choice_is_suggested() -> None:
 
 
 def test_an_unknown_policy_is_refused_with_the_ones_that_there_are() -> None:
-    valid = "expected one of priced_mincut, save_all, recompute_all, .*, or an object with plan"
+    valid = "expected one of default, priced_mincut, save_all, recompute_all, .*, or an object with plan"
     with pytest.raises(OptionError, match=rf"got 'min_cut', {valid}.* \(did you mean 'mincut'\?\)"):
         Options.parse({"remat": "min_cut"})
     for name in POLICIES:

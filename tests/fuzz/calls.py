@@ -30,7 +30,8 @@ DTYPES = (
     "torch.bool",
 )
 OPTIONS: tuple[dict[str, Any], ...] = (
-    {"fusion_fuel": 0}, {"fusion_fuel": 2}, {"remat": "save_all"}, {"remat": "recompute_all"}, {"memory_budget": 0.2},
+    {"fusion_fuel": 0}, {"fusion_fuel": 2}, {"remat": "save_all"}, {"remat": "recompute_all"},
+    {"memory_budget": 0.2, "on_budget": "best"},
 )  # fmt: skip
 
 # {a}, {b}, {c} are tensors, {k} a number or a scalar argument, {d} and {e} dimensions of {a}.

@@ -68,7 +68,13 @@ def backend(
         seen.joints.append(joint)
         seen.problems.append(
             build_problem(
-                joint, num_fwd_outputs, None, is_kernel, memory_budget=budget, static_inputs=frozenset(static)
+                joint,
+                num_fwd_outputs,
+                None,
+                is_kernel,
+                memory_budget=budget,
+                on_budget="best",
+                static_inputs=frozenset(static),
             )
         )
         forward, backward, plan = partition(
@@ -77,6 +83,7 @@ def backend(
             num_fwd_outputs=num_fwd_outputs,
             policy=policy,
             budget=budget,
+            on_budget="best",
             is_kernel=is_kernel,
             record=seen.decisions.append,
             **kw,

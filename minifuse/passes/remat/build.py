@@ -195,6 +195,7 @@ def build_problem(
     *,
     device: devices.DeviceModel = devices.CPU,
     memory_budget: float = 1.0,
+    on_budget: str = "error",
     static_inputs: Collection[int] = (),
 ) -> Problem:
     """Price a joint graph.
@@ -205,7 +206,7 @@ def build_problem(
         group_of: FX node name to the fused kernel it landed in when the whole graph was fused; None: each alone.
         is_kernel: whether a node becomes generated code; every other one is an extern.
         device: the rates that turn bytes and flops into seconds.
-        memory_budget: share of `save_all`'s bytes that may be saved, 0 to 1.
+        memory_budget, on_budget: as `Problem` has them.
         static_inputs: indices of the primals that are parameters or buffers.
     """
     graph = JointGraph(joint, num_fwd_outputs)
@@ -261,6 +262,7 @@ def build_problem(
         tuple(n.name for n in graph.required),
         device,
         memory_budget,
+        on_budget,
     )
 
 

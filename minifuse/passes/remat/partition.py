@@ -25,8 +25,9 @@ def partition(
     joint_inputs: Sequence[Any],
     *,
     num_fwd_outputs: int,
-    policy: Any = "priced_mincut",
+    policy: Any = "default",
     budget: float = 1.0,
+    on_budget: str = "error",
     group_of: Mapping[str, int] | None = None,
     is_kernel: Callable[[fx.Node], bool],
     record: Callable[[Decision], None] = lambda decision: None,
@@ -52,6 +53,7 @@ def partition(
         is_kernel,
         device=device,
         memory_budget=budget,
+        on_budget=on_budget,
         static_inputs=frozenset(static_lifetime_input_indices or ()),
     )
     plan = ask(chosen, problem)

@@ -134,6 +134,11 @@ def closure(problem: Problem, saved: Collection[str]) -> dict[str, str]:
     return dict(sorted(actions.items(), key=lambda item: problem.position[item[0]]))
 
 
+def cost_seconds(problem: Problem, plan: RematPlan) -> float:
+    """Seconds that a plan's loads and its recomputation take."""
+    return sum(problem.save_seconds(problem[n]) for n in plan.saved) + plan.extra_seconds
+
+
 def assemble(
     problem: Problem,
     saved: Collection[str],

@@ -15,6 +15,7 @@ from minifuse.errors import RematError
 
 from .baselines import RecomputeAll, SaveAll
 from .chen import ChenSqrt
+from .default import Default
 from .knapsack import KnapsackBudget
 from .korthikanti import KorthikantiSelective
 from .mincut import MinCut
@@ -25,6 +26,7 @@ from .problem import Problem
 POLICIES: dict[str, RematPolicy] = {
     p.name: p
     for p in (
+        Default(),
         PricedMinCut(),
         SaveAll(),
         RecomputeAll(),

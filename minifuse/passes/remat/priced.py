@@ -3,17 +3,16 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Iterator
 from dataclasses import dataclass, field, replace
 
 from minifuse.ir.decision import bytes_text
 
 from .baselines import SaveAll
+from .budget import limit_of, within
 from .mincut import INFINITE, Division, again_price, divide, save_price
-from .plan import RematPlan, assemble, closure
-from .problem import RECOMPUTE, SAVE, SYMBOL_BYTES, Problem, Value
-
-_MAX_HULL_STEPS = 24
-_FILL_STEPS = 32
+from .plan import RematPlan, assemble
+from .problem import SYMBOL_BYTES, Problem, Value
 
 
 @dataclass(frozen=True)
@@ -27,71 +26,49 @@ class Prices:
 
 @dataclass(frozen=True)
 class PricedMinCut:
-    """Least seconds for the backward's inputs, exactly; below budget 1 the lower convex hull of seconds over bytes.
+    """Least seconds for the backward's inputs, exactly; with a budget the lower convex hull of seconds over bytes.
 
     Saving and recomputing both have a finite price (`mincut.divide`), unlike in the cut that torch's partitioner makes,
     so a long chain is recomputed only while all of it costs less than loading what it ends in. Matrix products,
     convolutions and attention are recomputed only under a budget or where the user asks for it.
 
-    Below the bytes of that cut, a price on bytes (Everett 1963, generalised Lagrange multipliers) gives
-    plans that no other plan with as few bytes beats; the last step between two of them saves values from the end
-    of the forward on, since what is recomputed early in the backward stands beside everything that is still saved.
+    Below the peak of that cut, a price on bytes (Everett 1963, generalised Lagrange multipliers) gives plans that no
+    other plan with as few bytes beats; of these, and of some between two of them, `budget.within` chooses.
     """
 
     name: str = field(default="priced_mincut", init=False)
 
     def plan(self, problem: Problem) -> RematPlan:
         began = time.perf_counter()
+        plan = self.fastest(problem)
+        if plan.peak_bytes > (limit := limit_of(problem)):
+            plan = within(problem, limit, [plan, *self.frontier(problem)], self.name)
+        return replace(plan, solve_seconds=time.perf_counter() - began)
+
+    def fastest(self, problem: Problem) -> RematPlan:
+        """The plan of the least seconds, whatever it holds; that of `save_all` where it would save more bytes."""
         everything = SaveAll().plan(problem)
         found = _cut(problem, Prices())
         plan = assemble(problem, found.saved, self.name, status="optimal", lower_bound=found.lower_bound)
-        if plan.saved_bytes > everything.saved_bytes:
-            kept = frozenset(everything.saved)
-            status = (
-                f"saves as save_all: the cheapest plan saves {bytes_text(plan.saved_bytes)}, "
-                f"more than its {bytes_text(everything.saved_bytes)}"
-            )
-            plan = assemble(problem, kept, self.name, status=status, lower_bound=found.lower_bound)
-        limit = problem.memory_budget * everything.saved_bytes
-        if problem.memory_budget < 1 and plan.saved_bytes > limit:
-            saved, status = self._within(problem, frozenset(plan.saved), limit)
-            plan = assemble(problem, saved, self.name, status=status)
-        return replace(plan, solve_seconds=time.perf_counter() - began)
+        if plan.saved_bytes <= everything.saved_bytes:
+            return plan
+        status = (
+            f"saves as save_all: the cheapest plan saves {bytes_text(plan.saved_bytes)}, "
+            f"more than its {bytes_text(everything.saved_bytes)}"
+        )
+        return replace(everything, policy=self.name, status=status, lower_bound=found.lower_bound)
 
-    def _within(self, problem: Problem, start: frozenset[str], limit: float) -> tuple[frozenset[str], str]:
-        """The cheapest saved set found within `limit` bytes, and how it was found."""
-        high, low = start, _cut(problem, Prices(externs=True, time=1e-6, byte=1.0)).saved
-        high_at, low_at = _cost(problem, high), _cost(problem, low)
-        if low_at.nbytes > limit:
-            return low, f"over budget: no plan saves less than {bytes_text(low_at.nbytes)} of {bytes_text(limit)}"
-        for _ in range(_MAX_HULL_STEPS):
-            if high_at.nbytes <= low_at.nbytes:
-                break
-            price = (low_at.seconds - high_at.seconds) / (high_at.nbytes - low_at.nbytes)
-            middle = _cut(problem, Prices(externs=True, byte=max(price, 0.0))).saved
-            at = _cost(problem, middle)
-            better = at.seconds + price * at.nbytes < (low_at.seconds + price * low_at.nbytes) * (1 - 1e-6)
-            if not better or not low_at.nbytes < at.nbytes < high_at.nbytes:
-                break
-            if at.nbytes > limit:
-                high, high_at = middle, at
-            else:
-                low, low_at = middle, at
-        return _fill(problem, low, high, limit), "within budget"
-
-
-@dataclass(frozen=True)
-class _Cost:
-    nbytes: int
-    seconds: float
-
-
-def _cost(problem: Problem, saved: frozenset[str]) -> _Cost:
-    actions = closure(problem, saved)
-    kept = [n for n, a in actions.items() if a == SAVE]
-    loading = sum(problem.save_seconds(problem[n]) for n in kept)
-    again = sum(problem.recompute_seconds(problem[n]) for n, a in actions.items() if a == RECOMPUTE)
-    return _Cost(problem.saved_bytes(kept), loading + again)
+    def frontier(self, problem: Problem) -> Iterator[RematPlan]:
+        """The cuts at rising prices of a byte; in the later ones a library's operators may run again."""
+        seen: set[frozenset[str]] = set()
+        load = 1 / problem.device.dram
+        ladder = [Prices(byte=load * 4.0**k) for k in range(-1, 4)]
+        ladder += [Prices(externs=True, byte=load * 2.0**k) for k in range(-2, 11)]
+        for prices in (*ladder, Prices(externs=True, time=1e-6, byte=1.0)):
+            saved = _cut(problem, prices).saved
+            if saved not in seen:
+                seen.add(saved)
+                yield assemble(problem, saved, self.name)
 
 
 def _cut(problem: Problem, prices: Prices) -> Division:
@@ -104,19 +81,3 @@ def _cut(problem: Problem, prices: Prices) -> Division:
         return prices.time * problem.recompute_seconds(v)
 
     return divide(problem, lambda v: save_price(v, keep), lambda v: again_price(v, again))
-
-
-def _fill(problem: Problem, low: frozenset[str], high: frozenset[str], limit: float) -> frozenset[str]:
-    """Between two plans, of which only `low` fits: add what `high` saves, the forward's end first, while it fits.
-
-    The candidates do not depend on the limit, so a larger limit never gives fewer bytes.
-    """
-    more = sorted(high - low, key=lambda n: -problem.position[n])
-    best, best_bytes = low, _cost(problem, low).nbytes
-    ceiling = _cost(problem, high).nbytes
-    for step in range(1, _FILL_STEPS):
-        saved = low | frozenset(more[: len(more) * step // _FILL_STEPS])
-        nbytes = _cost(problem, saved).nbytes
-        if best_bytes < nbytes <= min(limit, ceiling):
-            best, best_bytes = saved, nbytes
-    return best

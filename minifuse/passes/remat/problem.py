@@ -17,6 +17,7 @@ from minifuse.ir.device import DeviceModel
 PHASES = ("input", "parameter", "forward", "either", "backward", "tangent")
 KINDS = ("input", "constant", "view", "item", "kernel", "reduction", "extern", "symbol")
 SAVE, RECOMPUTE = ACTIONS = ("save", "recompute")
+ON_BUDGET = ("error", "best")
 TAGS = ("must_save", "prefer_save", "prefer_recompute", "must_recompute")
 SYMBOL_BYTES = 8
 
@@ -90,7 +91,8 @@ class Problem:
     """A joint graph to decide about. `values` are in topological order, those of the backward included.
 
     `required` are the values, inputs among them, that the backward reads and that need no tangent. `memory_budget` is
-    the share of `save_all`'s bytes that a policy may save.
+    the most that a step may hold at its peak: a share of eager's as predicted, or above 1 bytes. `on_budget` says what
+    becomes of a plan that holds more: "error" refuses it, "best" takes it.
     """
 
     values: tuple[Value, ...]
@@ -99,6 +101,7 @@ class Problem:
     required: tuple[str, ...]
     device: DeviceModel
     memory_budget: float = 1.0
+    on_budget: str = "error"
 
     @cached_property
     def by_name(self) -> Mapping[str, Value]:
@@ -156,7 +159,8 @@ class Problem:
         data: dict[str, Any] = json.loads(text)
         values = tuple(Value(**{**v, "inputs": tuple(v["inputs"])}) for v in data["values"])
         names = {k: tuple(data[k]) for k in ("forward_outputs", "backward_outputs", "required")}
-        return cls(values, **names, device=DeviceModel.from_json(data["device"]), memory_budget=data["memory_budget"])
+        return cls(values, **names, device=DeviceModel.from_json(data["device"]), memory_budget=data["memory_budget"],
+                   on_budget=data["on_budget"])  # fmt: skip
 
     def __str__(self) -> str:
         """A table: the values that the backward could get in more than one way, their costs in microseconds."""

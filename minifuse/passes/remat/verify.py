@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 from minifuse.errors import RematError
+from minifuse.ir.decision import bytes_text
 
+from .budget import limit_of
 from .plan import Choice, RematPlan
 from .problem import RECOMPUTE, SAVE, Problem, Value
 
@@ -15,7 +17,8 @@ def verify_plan(problem: Problem, plan: RematPlan) -> None:
     named exists and needs no tangent; what draws random numbers, has an effect, communicates or defines a
     data-dependent size is not recomputed; nothing is recomputed from an input that the forward overwrites (the
     backward's own operators may read one: autograd's version check has passed); what cannot be saved is not; what the
-    user said must be saved or recomputed is; the bytes that the plan reports are those of what it saves.
+    user said must be saved or recomputed is; the bytes that the plan reports are those of what it saves; its peak
+    is within the budget, unless the user takes the best that was found.
     """
     for name, choice in plan.choices.items():
         if name != choice.name:
@@ -29,6 +32,12 @@ def verify_plan(problem: Problem, plan: RematPlan) -> None:
     for name in problem.required:
         if name not in plan.choices:
             raise _broken(plan, name, "is read by the backward and neither saved nor recomputed")
+    limit = limit_of(problem)
+    if plan.peak_bytes > limit and problem.on_budget == "error":
+        raise RematError(
+            f"{plan.policy}: the least peak of a step that was found is {bytes_text(plan.peak_bytes)}, the budget is "
+            f"{bytes_text(int(limit))}; raise memory_budget, or take this plan with on_budget='best'"
+        )
     nbytes = problem.saved_bytes(plan.saved)
     if nbytes != plan.saved_bytes:
         raise RematError(f"{plan.policy}: the plan reports {plan.saved_bytes} saved bytes, its values hold {nbytes}")

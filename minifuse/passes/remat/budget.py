@@ -1,0 +1,59 @@
+"""Plans under a limit on what a step holds at its peak."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import replace
+
+from minifuse.ir.decision import bytes_text
+
+from .baselines import SaveAll
+from .plan import RematPlan, assemble, cost_seconds
+from .problem import Problem
+
+# Plans that are tried between two neighbours of a frontier.
+_FILL_STEPS = 16
+
+
+def eager_peak(problem: Problem) -> int:
+    """Bytes at the peak of a step by eager, as predicted: each operator by itself, and what autograd saves."""
+    alone = replace(problem, values=tuple(replace(v, group=None) for v in problem.values))
+    return SaveAll().plan(alone).peak_bytes
+
+
+def limit_of(problem: Problem) -> float:
+    """The most bytes that a step may hold at its peak: infinite where the budget is 1."""
+    budget = problem.memory_budget
+    if budget == 1:
+        return float("inf")
+    return budget if budget > 1 else budget * eager_peak(problem)
+
+
+def within(problem: Problem, limit: float, plans: Iterable[RematPlan], policy: str) -> RematPlan:
+    """The fastest plan that holds at most `limit` bytes at its peak, of some and of those between two neighbours; the
+    one of the least peak where none does.
+
+    The plans that no other beats in both are a frontier; between the two around the limit, more and more of what the
+    larger saves is saved, the end of the forward first, since what is recomputed early in the backward stands beside
+    everything that is still saved. Neither depends on the limit, so a smaller limit never gives a higher peak.
+    """
+    plans = list(plans)
+    seconds = {id(p): cost_seconds(problem, p) for p in plans}
+    frontier: list[RematPlan] = []
+    for p in sorted(plans, key=lambda p: (p.peak_bytes, seconds[id(p)])):
+        if not frontier or seconds[id(p)] < seconds[id(frontier[-1])]:
+            frontier.append(p)
+    fits = [p for p in frontier if p.peak_bytes <= limit]
+    if not fits:
+        words = f"over budget: no plan was found below {bytes_text(frontier[0].peak_bytes)} of {bytes_text(int(limit))}"
+        return replace(frontier[0], policy=policy, status=words)
+    best = low = fits[-1]
+    least = seconds[id(low)]
+    above = frontier[len(fits) :][:1]
+    saved = frozenset(low.saved)
+    more = sorted((n for p in above for n in p.saved if n not in saved), key=lambda n: -problem.position[n])
+    for step in range(1, _FILL_STEPS) if more else ():
+        plan = assemble(problem, [*saved, *more[: len(more) * step // _FILL_STEPS]], policy)
+        if low.peak_bytes <= plan.peak_bytes <= limit and (took := cost_seconds(problem, plan)) < least:
+            best, least = plan, took
+    return replace(best, policy=policy, status="within budget")
