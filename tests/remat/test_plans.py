@@ -185,7 +185,7 @@ def test_a_cast_that_alone_is_read_is_saved_in_place_of_its_source():
 def test_two_views_of_one_storage_count_once():
     views = (value("a", "mm", kind="view", storage="mm"), value("b", "mm", kind="view", storage="mm"))
     for policy in POLICIES.values():
-        if policy.name != "recompute_all":
+        if policy.name not in ("recompute_all", "chen_sqrt"):
             plan = policy.plan(chain(*views, required=("a", "b")))
             assert plan.saved_bytes == MB
             assert [n for n in plan.saved if n != "x"] == ["mm"]

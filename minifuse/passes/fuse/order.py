@@ -30,7 +30,8 @@ def order(
     dies: Callable[[str], bool],
 ) -> list[int]:
     """Groups in dependency order. List scheduling with the bytes a step allocates less those that it frees as its
-    priority, where it frees more by `WORTH_BYTES`; the place in the captured graph otherwise.
+    priority, where it frees more by `WORTH_BYTES`; the place in the captured graph otherwise, or that of the first to
+    wait for it where fusion put something early into something late.
 
     A gradient of a weight, say, is the last reader of a saved activation: computed before the gradient of the layer's
     input, it makes room for that. `dies` says of a buffer whether its memory is free once its last reader has run.
@@ -45,6 +46,7 @@ def order(
         freed = sum(nbytes[n] for n in reads[i] if len(readers.get(n, ())) == 1)
         return sum(nbytes[n] for n in writes[i]) - freed
 
+    place = wanted(groups)
     waiting = {i: len(g.preds) for i, g in groups.items()}
     ready: list[tuple[int, int]] = []
     freeing: list[tuple[int, int, int]] = []
@@ -52,10 +54,10 @@ def order(
 
     def consider(i: int) -> None:
         if waiting[i] == 0 and i not in out and (n := net(i)) < -WORTH_BYTES:
-            heapq.heappush(freeing, (n, groups[i].last, i))
+            heapq.heappush(freeing, (n, place[i], i))
 
     def admit(i: int) -> None:
-        heapq.heappush(ready, (groups[i].last, i))
+        heapq.heappush(ready, (place[i], i))
         consider(i)
 
     for i, left in waiting.items():
@@ -78,3 +80,18 @@ def order(
     if len(out) != len(groups):
         raise AssertionError("fusion made a cycle")
     return list(out)
+
+
+def wanted(groups: Mapping[int, Step]) -> dict[int, int]:
+    """The place of each group, no later than that of any group that depends on it."""
+    place = {i: g.last for i, g in groups.items()}
+    left = {i: len(g.succs) for i, g in groups.items()}
+    stack = [i for i, n in left.items() if not n]
+    while stack:
+        i = stack.pop()
+        for p in groups[i].preds:
+            place[p] = min(place[p], place[i])
+            left[p] -= 1
+            if not left[p]:
+                stack.append(p)
+    return place

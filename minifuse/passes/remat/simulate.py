@@ -219,7 +219,7 @@ def simulate(problem: Problem, actions: Mapping[str, str]) -> Timeline:
 
     Kernels are those that fusion made of the joint graph, a side's part of each; they run in the order of
     `fuse.order`, each value recomputed just before its first reader. A storage dies with its last reader, one that is
-    saved in the backward; an output of either pass lives on.
+    saved in the backward; what a pass gives the caller lives to the end of that pass, and is the caller's from then on.
     """
     early = {n for n, a in actions.items() if a == SAVE and problem[n].phase == "either"}
     loaded = {problem[n].storage for n, a in actions.items() if a == SAVE and not problem[problem[n].storage].is_given}
@@ -232,8 +232,9 @@ def simulate(problem: Problem, actions: Mapping[str, str]) -> Timeline:
     first, before, alive = forward.run({}, category)
     tangents = {v.name: "temporary" for v in problem.values if v.phase == "tangent"}
     order_back = [problem[n] for n in backward_order(problem, actions)]
-    backward = Side(problem, order_back, loaded | tangents.keys(), outputs | gradients)
-    then, behind, _ = backward.run({**alive, **tangents}, dict.fromkeys(gradients - outputs, "gradients"))
+    backward = Side(problem, order_back, loaded | tangents.keys(), gradients)
+    there = {n: kind for n, kind in alive.items() if n in loaded}
+    then, behind, _ = backward.run({**there, **tangents}, dict.fromkeys(gradients, "gradients"))
     rows = [*before, *behind]
     held = tuple(tuple(row[k] for row in rows) for k in range(len(CATEGORIES)))
     return Timeline((*first, *then), len(first), held)
