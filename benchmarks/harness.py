@@ -147,9 +147,9 @@ def probe_peak(path: str, backend: str, training: bool) -> dict[str, int] | None
     """Largest bytes alive in a warm step beyond the model and its inputs, over two steps; None without glibc.
 
     Run it through `peak`, which gives the process the allocator settings that make the count exact. The first two steps
-    compile and are not counted (Dynamo alone allocates 32 MB to time its guards); what they leave behind is. The C
-    library's high-water mark cannot be set back, so memory that is never touched fills the gap below it. `resident` is
-    the growth of the resident set's peak, compiler included.
+    compile and are not counted (Dynamo alone allocates 32 MB to time its guards); what they leave behind is, less their
+    garbage. The C library's high-water mark cannot be set back, so memory that is never touched fills the gap below it.
+    `resident` is the growth of the resident set's peak, compiler included.
     """
     if platform.libc_ver()[0] != "glibc":
         return None
@@ -157,6 +157,7 @@ def probe_peak(path: str, backend: str, training: bool) -> dict[str, int] | None
     before, resident = _mapped()[0], _resident()
     for _ in range(2):
         step()
+    gc.collect()  # a compile's garbage goes when the collector next runs: sometimes here, sometimes a step later
     now, most = _mapped()
     ballast = np.empty(most - now, np.uint8)
     filled = _mapped()[0] - now

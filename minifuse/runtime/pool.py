@@ -37,8 +37,6 @@ PAGE = 4096
 # A rest of so many bytes is worth a piece of its own. Tensors have 16 times as much, so that a smaller rest serves
 # arenas alone and is waste of 1/16 at most; arenas smaller than this do not split what a tensor may want.
 KEEP = SMALL // 16
-# A segment that an operator allocated is lent to it again, whole, where it is one part in so many of the pool or more.
-LENT_SHARE = 8
 
 
 class _Tenant(np.ndarray):
@@ -184,7 +182,6 @@ class Pool:
         self._free: dict[int, dict[int, _Piece]] = {}  # by size, then by address
         self._sizes: list[int] = []  # the keys of `_free`, ascending
         self._kept: set[int] = set()  # segments of these sizes are not split
-        self._lent: set[int] = set()  # and of these, which `own` took, where they are large
         self._held = self._used = self._most = 0
         self._torn = False
 
@@ -267,7 +264,6 @@ class Pool:
         with self._lock:
             self._begin()
             piece = _Piece(segment, segment.numpy(), self._returned)
-            self._lent.add(piece.size)
             self._held += piece.size
             self._used += piece.size
             self._most = max(self._most, self._used)
@@ -370,8 +366,7 @@ class Pool:
             if larger - size < KEEP:
                 self._remove(piece)
                 return piece
-            whole = piece.whole and (larger in self._kept or larger * LENT_SHARE >= self._most and larger in self._lent)
-            if size >= KEEP and not whole:
+            if size >= KEEP and not (piece.whole and larger in self._kept):
                 self._remove(piece)
                 self._insert(piece.split(size))
                 return piece

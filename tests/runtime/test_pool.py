@@ -237,16 +237,6 @@ def test_what_is_small_or_in_use_or_of_another_size_is_not_lent() -> None:
     assert pool.own(small) is small and pool.own(part) is part
 
 
-def test_a_large_segment_that_an_operator_allocated_is_not_split_and_makes_room_for_its_next_result() -> None:
-    pool = Pool()
-    result = pool.own(torch.empty(16 * SMALL, dtype=torch.uint8))
-    del result
-    arena = pool.lease(SMALL)
-    pool.lend(16 * SMALL)
-    assert pool.held_bytes == SMALL
-    arena.release()
-
-
 def test_memory_beyond_the_limit_goes_back_when_more_is_asked() -> None:
     pool = Pool(limit_bytes=1 << 16)
     pool.lease(1 << 20).release()
