@@ -98,7 +98,7 @@ def compiled(case: str, how: str) -> Callable[[], Tensor]:
         torch._dynamo.mark_dynamic(tensors[0], 0)
         for other, shape in zip(tensors[1:], shapes[1:], strict=True):
             if shape[0] == shapes[0][0] and (len(shape) > 1 or function is cross_entropy):
-                torch._dynamo.mark_dynamic(other, 0)
+                torch._dynamo.mark_dynamic(other, int(function is transposed))
     # Dynamo keeps what it compiled by code: each has one of its own
     own = FunctionType(function.__code__.replace(co_name=f"{function.__name__}_{how}"), function.__globals__)
     run = torch.compile(own, backend="minifuse", dynamic={"static": False, "first": None, "all": True}[how])
