@@ -314,14 +314,13 @@ def report_sizes(gm: fx.GraphModule, ctx: CompileContext) -> None:
     lines = {source_line(n) for n in gm.graph.nodes}
     for s in compat.traced_sizes():
         span = f"{s.low} and more" if s.high is None else f"{s.low} to {s.high}"
-        free, fixed = (
-            "one kernel for {span}, planned for {hint}",
-            "fixed at {became}, for others the graph is compiled anew",
-        )
         # the number of a line that no operator comes from is not known when the graph is read from the cache
         where = s.where if s.where in lines else re.sub(r":\d+", ":", s.where, count=1)
-        ctx.record("size", s.source, taken=not s.fixed, reason=fixed if s.fixed else free, where=where, span=span,
-                   hint=s.hint, became=s.fixed)  # fmt: skip
+        reason = "one kernel for {span}, planned for {hint}"
+        if s.fixed:
+            reason = "fixed at {became}, for others the graph is compiled anew"
+        ctx.record("size", s.source, taken=not s.fixed, reason=reason, where=where, span=span, hint=s.hint,
+                   became=s.fixed)  # fmt: skip
 
 
 def report_interpreted(ctx: CompileContext) -> None:

@@ -15,6 +15,8 @@ import torch
 from .errors import OptionError
 from .ir import device as devices
 
+POLICIES = "minifuse.remat"
+"""The group of entry points under which packages offer rematerialisation policies by name."""
 MODES: Mapping[str, str] = {
     "default": "what the options say",
     "reduce-overhead": "as default: a program is one call into C between two externs already; no CUDA graphs yet",
@@ -179,7 +181,7 @@ def _is_installed(value: Any) -> bool:
     """Whether it names a plan's file, or a policy that a package offers."""
     named = isinstance(value, (str, os.PathLike))
     path = os.fspath(value) if named else ""
-    return named and (path.endswith(".json") or bool(entry_points(group="minifuse.remat", name=path)))
+    return named and (path.endswith(".json") or bool(entry_points(group=POLICIES, name=path)))
 
 
 def _is_int(value: Any) -> bool:

@@ -13,8 +13,10 @@ from torch import Tensor, nn
 from torch._dynamo.exc import BackendCompilerFailed
 from torch.nn import functional as F
 
-from minifuse import reports
+from minifuse import reports, warm
 from minifuse.errors import OptionError
+from minifuse.options import Options
+from minifuse.passes.remat import Problem
 from minifuse.passes.remat.policies import resolve
 from minifuse.records import RECORDS
 from tests.judge import compiled, externs, kernels, records, same
@@ -105,6 +107,41 @@ def test_a_smaller_memory_budget_saves_less_and_changes_no_bit() -> None:
         sizes.append(saved_bytes())
     assert sizes == sorted(sizes, reverse=True)
     assert sizes[-1] < sizes[0]
+
+
+def test_a_budget_that_no_plan_meets_is_an_error_or_the_best_there_is() -> None:
+    want = trained()
+    with pytest.raises(
+        BackendCompilerFailed, match=r"default: the least peak .* was found is .* on_budget"
+    ):
+        trained({"memory_budget": 1000, "on_budget": "error"})
+    same(trained({"memory_budget": 1000, "on_budget": "best"}), want, exact=True)
+    same(trained({"memory_budget": 1 << 30, "on_budget": "error"}), want, exact=True)
+
+
+def test_a_policy_is_a_function_a_plan_in_a_file_or_an_installed_one(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def products(problem: Problem) -> list[str]:
+        return [v.name for v in problem.values if v.phase == "forward" and v.kind == "extern"]
+
+    want, path = trained(), tmp_path / "plan.json"
+    same(trained({"remat": products}), want, exact=True)
+    plan = records("forward")[0].stages["remat"]
+    path.write_text(plan.to_json())
+    same(trained({"remat": str(path)}), want, exact=True)
+    again = records("forward")[0].stages["remat"]
+    assert (again.policy, again.saved, again.status) == ("products", plan.saved, f"replayed from {path}")
+    assert not warm.plain(Options(remat=str(path)), "c") and warm.plain(Options(remat="mincut"), "c")
+
+    (tmp_path / "offered.py").write_text("def thrifty(problem):\n    return []\n")
+    folder = tmp_path / "offered-1.0.dist-info"
+    folder.mkdir()
+    (folder / "METADATA").write_text("Metadata-Version: 2.1\nName: offered\nVersion: 1.0\n")
+    (folder / "entry_points.txt").write_text("[minifuse.remat]\nthrifty = offered:thrifty\n")
+    monkeypatch.syspath_prepend(str(tmp_path))
+    same(trained({"remat": "thrifty"}), want, exact=True)
+    assert records("forward")[0].stages["remat"].policy == "thrifty"
 
 
 def test_debug_dir_gets_a_folder_a_graph(tmp_path: Path) -> None:

@@ -17,7 +17,13 @@ class SaveAll:
     name: str = field(default="save_all", init=False)
 
     def plan(self, problem: Problem) -> RematPlan:
-        return _plan(problem, lambda v: v.phase == "forward" or v.kind == "symbol", self.name)
+        began = time.perf_counter()
+        return assemble(problem, self.names(problem), self.name, solve_seconds=time.perf_counter() - began)
+
+    @staticmethod
+    def names(problem: Problem) -> frozenset[str]:
+        """What is saved, as far as the backward needs it."""
+        return _names(problem, lambda v: v.phase == "forward" or v.kind == "symbol")
 
 
 @dataclass(frozen=True)
@@ -27,7 +33,9 @@ class RecomputeAll:
     name: str = field(default="recompute_all", init=False)
 
     def plan(self, problem: Problem) -> RematPlan:
-        return _plan(problem, lambda v: v.tag == "must_save" or runs_once(problem, v), self.name)
+        began = time.perf_counter()
+        saved = _names(problem, lambda v: v.tag == "must_save" or runs_once(problem, v))
+        return assemble(problem, saved, self.name, solve_seconds=time.perf_counter() - began)
 
 
 def runs_once(problem: Problem, v: Value) -> bool:
@@ -44,11 +52,9 @@ def _is_lost(problem: Problem, v: Value) -> bool:
     return v.is_given and not v.savable
 
 
-def _plan(problem: Problem, keep: Callable[[Value], bool], name: str) -> RematPlan:
-    began = time.perf_counter()
-    saved = {
+def _names(problem: Problem, keep: Callable[[Value], bool]) -> frozenset[str]:
+    return frozenset(
         v.name
         for v in problem.values
         if v.savable and v.kind != "view" and not v.wants_recompute and not v.is_given and keep(v)
-    }
-    return assemble(problem, saved, name, solve_seconds=time.perf_counter() - began)
+    )

@@ -20,8 +20,8 @@ _PARTS = 4096
 class KnapsackBudget:
     """Of what PyTorch's cut saves, the values that take longest to recompute, as many as the budget has room for.
 
-    As `torch._functorch.config.activation_memory_budget` ("Current and New Activation Checkpointing Techniques in
-    PyTorch", pytorch.org, 2025): 0 saves what must be, 1 what `mincut` saves, and between the two a
+    As PyTorch's option `activation_memory_budget` ("Current and New Activation Checkpointing Techniques in PyTorch",
+    pytorch.org, 2025): 0 saves what must be, 1 what `mincut` saves, and between the two a
     knapsack is filled, here by dynamic programming (Kellerer, Pferschy and Pisinger, "Knapsack Problems", 2004,
     section 2.3). Unlike there, what draws random numbers is saved at every budget, and not drawn again.
     """

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from minifuse.errors import RematError
+from minifuse.options import POLICIES as ENTRY_POINTS
 
 from .baselines import RecomputeAll, SaveAll
 from .chen import ChenSqrt
@@ -36,8 +37,6 @@ POLICIES: dict[str, RematPolicy] = {
         KnapsackBudget(),
     )
 }
-ENTRY_POINTS = "minifuse.remat"
-"""The group of entry points under which a package offers policies by name."""
 
 
 @dataclass(frozen=True)
@@ -124,10 +123,9 @@ def resolve(policy: Any) -> RematPolicy:
         raise RematError(
             f"no rematerialisation policy {str(policy)!r}{hint}; policies: {listed}, or a plan's path (.json)"
         )
-    made = policy() if isinstance(policy, type) else policy
-    if callable(getattr(made, "plan", None)) and isinstance(getattr(made, "name", None), str):
-        return made
-    if callable(policy) and not isinstance(policy, type):
+    if callable(getattr(policy, "plan", None)) and isinstance(getattr(policy, "name", None), str):
+        return policy
+    if callable(policy):
         return FunctionPolicy(policy)
     raise RematError(
         f"a rematerialisation policy has a `name` and a `plan(problem)`, or is a function; found {policy!r}"

@@ -11,8 +11,8 @@ from minifuse.ir.decision import bytes_text
 from .baselines import SaveAll
 from .budget import limit_of, within
 from .mincut import INFINITE, Division, again_price, divide, save_price
-from .plan import RematPlan, assemble
-from .problem import SYMBOL_BYTES, Problem, Value
+from .plan import RematPlan, assemble, closure
+from .problem import SAVE, SYMBOL_BYTES, Problem, Value
 
 
 @dataclass(frozen=True)
@@ -47,16 +47,17 @@ class PricedMinCut:
 
     def fastest(self, problem: Problem) -> RematPlan:
         """The plan of the least seconds, whatever it holds; that of `save_all` where it would save more bytes."""
-        everything = SaveAll().plan(problem)
         found = _cut(problem, Prices())
         plan = assemble(problem, found.saved, self.name, status="optimal", lower_bound=found.lower_bound)
-        if plan.saved_bytes <= everything.saved_bytes:
+        everything = SaveAll.names(problem)
+        most = problem.saved_bytes(n for n, action in closure(problem, everything).items() if action == SAVE)
+        if plan.saved_bytes <= most:
             return plan
         status = (
             f"saves as save_all: the cheapest plan saves {bytes_text(plan.saved_bytes)}, "
-            f"more than its {bytes_text(everything.saved_bytes)}"
+            f"more than its {bytes_text(most)}"
         )
-        return replace(everything, policy=self.name, status=status, lower_bound=found.lower_bound)
+        return assemble(problem, everything, self.name, status=status, lower_bound=found.lower_bound)
 
     def frontier(self, problem: Problem) -> Iterator[RematPlan]:
         """The cuts at rising prices of a byte; in the later ones a library's operators may run again."""

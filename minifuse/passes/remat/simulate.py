@@ -92,17 +92,21 @@ class Unit:
 
 class Side:
     """One of the two passes: `values` in an order that runs; `there` are the storages that it is given and that die
-    with their last reader, `kept` those that outlive it."""
+    with their last reader, `kept` those that outlive it; `inside` is computed in the kernels that read it."""
 
     def __init__(
-        self, problem: Problem, values: Iterable[Value], there: Collection[str], kept: Collection[str]
+        self,
+        problem: Problem,
+        values: Iterable[Value],
+        there: Collection[str],
+        kept: Collection[str],
+        inside: Collection[str] = (),
     ) -> None:
         self.problem, self.there, self.kept = problem, frozenset(there), frozenset(kept)
         self.units: dict[int, Unit] = {}
         self.unit_of: dict[str, int] = {}
         # a view is another name for memory, whoever reads it, and a tangent is there
         values = [v for v in values if v.kind != "view" and v.phase != "tangent"]
-        inside = inlined(problem, values) if there else frozenset()
         values = [v for v in values if v.name not in inside]
         apart = knotted(problem, values, self.key, inside)
         number: dict[Key, int] = {}
@@ -232,7 +236,7 @@ def simulate(problem: Problem, actions: Mapping[str, str]) -> Timeline:
     first, before, alive = forward.run({}, category)
     tangents = {v.name: "temporary" for v in problem.values if v.phase == "tangent"}
     order_back = [problem[n] for n in backward_order(problem, actions)]
-    backward = Side(problem, order_back, loaded | tangents.keys(), gradients)
+    backward = Side(problem, order_back, loaded | tangents.keys(), gradients, inlined(problem, order_back))
     there = {n: kind for n, kind in alive.items() if n in loaded}
     then, behind, _ = backward.run({**there, **tangents}, dict.fromkeys(gradients, "gradients"))
     rows = [*before, *behind]
