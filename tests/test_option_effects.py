@@ -111,9 +111,7 @@ def test_a_smaller_memory_budget_saves_less_and_changes_no_bit() -> None:
 
 def test_a_budget_that_no_plan_meets_is_an_error_or_the_best_there_is() -> None:
     want = trained()
-    with pytest.raises(
-        BackendCompilerFailed, match=r"default: the least peak .* was found is .* on_budget"
-    ):
+    with pytest.raises(BackendCompilerFailed, match=r"default: the least peak .* was found is .* on_budget"):
         trained({"memory_budget": 1000, "on_budget": "error"})
     same(trained({"memory_budget": 1000, "on_budget": "best"}), want, exact=True)
     same(trained({"memory_budget": 1 << 30, "on_budget": "error"}), want, exact=True)
