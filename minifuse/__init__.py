@@ -10,16 +10,17 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from .capturing import Capture, capture
+    from .capturing import Capture, capture, captures
     from .errors import MinifuseError, OptionError
     from .explain.report import Report, reports
     from .options import Options
 
 __version__ = "0.1.0"
-__all__ = ["Capture", "MinifuseError", "OptionError", "Options", "Report", "__version__", "capture", "reports"]
+__all__ = ["Capture", "MinifuseError", "OptionError", "Options", "Report", "__version__", "capture", "captures",
+           "reports"]  # fmt: skip
 _HOMES = {
-    "Capture": "capturing", "capture": "capturing", "MinifuseError": "errors", "OptionError": "errors",
-    "Options": "options", "Report": "explain.report", "reports": "explain.report",
+    "Capture": "capturing", "capture": "capturing", "captures": "capturing", "MinifuseError": "errors",
+    "OptionError": "errors", "Options": "options", "Report": "explain.report", "reports": "explain.report",
 }  # fmt: skip
 
 

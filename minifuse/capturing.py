@@ -4,8 +4,9 @@
     print(graphs.text("joint"))                 # forward and backward in one graph
     graphs.problem.to_networkx()                # what a rematerialisation policy is asked
 
-Dynamo is not used: the function is traced as it runs, on tensors without data, and AOT autograd and the passes are
-those of `torch.compile(…, backend="minifuse")`. A branch of Python code is taken as it falls for these arguments.
+AOT autograd and the passes are those of `torch.compile(…, backend="minifuse")`. `capture` does without Dynamo: the
+function is traced as it runs, on tensors without data, and a branch of Python code is taken as it falls for these
+arguments. `captures` is for what cannot be traced so: Dynamo captures the function, graph by graph, as it runs once.
 """
 
 from __future__ import annotations
@@ -18,7 +19,7 @@ import torch
 from torch import fx, nn
 
 from . import compat
-from .backend import Boxed, Graph, boxed, run_aot
+from .backend import Boxed, Graph, boxed, eager_strides, module_name, run_aot
 from .ir.decision import Decision
 from .ir.plan import Plan
 from .ir.text import print_plan
@@ -119,6 +120,39 @@ def capture(
         asked = _Asked(resolve(options.remat))
         run_aot(_Recorder(name, replace(options, remat=asked), strides, found), gm, fakes)
         found.problem = asked.problem
+    return found
+
+
+def captures(
+    fn: Callable[..., Any], *args: Any, compile_options: Mapping[str, Any] | None = None, **kwargs: Any
+) -> list[Capture]:
+    """What `torch.compile(fn, backend="minifuse")` makes of `fn(*args, **kwargs)`: one a graph that Dynamo captures.
+
+    The function runs once, its operators by ATen; buffers of a module and torch's generator are as they were after it.
+    Inputs of a capture are named as Dynamo names them. Raises what `capture` does.
+    """
+    options = Options.parse(compile_options)
+    found: list[Capture] = []
+
+    def backend(gm: fx.GraphModule, inputs: Sequence[Any]) -> Callable[..., Any]:
+        name = f"graph{len(found)}_{module_name(gm)}"
+        one = Capture(name, tuple(n.name for n in gm.graph.nodes if n.op == "placeholder"))
+        one.graphs["captured"] = _copied(gm)
+        found.append(one)
+        asked = _Asked(resolve(options.remat))
+        program = run_aot(_Recorder(name, replace(options, remat=asked), eager_strides(gm), one), gm, inputs)
+        one.problem = asked.problem
+        return program
+
+    fn = compat.original(fn)
+    buffers = [(b, b.clone()) for b in fn.buffers()] if isinstance(fn, nn.Module) else []
+    try:
+        with torch.random.fork_rng(), compat.errors_of_backends():
+            torch.compile(fn, backend=backend)(*args, **kwargs)
+    finally:
+        with torch.no_grad():
+            for buffer, before in buffers:
+                buffer.copy_(before)
     return found
 
 

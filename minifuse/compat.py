@@ -464,3 +464,17 @@ def count_mutated_inputs(meta: Any) -> int:
 def current_raw_stream(device: int) -> int:
     """The current CUDA stream of a device as the driver's handle. torch 2.11-2.13."""
     return int(torch._C._cuda_getCurrentRawStream(device))
+
+
+@contextmanager
+def errors_of_backends() -> Iterator[None]:
+    """What a backend raises, as it raised it, without Dynamo's wrapping. torch 2.11-2.13."""
+    try:
+        yield
+    except torch._dynamo.exc.BackendCompilerFailed as error:
+        raise error.inner_exception from None
+
+
+def original(fn: Any) -> Any:
+    """The function or module that `torch.compile` was given, of one that it gave back. torch 2.11-2.13."""
+    return getattr(fn, "_orig_mod", getattr(fn, "_torchdynamo_orig_callable", fn))

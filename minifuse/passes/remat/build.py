@@ -240,7 +240,7 @@ def build_problem(
                 nbytes_of(storage[n]),
                 storage[n].name,
                 inputs=tuple(i.name for i in n.all_input_nodes),
-                flops=_flops(n, kind) if priced else 0.0,
+                flops=_flops(n, kind),
                 traffic=_traffic(n, kind, graph, is_kernel) if priced else 0.0,
                 group=groups.get(n.name),
                 copies=_copies(n, graph, groups) if kind == "kernel" else 1,

@@ -12,13 +12,14 @@ from typing import Any, Protocol, runtime_checkable
 from minifuse.errors import RematError
 from minifuse.ir.decision import bytes_text
 
-from .problem import RECOMPUTE, SAVE, Problem, Value
+from .problem import OFFLOAD, RECOMPUTE, SAVE, Problem, Value
 from .simulate import Timeline, simulate
 
 
 @dataclass(frozen=True)
 class Choice:
-    """What becomes of one value: `action` is `SAVE` or `RECOMPUTE`; bytes and seconds are what each would have cost."""
+    """What becomes of one value: `action` is `SAVE`, `RECOMPUTE` or `OFFLOAD`; bytes and seconds are what the first two
+    would have cost."""
 
     name: str
     action: str
@@ -33,9 +34,10 @@ class RematPlan:
     """A policy's answer.
 
     `choices` has every value that the backward gets from the forward's side, inputs included (action save, no bytes).
-    `saved_bytes` counts each storage once and no input; `extra_flops`, `extra_traffic` (bytes) and `extra_seconds` are
-    those of what is recomputed; `timeline` is what a forward and its backward will hold, step by step, `peak_bytes`
-    the most of it; `lower_bound` is a proven bound on the seconds of the policy's own objective, None without one.
+    `saved_bytes` counts each storage once and no input, `offloaded_bytes` what the host keeps; `extra_flops`,
+    `extra_traffic` (bytes) and `extra_seconds` are those of what is recomputed; `timeline` is what a forward and its
+    backward will hold, step by step, and take, `peak_bytes` the most of it; `lower_bound` is a proven bound on the
+    seconds of the policy's own objective, None without one.
     """
 
     policy: str
@@ -47,6 +49,7 @@ class RematPlan:
     peak_bytes: int
     status: str = ""
     lower_bound: float | None = None
+    offloaded_bytes: int = 0
     solve_seconds: float = field(default=0.0, compare=False)
     timeline: Timeline = field(default_factory=Timeline, repr=False)
 
@@ -57,6 +60,15 @@ class RematPlan:
     @cached_property
     def recomputed(self) -> tuple[str, ...]:
         return tuple(n for n, c in self.choices.items() if c.action == RECOMPUTE)
+
+    @cached_property
+    def offloaded(self) -> tuple[str, ...]:
+        return tuple(n for n, c in self.choices.items() if c.action == OFFLOAD)
+
+    @property
+    def step_seconds(self) -> float:
+        """Predicted seconds of a forward and its backward."""
+        return self.timeline.step_seconds
 
     def to_json(self) -> str:
         data = {f.name: getattr(self, f.name) for f in fields(self)}
@@ -77,7 +89,8 @@ class RematPlan:
 
     def diff(self, other: RematPlan) -> str:
         """What another plan does otherwise: figures that differ, and values whose action does, the largest first."""
-        figures = ("saved_bytes", "peak_bytes", "extra_flops", "extra_traffic", "extra_seconds")
+        figures = ("saved_bytes", "offloaded_bytes", "peak_bytes", "extra_flops", "extra_traffic", "extra_seconds",
+                   "step_seconds")  # fmt: skip
         lines = [f"{self.policy} -> {other.policy}"]
         for name in figures:
             before, after = getattr(self, name), getattr(other, name)
@@ -95,9 +108,10 @@ class RematPlan:
         return "\n".join(lines)
 
     def __str__(self) -> str:
+        offloads = f", offloads {bytes_text(self.offloaded_bytes)}" if self.offloaded else ""
         head = (
             f"{self.policy}: saves {bytes_text(self.saved_bytes)}, recomputes {len(self.recomputed)} values in "
-            f"{1e6 * self.extra_seconds:.3g} us, peak {bytes_text(self.peak_bytes)}  {self.status}".rstrip()
+            f"{1e6 * self.extra_seconds:.3g} us{offloads}, peak {bytes_text(self.peak_bytes)}  {self.status}".rstrip()
         )
         rows = (f"  {c.action:10}{c.name}  {bytes_text(c.nbytes)}  {c.reason}" for c in self.choices.values())
         return "\n".join((head, *rows))
@@ -113,10 +127,10 @@ class RematPolicy(Protocol):
     def plan(self, problem: Problem) -> RematPlan: ...
 
 
-def closure(problem: Problem, saved: Collection[str]) -> dict[str, str]:
-    """What the backward does with each value when it may load `saved` and inputs: SAVE or RECOMPUTE, in graph order.
+def closure(problem: Problem, saved: Collection[str], offloaded: Collection[str] = ()) -> dict[str, str]:
+    """What the backward does with each value when it may load `saved` and inputs and fetch `offloaded`, in graph order.
 
-    A member of `saved` that nothing needs does not appear; a value outside it appears as recomputed, whether or not
+    A member of either that nothing needs does not appear; a value outside it appears as recomputed, whether or not
     that is allowed.
     """
     actions: dict[str, str] = {}
@@ -128,6 +142,8 @@ def closure(problem: Problem, saved: Collection[str]) -> dict[str, str]:
         v = problem[name]
         if v.is_given or name in saved:
             actions[name] = SAVE
+        elif name in offloaded:
+            actions[name] = OFFLOAD
         else:
             actions[name] = RECOMPUTE
             stack.extend(v.inputs)
@@ -135,8 +151,9 @@ def closure(problem: Problem, saved: Collection[str]) -> dict[str, str]:
 
 
 def cost_seconds(problem: Problem, plan: RematPlan) -> float:
-    """Seconds that a plan's loads and its recomputation take."""
-    return sum(problem.save_seconds(problem[n]) for n in plan.saved) + plan.extra_seconds
+    """Seconds that a plan's loads, transfers and recomputation take, value by value."""
+    moved = sum(problem.offload_seconds(problem[n]) for n in plan.offloaded)
+    return sum(problem.save_seconds(problem[n]) for n in plan.saved) + moved + plan.extra_seconds
 
 
 def assemble(
@@ -147,18 +164,20 @@ def assemble(
     status: str = "",
     lower_bound: float | None = None,
     solve_seconds: float = 0.0,
+    offloaded: Collection[str] = (),
 ) -> RematPlan:
-    """The plan that loads `saved` (as far as it is needed) and recomputes what else the backward reads.
+    """The plan that loads `saved` and fetches `offloaded` (as far as they are needed) and recomputes what else the
+    backward reads. What is in both is saved.
 
-    Raises RematError for a name in `saved` that no value of the problem has.
+    Raises RematError for a name that no value of the problem has.
     """
-    saved = dict.fromkeys(saved)
-    for name in saved:
+    saved, offloaded = dict.fromkeys(saved), dict.fromkeys(offloaded)
+    for name in (*saved, *offloaded):
         if name not in problem.by_name:
             close = difflib.get_close_matches(str(name), problem.by_name, n=1)
             hint = f" (did you mean {close[0]!r}?)" if close else ""
             raise RematError(f"{policy}: cannot save {name!r}{hint}; expected the names of values of the problem")
-    actions = closure(problem, saved)
+    actions = closure(problem, saved, offloaded)
     choices = {}
     for name, action in actions.items():
         v = problem[name]
@@ -176,6 +195,7 @@ def assemble(
         peak_bytes=timeline.peak,
         status=status,
         lower_bound=lower_bound,
+        offloaded_bytes=sum(problem[n].nbytes for n, a in actions.items() if a == OFFLOAD),
         solve_seconds=solve_seconds,
         timeline=timeline,
     )
@@ -189,6 +209,9 @@ def _reason(problem: Problem, v: Value, actions: Mapping[str, str]) -> str:
     save, again = problem.save_seconds(v), problem.recompute_seconds(v)
     if v.is_given:
         return f"{v.phase}: it is there anyway"
+    if actions[v.name] == OFFLOAD:
+        beside = "beside the kernels" if problem.device.link else "simulated: the device is the host"
+        return f"kept by the host, {1e6 * problem.offload_seconds(v):.3g} us there and back, {beside}"
     if actions[v.name] == SAVE:
         if producer.pinned:
             return f"{producer.pinned}: it runs once"

@@ -16,7 +16,7 @@ from minifuse.ir.device import DeviceModel
 
 PHASES = ("input", "parameter", "forward", "either", "backward", "tangent")
 KINDS = ("input", "constant", "view", "item", "kernel", "reduction", "extern", "symbol")
-SAVE, RECOMPUTE = ACTIONS = ("save", "recompute")
+SAVE, RECOMPUTE, OFFLOAD = ACTIONS = ("save", "recompute", "offload")
 ON_BUDGET = ("error", "best")
 TAGS = ("must_save", "prefer_save", "prefer_recompute", "must_recompute")
 SYMBOL_BYTES = 8
@@ -29,8 +29,9 @@ class Value:
     `phase`: "forward" if the forward's outputs need it, "backward" if it depends on a tangent, "either" if it needs
     only inputs and only the backward reads it. `storage` is the value that owns its memory (itself, unless it is a
     view) and `nbytes` the bytes of that memory. `flops` counts matrix-product flops of an extern, instructions of a
-    kernel. `traffic` is the bytes moved by recomputing it inside the kernels of the backward: none where a kernel that
-    runs anyway computes it in registers, its own size where an extern reads it, its inputs where it reduces them.
+    kernel, of the backward's values too. `traffic` is the bytes moved by recomputing it inside the kernels of the
+    backward: none where a kernel that runs anyway computes it in registers, its own size where an extern reads it, its
+    inputs where it reduces them.
     `group` is the fused kernel it landed in, None alone; `copies` the kernels of the backward that would each
     recompute it. `tag` is the user's wish (one of `TAGS`); `savable` is false of tuples, tokens and inputs that the
     forward overwrites; `binds` marks an operator that defines a data-dependent size. `stored` says that the forward
@@ -131,6 +132,15 @@ class Problem:
             return device.launch + max(v.flops / device.flops, moving)
         launch = device.launch if v.kind == "reduction" else 0.0
         return launch + v.copies * v.flops / device.vector + moving
+
+    def offload_seconds(self, v: Value) -> float:
+        """Seconds of a way to the host's memory and back; where the device is the host, of two copies."""
+        return 2 * self.transfer_seconds(v)
+
+    def transfer_seconds(self, v: Value) -> float:
+        """Seconds of one way."""
+        link = self.device.link or self.device.dram / 2
+        return 0.0 if v.is_given else v.nbytes / link
 
     def saved_bytes(self, names: Iterable[str]) -> int:
         """Bytes that these values hold between the passes: each storage once, inputs and parameters not at all."""

@@ -1,11 +1,11 @@
-"""What a step will hold in memory: the kernels of a forward and its backward in the order that they will run, and the
-bytes that are alive while each does."""
+"""What a step will hold and take: the kernels of a forward and its backward in the order that they will run, the bytes
+that are alive while each does, and its seconds."""
 
 from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from typing import Any
 
@@ -14,27 +14,34 @@ import numpy as np
 from minifuse.ir.lazy import Deferred
 from minifuse.passes.fuse.order import order
 
-from .problem import SAVE, Problem, Value
+from .problem import OFFLOAD, RECOMPUTE, SAVE, Problem, Value
 
 sparse, csgraph = Deferred("scipy.sparse"), Deferred("scipy.sparse.csgraph")
 
 Key = tuple[str, int] | str
 
 CATEGORIES = ("saved", "outputs", "gradients", "temporary")
+HOST = "host"
+# The operators of the two ways.
+TRANSFERS = ("minifuse.offload", "minifuse.reload")
 
 
 @dataclass(frozen=True)
 class Timeline:
-    """Bytes that are alive while each step runs, by what they are for.
+    """Bytes that are alive while each step runs, by what they are for, and its seconds.
 
     `steps` names the last value of each kernel or operator, the first `forward` of them in the forward. `held` has a
     row of bytes a category of `CATEGORIES`: what the backward loads, what the caller is given of the forward and of
-    the backward, and the rest, tangents among it. Inputs and parameters are the caller's and count nothing.
+    the backward, and the rest, tangents among it. Inputs and parameters are the caller's and count nothing. `host` is
+    the bytes that are offloaded, `transfers` the seconds of the ways there, in the forward, and back.
     """
 
     steps: tuple[str, ...] = ()
     forward: int = 0
     held: tuple[tuple[int, ...], ...] = ((),) * len(CATEGORIES)
+    seconds: tuple[float, ...] = ()
+    host: tuple[int, ...] = ()
+    transfers: tuple[float, float] = (0.0, 0.0)
 
     @cached_property
     def total(self) -> np.ndarray:
@@ -44,6 +51,12 @@ class Timeline:
     @property
     def peak(self) -> int:
         return int(self.total.max(initial=0))
+
+    @property
+    def step_seconds(self) -> float:
+        """Seconds of a forward and its backward, by the rates of the device; what is transferred is beside the rest."""
+        passes = sum(self.seconds[: self.forward]), sum(self.seconds[self.forward :])
+        return sum(map(max, passes, self.transfers))
 
     @property
     def peak_step(self) -> str:
@@ -65,19 +78,26 @@ class Timeline:
         return int(self.total[self.forward :].max(initial=0))
 
     def to_json(self) -> dict[str, Any]:
-        return {"steps": self.steps, "forward": self.forward, "held": dict(zip(CATEGORIES, self.held, strict=True))}
+        held = dict(zip(CATEGORIES, self.held, strict=True))
+        return {"steps": self.steps, "forward": self.forward, "held": held, "seconds": self.seconds, "host": self.host,
+                "transfers": self.transfers}  # fmt: skip
 
     @classmethod
     def from_json(cls, data: Mapping[str, Any]) -> Timeline:
         """The inverse of `to_json`."""
-        return cls(tuple(data["steps"]), data["forward"], tuple(tuple(data["held"][c]) for c in CATEGORIES))
+        held = tuple(tuple(data["held"][c]) for c in CATEGORIES)
+        rest = (tuple(data[name]) for name in ("seconds", "host", "transfers"))
+        return cls(tuple(data["steps"]), data["forward"], held, *rest)
 
 
 @dataclass
 class Unit:
-    """A kernel or an operator: its values, the storages that it reads of others and those that it writes for others."""
+    """A kernel or an operator: its values, those that it computes `again` within itself, the storages that it reads of
+    others and of the caller (`given`), and those that it writes for others."""
 
     members: list[Value] = field(default_factory=list)
+    again: dict[str, None] = field(default_factory=dict)
+    given: dict[str, None] = field(default_factory=dict)
     last: int = 0
     preds: set[int] = field(default_factory=set)
     succs: set[int] = field(default_factory=set)
@@ -118,7 +138,9 @@ class Side:
             unit.last = at
         for i, unit in self.units.items():
             for v in unit.members:
-                for root in sources(problem, v, inside):
+                roots, again = sources(problem, v, inside)
+                unit.again.update(dict.fromkeys(again))
+                for root in roots:
                     self.link(i, unit, root)
                 if v.name in self.kept:
                     unit.writes[v.name] = None
@@ -139,6 +161,21 @@ class Side:
             self.units[maker].succs.add(i)
             unit.reads[root] = None
             self.units[maker].writes[root] = None
+        elif maker is None and self.problem[root].is_given:
+            unit.given[root] = None
+
+    def seconds(self, unit: Unit) -> float:
+        """What it computes or what it moves, whichever takes longer; a transfer that goes beside the rest, nothing."""
+        problem, device = self.problem, self.problem.device
+        if unit.members[0].op in TRANSFERS:
+            return 0.0 if device.link else problem.transfer_seconds(unit.members[0])
+        moving = sum(self.nbytes(n) for n in unit.given) / device.dram
+        for n in (*unit.reads, *unit.writes):
+            size = self.nbytes(n)
+            moving += size / device.dram if n in self.there or n in self.kept else device.seconds(size)
+        flops = sum(v.flops for v in unit.members) + sum(problem[n].flops for n in unit.again)
+        rate = device.flops if any(v.kind == "extern" for v in unit.members) else device.vector
+        return device.launch + max(flops / rate, moving)
 
     def nbytes(self, root: str) -> int:
         """None of a tuple: its items are what has memory."""
@@ -147,14 +184,15 @@ class Side:
 
     def run(
         self, alive: Mapping[str, str], category: Mapping[str, str]
-    ) -> tuple[list[str], list[list[int]], dict[str, str]]:
-        """The steps, the bytes of each category while each runs, and what is alive behind the last; `alive` before the
-        first, each storage with its category, as `category` has it of those that are made here (else temporary)."""
+    ) -> tuple[list[str], list[list[int]], list[float], dict[str, str]]:
+        """The steps, the bytes of each category (the last is the host's) while each runs, its seconds, and what is
+        alive behind the last; `alive` before the first, each storage with its category, as `category` has it of those
+        that are made here (else temporary)."""
         reads = {i: list(u.reads) for i, u in self.units.items()}
         writes = {i: list(u.writes) for i, u in self.units.items()}
         sizes = {n: self.nbytes(n) for names in (*reads.values(), *writes.values(), alive) for n in names}
         left = Counter(n for names in reads.values() for n in names)
-        alive, steps, rows = dict(alive), [], []
+        alive, steps, rows, seconds = dict(alive), [], [], []
         held = Counter[str]()
         for name, kind in alive.items():
             held[kind] += sizes[name]
@@ -173,11 +211,12 @@ class Side:
                     over.remove(found)
                     held[alive.pop(found)] -= sizes[found]
             steps.append(unit.members[-1].name)
-            rows.append([held[c] for c in CATEGORIES])
+            rows.append([held[c] for c in (*CATEGORIES, HOST)])
+            seconds.append(self.seconds(unit))
             for n in (*dying, *(n for n in new if not left[n] and n not in self.kept)):
                 if n in alive:
                     held[alive.pop(n)] -= sizes[n]
-        return steps, rows, alive
+        return steps, rows, seconds, alive
 
 
 def inlined(problem: Problem, values: Sequence[Value]) -> frozenset[str]:
@@ -187,9 +226,10 @@ def inlined(problem: Problem, values: Sequence[Value]) -> frozenset[str]:
     return frozenset(v.name for v in again if v.name not in taken)
 
 
-def sources(problem: Problem, v: Value, inside: Collection[str]) -> dict[str, None]:
-    """The storages that a value is computed from, those of what is computed inside its kernel in its place."""
+def sources(problem: Problem, v: Value, inside: Collection[str]) -> tuple[dict[str, None], list[str]]:
+    """The storages that a value is computed from, and what is computed inside its kernel on the way."""
     found: dict[str, None] = {}
+    again: list[str] = []
     stack = [problem[i].storage for i in v.inputs]
     seen = set(stack)
     while stack:
@@ -197,10 +237,11 @@ def sources(problem: Problem, v: Value, inside: Collection[str]) -> dict[str, No
         if root not in inside:
             found[root] = None
             continue
+        again.append(root)
         more = {problem[i].storage for i in problem[root].inputs} - seen
         seen |= more
         stack.extend(more)
-    return found
+    return found, again
 
 
 def knotted(
@@ -209,7 +250,7 @@ def knotted(
     """The kernels that would need each other: fusion computed a value in each of several, and one alone is named."""
     number: dict[Key, int] = {}
     unit = {v.name: number.setdefault(key(v), len(number)) for v in values}
-    reads = ((root, v.name) for v in values for root in sources(problem, v, inside))
+    reads = ((root, v.name) for v in values for root in sources(problem, v, inside)[0])
     ends = {(unit[r], unit[n]) for r, n in reads if r in unit and unit[r] != unit[n]}
     rows, columns = np.array(sorted(ends), dtype=np.int64).reshape(-1, 2).T
     graph = sparse.csr_matrix((np.ones(len(rows), np.int8), (rows, columns)), shape=(len(number), len(number)))
@@ -219,41 +260,77 @@ def knotted(
 
 
 def simulate(problem: Problem, actions: Mapping[str, str]) -> Timeline:
-    """A forward and its backward, which loads and recomputes what `actions` says (SAVE or RECOMPUTE by name).
+    """A forward and its backward, which loads, recomputes or fetches what `actions` says by name.
 
     Kernels are those that fusion made of the joint graph, a side's part of each; they run in the order of
     `fuse.order`, each value recomputed just before its first reader. A storage dies with its last reader, one that is
     saved in the backward; what a pass gives the caller lives to the end of that pass, and is the caller's from then on.
     """
-    early = {n for n, a in actions.items() if a == SAVE and problem[n].phase == "either"}
+    early = {n for n, a in actions.items() if a != RECOMPUTE and problem[n].phase == "either"}
     loaded = {problem[n].storage for n, a in actions.items() if a == SAVE and not problem[problem[n].storage].is_given}
+    away = [problem[n] for n, a in actions.items() if a == OFFLOAD]
+    hosted = dict.fromkeys((host_name(v) for v in away), HOST)
     outputs = {r for r in (problem[n].storage for n in problem.forward_outputs) if not problem[r].is_given}
     gradients = {problem[n].storage for n in problem.backward_outputs if n in problem.by_name}
-    category = {**dict.fromkeys(outputs, "outputs"), **dict.fromkeys(loaded - outputs, "saved")}
-    forward = Side(
-        problem, (v for v in problem.values if v.phase == "forward" or v.name in early), (), loaded | outputs
-    )
-    first, before, alive = forward.run({}, category)
+    category = {**dict.fromkeys(outputs, "outputs"), **dict.fromkeys(loaded - outputs, "saved"), **hosted}
+
+    there = sending(problem, away)
+    mine = (v for v in there.values if v.phase == "forward" or v.name in early)
+    forward = Side(there, mine, (), {*loaded, *outputs, *hosted})
+    first, before, took, alive = forward.run({}, category)
+
+    there = fetching(problem, away)
     tangents = {v.name: "temporary" for v in problem.values if v.phase == "tangent"}
-    order_back = [problem[n] for n in backward_order(problem, actions)]
-    backward = Side(problem, order_back, loaded | tangents.keys(), gradients, inlined(problem, order_back))
-    there = {n: kind for n, kind in alive.items() if n in loaded}
-    then, behind, _ = backward.run({**there, **tangents}, dict.fromkeys(gradients, "gradients"))
-    rows = [*before, *behind]
-    held = tuple(tuple(row[k] for row in rows) for k in range(len(CATEGORIES)))
-    return Timeline((*first, *then), len(first), held)
+    order_back = [there[n] for n in backward_order(problem, actions)]
+    given = {n: kind for n, kind in alive.items() if n in loaded or n in hosted}
+    backward = Side(there, order_back, {*loaded, *hosted, *tangents}, gradients, inlined(there, order_back))
+    then, behind, takes, _ = backward.run({**given, **tangents}, dict.fromkeys(gradients, "gradients"))
+
+    *held, host = zip(*before, *behind, strict=True) if first or then else ((),) * (len(CATEGORIES) + 1)
+    way = sum(map(problem.transfer_seconds, away)) if problem.device.link else 0.0
+    return Timeline((*first, *then), len(first), tuple(held), (*took, *takes), host, (way, way))
+
+
+def host_name(v: Value) -> str:
+    """Of its copy in the host's memory."""
+    return f"{v.name}_host"
+
+
+def sending(problem: Problem, away: Sequence[Value]) -> Problem:
+    """A forward's problem in which `away` are copied to the host as soon as they are made."""
+    copies = {v.name: replace(v, name=host_name(v), storage=host_name(v), kind="extern", phase="forward",
+                              inputs=(v.name,), group=None, op=TRANSFERS[0]) for v in away}  # fmt: skip
+    if not copies:
+        return problem
+    values = ((v, copies[v.name]) if v.name in copies else (v,) for v in problem.values)
+    return replace(problem, values=tuple(v for each in values for v in each))
+
+
+def fetching(problem: Problem, away: Sequence[Value]) -> Problem:
+    """A backward's problem in which `away` are computed from their copies on the host."""
+    if not away:
+        return problem
+    names = {v.name for v in away}
+    values = []
+    for v in sending(problem, away).values:
+        back = replace(v, kind="extern", inputs=(host_name(v),), group=None, op=TRANSFERS[1])
+        values.append(back if v.name in names else replace(v, inputs=()) if v.op == TRANSFERS[0] else v)
+    by_host = {host_name(v): v.name for v in away}
+    values.sort(key=lambda v: problem.position[by_host.get(v.name, v.name)] - (v.name in by_host) / 2)
+    return replace(problem, values=tuple(values))
 
 
 def backward_order(problem: Problem, actions: Mapping[str, str]) -> list[str]:
     """The backward's values in the order they run: each recomputed value just before its first reader."""
     order: list[str] = []
     done: set[str] = {n for n, a in actions.items() if a == SAVE}
+    away = {n for n, a in actions.items() if a == OFFLOAD}
 
     def emit(name: str) -> None:
         stack = [name]
         while stack:
             top = stack[-1]
-            waiting = [] if top in done else [i for i in problem[top].inputs if i not in done]
+            waiting = [] if top in done or top in away else [i for i in problem[top].inputs if i not in done]
             if waiting:
                 stack.extend(reversed(waiting))
                 continue

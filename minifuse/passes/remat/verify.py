@@ -7,7 +7,7 @@ from minifuse.ir.decision import bytes_text
 
 from .budget import limit_of
 from .plan import Choice, RematPlan
-from .problem import RECOMPUTE, SAVE, Problem, Value
+from .problem import ACTIONS, OFFLOAD, SAVE, Problem, Value
 
 
 def verify_plan(problem: Problem, plan: RematPlan) -> None:
@@ -50,8 +50,14 @@ def _check_action(problem: Problem, plan: RematPlan, v: Value, choice: Choice) -
         if v.tag == "must_recompute" and not v.pinned and v.kind not in ("item", "input", "constant"):
             raise _broken(plan, v.name, "is saved, and tagged must_recompute")
         return
-    if choice.action != RECOMPUTE:
-        raise _broken(plan, v.name, f"has the action {choice.action!r}, expected {SAVE!r} or {RECOMPUTE!r}")
+    if choice.action not in ACTIONS:
+        raise _broken(plan, v.name, f"has the action {choice.action!r}, expected one of {', '.join(ACTIONS)}")
+    if choice.action == OFFLOAD:
+        if v.is_given or v.kind in ("view", "symbol") or not v.savable:
+            raise _broken(plan, v.name, "cannot be offloaded: it is no tensor that the forward makes")
+        if v.tag == "must_recompute" and not v.pinned and v.kind != "item":
+            raise _broken(plan, v.name, "is offloaded, and tagged must_recompute")
+        return
     if v.is_given:
         raise _broken(plan, v.name, "is an input: it cannot be recomputed")
     if v.pinned:
