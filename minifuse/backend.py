@@ -31,7 +31,7 @@ from .options import Options
 from .passes.context import CompileContext, without_collection
 from .passes.cse import merge_equal
 from .passes.decompose import RESIZING, Decompositions
-from .passes.fuse import landed
+from .passes.fuse import Landed, landed
 from .passes.lower import lower
 from .passes.lower.externs import expected
 from .passes.lower.nodes import source_line
@@ -152,7 +152,7 @@ class Graph:
                 policy=self.options.remat,
                 budget=self.options.memory_budget,
                 on_budget=self.options.on_budget,
-                group_of=fused_groups(joint, self.options),
+                kernels=joint_kernels(joint, self.options),
                 is_kernel=is_kernel,
                 record=ctx.decisions.append,
                 device=model_of(joint, self.options),
@@ -262,8 +262,8 @@ def is_kernel(node: fx.Node) -> bool:
     return node.target in ROWS or node.target in STRUCTURAL
 
 
-def fused_groups(joint: fx.GraphModule, options: Options) -> dict[str, int]:
-    """Which fused kernel each node of the joint graph lands in: the joint graph lowered and fused once."""
+def joint_kernels(joint: fx.GraphModule, options: Options) -> dict[str, Landed]:
+    """The fused kernel that each node of the joint graph lands in: the joint graph lowered and fused once."""
     ctx = CompileContext("joint", "joint", options, device=model_of(joint, options))
     return landed(lower(joint.graph, ctx, {}), ctx)
 

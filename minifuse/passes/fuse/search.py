@@ -13,7 +13,7 @@ import heapq
 import itertools
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
-from typing import Any
+from typing import Any, NamedTuple
 
 from minifuse.ir.decision import Decision
 from minifuse.ir.plan import Buffer, Extern, Join, Launch, Plan, Step
@@ -365,11 +365,20 @@ def fuse(plan: Plan, ctx: CompileContext) -> Plan:
     return Search(plan, ctx).decide().finish()
 
 
-def landed(plan: Plan, ctx: CompileContext) -> dict[str, int]:
-    """The number of the kernel that each operator of a plan lands in when it is fused, of those that have one."""
-    search, found = Search(plan, ctx).decide(), dict[str, int]()
+class Landed(NamedTuple):
+    """Where an operator of a plan is computed when the plan is fused, and the instructions of it alone."""
+
+    kernel: int
+    instructions: float
+
+
+def landed(plan: Plan, ctx: CompileContext) -> dict[str, Landed]:
+    """The operators of a plan that have a kernel, by name; one that several kernels compute is in the first."""
+    search, found = Search(plan, ctx), dict[str, Landed]()
     groups = search.graph.groups
+    alone = {node: g.instructions / len(g.nodes) for g in groups.values() for node in g.nodes}
+    search.decide()
     for k, i in enumerate(search.ordered()):
         for node in groups[i].nodes if not groups[i].fixed else ():
-            found.setdefault(node, k)
+            found.setdefault(node, Landed(k, alone.get(node, 0.0)))
     return found

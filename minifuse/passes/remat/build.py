@@ -15,6 +15,8 @@ from torch.utils.flop_counter import flop_registry
 from minifuse import compat
 from minifuse.ir import device as devices
 from minifuse.ir import dtypes, ops
+from minifuse.passes.cse import twins
+from minifuse.passes.fuse import Landed
 from minifuse.passes.lower.nodes import mutated_arguments, source_line
 
 from .problem import Problem, Value
@@ -190,7 +192,7 @@ def _is_copied_first(primal: fx.Node) -> bool:
 def build_problem(
     joint: fx.GraphModule,
     num_fwd_outputs: int,
-    group_of: Mapping[str, int] | None,
+    kernels: Mapping[str, Landed] | None,
     is_kernel: Callable[[fx.Node], bool],
     *,
     device: devices.DeviceModel = devices.CPU,
@@ -203,7 +205,7 @@ def build_problem(
     Args:
         joint: forward and backward in one functional ATen graph, as AOT autograd traces it.
         num_fwd_outputs: how many of its outputs are the forward's.
-        group_of: FX node name to the fused kernel it landed in when the whole graph was fused; None: each alone.
+        kernels: by FX node's name the fused kernel that it landed in when the whole graph was fused; None: each alone.
         is_kernel: whether a node becomes generated code; every other one is an extern.
         device: the rates that turn bytes and flops into seconds.
         memory_budget, on_budget: as `Problem` has them.
@@ -211,11 +213,13 @@ def build_problem(
     """
     graph = JointGraph(joint, num_fwd_outputs)
     tags = user_tags(graph.nodes)
-    groups = group_of or {}
+    kernels = kernels or {}
+    groups = {name: k.kernel for name, k in kernels.items()}
     primals = [n for n in graph.nodes if n.op == "placeholder" and not compat.is_tangent(n)]
     parameters = {n for i, n in enumerate(primals) if i in static_inputs}
     overwritten = {t for n in graph.nodes if n not in graph.after_tangents for t in mutated_arguments(n)}
     overwritten |= {p for p in primals if _is_copied_first(p)}
+    equal = twins(graph.nodes, graph.forward)
     storage: dict[fx.Node, fx.Node] = {}
     stored: dict[fx.Node, bool] = {}
     values = []
@@ -240,7 +244,7 @@ def build_problem(
                 nbytes_of(storage[n]),
                 storage[n].name,
                 inputs=tuple(i.name for i in n.all_input_nodes),
-                flops=_flops(n, kind),
+                flops=kernels[n.name].instructions if n.name in kernels else _flops(n, kind),
                 traffic=_traffic(n, kind, graph, is_kernel) if priced else 0.0,
                 group=groups.get(n.name),
                 copies=_copies(n, graph, groups) if kind == "kernel" else 1,
@@ -253,6 +257,8 @@ def build_problem(
                 tag=tag,
                 where=source_line(n, code=False),
                 op=op_name(n, whole=True) if n.op == "call_function" else "",
+                elements=elements_of(n),
+                twin=equal[n].name if n in equal and phase in ("either", "backward") else "",
             )
         )
     return Problem(

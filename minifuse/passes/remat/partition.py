@@ -11,6 +11,7 @@ from minifuse import compat
 from minifuse.errors import RematError
 from minifuse.ir import device as devices
 from minifuse.ir.decision import Decision
+from minifuse.passes.fuse import Landed
 
 from .build import build_problem, is_effect
 from .plan import RematPlan, RematPolicy
@@ -28,7 +29,7 @@ def partition(
     policy: Any = "default",
     budget: float = 1.0,
     on_budget: str = "error",
-    group_of: Mapping[str, int] | None = None,
+    kernels: Mapping[str, Landed] | None = None,
     is_kernel: Callable[[fx.Node], bool],
     record: Callable[[Decision], None] = lambda decision: None,
     device: devices.DeviceModel = devices.CPU,
@@ -49,7 +50,7 @@ def partition(
     problem = build_problem(
         joint,
         num_fwd_outputs,
-        group_of,
+        kernels,
         is_kernel,
         device=device,
         memory_budget=budget,

@@ -36,7 +36,8 @@ class Value:
     recompute it. `tag` is the user's wish (one of `TAGS`); `savable` is false of tuples, tokens and inputs that the
     forward overwrites; `binds` marks an operator that defines a data-dependent size. `stored` says that the forward
     writes it to memory whether it is saved or not: an extern made it or reads it, or it is an output. `op` is its
-    operator (`aten.bmm`).
+    operator (`aten.bmm`), `elements` how many it has. `twin` is of a value of the backward the forward's that is equal
+    to it: where that is recomputed, it is this one.
     """
 
     name: str
@@ -58,6 +59,8 @@ class Value:
     tag: str | None = None
     where: str = ""
     op: str = ""
+    elements: int = 0
+    twin: str = ""
 
     def __post_init__(self) -> None:
         for field, valid in (("phase", PHASES), ("kind", KINDS), ("tag", (None, *TAGS))):

@@ -4,7 +4,7 @@ that are alive while each does, and its seconds."""
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from typing import Any
@@ -12,6 +12,7 @@ from typing import Any
 import numpy as np
 
 from minifuse.ir.lazy import Deferred
+from minifuse.passes.fuse.rules import CHEAP
 from minifuse.passes.fuse.order import order
 
 from .problem import OFFLOAD, RECOMPUTE, SAVE, Problem, Value
@@ -93,11 +94,12 @@ class Timeline:
 @dataclass
 class Unit:
     """A kernel or an operator: its values, those that it computes `again` within itself, the storages that it reads of
-    others and of the caller (`given`), and those that it writes for others."""
+    others and those that it writes for others. `loads` has the bytes of all that it reads, of the caller's too, by the
+    value that they are read as: a view may be a part."""
 
     members: list[Value] = field(default_factory=list)
     again: dict[str, None] = field(default_factory=dict)
-    given: dict[str, None] = field(default_factory=dict)
+    loads: dict[str, float] = field(default_factory=dict)
     last: int = 0
     preds: set[int] = field(default_factory=set)
     succs: set[int] = field(default_factory=set)
@@ -107,7 +109,7 @@ class Unit:
     @property
     def is_kernel(self) -> bool:
         """Whether it may write over what it is the last to read."""
-        return all(v.kind in ("kernel", "reduction", "view") for v in self.members)
+        return all(v.kind in ("kernel", "reduction", "view") or v.group is not None for v in self.members)
 
 
 class Side:
@@ -128,32 +130,30 @@ class Side:
         # a view is another name for memory, whoever reads it, and a tangent is there
         values = [v for v in values if v.kind != "view" and v.phase != "tangent"]
         values = [v for v in values if v.name not in inside]
-        apart = knotted(problem, values, self.key, inside)
-        number: dict[Key, int] = {}
+        reads = {v.name: sources(problem, v, inside) for v in values}
+        part = parts(problem, values, {name: read for name, (read, _) in reads.items()})
+        number: dict[tuple[Key, int], int] = {}
         for at, v in enumerate(values):
-            key = self.key(v)
-            i = self.unit_of[v.name] = number.setdefault(v.name if key in apart else key, len(number))
+            key = unit_key(problem, v)
+            i = self.unit_of[v.name] = number.setdefault((key, part.get(v.name, 0)), len(number))
             unit = self.units.setdefault(i, Unit())
             unit.members.append(v)
             unit.last = at
         for i, unit in self.units.items():
             for v in unit.members:
-                roots, again = sources(problem, v, inside)
+                read, again = reads[v.name]
                 unit.again.update(dict.fromkeys(again))
-                for root in roots:
-                    self.link(i, unit, root)
+                for name, nbytes in read.items():
+                    self.link(i, unit, name, nbytes)
                 if v.name in self.kept:
                     unit.writes[v.name] = None
 
-    def key(self, v: Value) -> Key:
-        """What tells its unit: the results of one operator are one, and so are the values of one kernel."""
-        while v.kind == "item":
-            v = self.problem[v.inputs[0]]
-        return v.name if v.group is None else ("kernel", v.group)
-
-    def link(self, i: int, unit: Unit, root: str) -> None:
+    def link(self, i: int, unit: Unit, name: str, nbytes: float) -> None:
         """A unit runs after that of what it reads, and what it reads is in memory where another made it."""
+        root = self.problem[name].storage
         maker = self.unit_of.get(root)
+        if maker != i:
+            unit.loads[name] = max(unit.loads.get(name, 0.0), nbytes)
         if maker is None and root in self.there:
             unit.reads[root] = None
         elif maker is not None and maker != i:
@@ -161,18 +161,17 @@ class Side:
             self.units[maker].succs.add(i)
             unit.reads[root] = None
             self.units[maker].writes[root] = None
-        elif maker is None and self.problem[root].is_given:
-            unit.given[root] = None
 
     def seconds(self, unit: Unit) -> float:
         """What it computes or what it moves, whichever takes longer; a transfer that goes beside the rest, nothing."""
         problem, device = self.problem, self.problem.device
         if unit.members[0].op in TRANSFERS:
             return 0.0 if device.link else problem.transfer_seconds(unit.members[0])
-        moving = sum(self.nbytes(n) for n in unit.given) / device.dram
-        for n in (*unit.reads, *unit.writes):
-            size = self.nbytes(n)
-            moving += size / device.dram if n in self.there or n in self.kept else device.seconds(size)
+        read: dict[str, float] = {}
+        for name, nbytes in unit.loads.items():
+            root = problem[name].storage
+            read[root] = min(read.get(root, 0.0) + nbytes, self.nbytes(root))
+        moving = (sum(read.values()) + sum(map(self.nbytes, unit.writes))) / device.dram
         flops = sum(v.flops for v in unit.members) + sum(problem[n].flops for n in unit.again)
         rate = device.flops if any(v.kind == "extern" for v in unit.members) else device.vector
         return device.launch + max(flops / rate, moving)
@@ -219,44 +218,77 @@ class Side:
         return steps, rows, seconds, alive
 
 
+def unit_key(problem: Problem, v: Value) -> Key:
+    """What tells its unit: the results of one operator are one, and so are the values of one kernel."""
+    while v.kind == "item":
+        v = problem[v.inputs[0]]
+    return v.name if v.group is None else ("kernel", v.group)
+
+
 def inlined(problem: Problem, values: Sequence[Value]) -> frozenset[str]:
-    """What the backward computes again within the kernels that read it: pointwise values that no operator reads."""
+    """What the backward computes again within the kernels that read it: pointwise values that no operator reads, each
+    in one kernel or so cheap that each of several may compute it (`fuse.inline.duplicate`)."""
     taken = {problem[i].storage for v in values if v.kind == "extern" for i in v.inputs}
-    again = (v for v in values if v.phase == "forward" and v.kind in ("kernel", "symbol"))
-    return frozenset(v.name for v in again if v.name not in taken)
+    may = {v.name for v in values if v.phase == "forward" and v.kind in ("kernel", "symbol")} - taken
+    cost: dict[str, float] = {}
+    for v in values:
+        if v.name in may:
+            chain = sum(cost.get(problem[i].storage, 0.0) for i in v.inputs)
+            cost[v.name] = chain + v.flops / max(v.elements, 1)
+    inside, readers = set[str](), dict[str, set[Key]]()
+    for v in reversed(values):
+        mine = readers.get(v.name, set())
+        if v.name in may and (len(mine) < 2 or cost[v.name] * len(mine) <= CHEAP):
+            inside.add(v.name)
+        else:
+            mine = {unit_key(problem, v)}
+        for i in v.inputs if v.kind != "view" else ():
+            readers.setdefault(problem[i].storage, set()).update(mine)
+    return frozenset(inside)
 
 
-def sources(problem: Problem, v: Value, inside: Collection[str]) -> tuple[dict[str, None], list[str]]:
-    """The storages that a value is computed from, and what is computed inside its kernel on the way."""
-    found: dict[str, None] = {}
+def sources(problem: Problem, v: Value, inside: Collection[str]) -> tuple[dict[str, float], list[str]]:
+    """What a value is computed from, with the bytes that are read of it, and what its kernel computes on the way."""
+    found: dict[str, float] = {}
     again: list[str] = []
-    stack = [problem[i].storage for i in v.inputs]
-    seen = set(stack)
+    stack, seen = [v], {v.name}
     while stack:
-        root = stack.pop()
-        if root not in inside:
-            found[root] = None
-            continue
-        again.append(root)
-        more = {problem[i].storage for i in problem[root].inputs} - seen
-        seen |= more
-        stack.extend(more)
+        reader = stack.pop()
+        for i in reader.inputs:
+            root = problem[problem[i].storage]
+            if root.name in inside:
+                if root.name not in seen:
+                    seen.add(root.name)
+                    again.append(root.name)
+                    stack.append(root)
+                continue
+            count = problem[i].elements
+            if reader.kind == "kernel":
+                count = min(count, reader.elements)
+            found[i] = max(found.get(i, 0.0), count * root.nbytes / max(root.elements, 1))
     return found, again
 
 
-def knotted(
-    problem: Problem, values: Sequence[Value], key: Callable[[Value], Key], inside: Collection[str]
-) -> set[Key]:
-    """The kernels that would need each other: fusion computed a value in each of several, and one alone is named."""
+def parts(problem: Problem, values: Sequence[Value], reads: Mapping[str, Iterable[str]]) -> dict[str, int]:
+    """Where kernels would need each other, the part of its kernel that each of their values is in.
+
+    Fusion computed a value in each of several kernels, and one alone is named. A part more begins with each way from
+    one of such kernels into another.
+    """
     number: dict[Key, int] = {}
-    unit = {v.name: number.setdefault(key(v), len(number)) for v in values}
-    reads = ((root, v.name) for v in values for root in sources(problem, v, inside)[0])
-    ends = {(unit[r], unit[n]) for r, n in reads if r in unit and unit[r] != unit[n]}
+    unit = {v.name: number.setdefault(unit_key(problem, v), len(number)) for v in values}
+    made = {v.name: [problem[i].storage for i in reads[v.name] if problem[i].storage in unit] for v in values}
+    ends = {(unit[r], unit[n]) for n, roots in made.items() for r in roots if unit[r] != unit[n]}
     rows, columns = np.array(sorted(ends), dtype=np.int64).reshape(-1, 2).T
     graph = sparse.csr_matrix((np.ones(len(rows), np.int8), (rows, columns)), shape=(len(number), len(number)))
     _, labels = csgraph.connected_components(graph, connection="strong")
     many = np.bincount(labels)[labels] > 1
-    return {k for k, i in number.items() if many[i]}
+    part: dict[str, int] = {}
+    for v in values if many.any() else ():
+        if many[unit[v.name]]:
+            steps = ((part[r], unit[r] != unit[v.name]) for r in made[v.name] if r in part)
+            part[v.name] = max((at + crosses for at, crosses in steps), default=0)
+    return part
 
 
 def simulate(problem: Problem, actions: Mapping[str, str]) -> Timeline:
@@ -279,9 +311,9 @@ def simulate(problem: Problem, actions: Mapping[str, str]) -> Timeline:
     forward = Side(there, mine, (), {*loaded, *outputs, *hosted})
     first, before, took, alive = forward.run({}, category)
 
-    there = fetching(problem, away)
+    there = merging(fetching(problem, away), actions)
     tangents = {v.name: "temporary" for v in problem.values if v.phase == "tangent"}
-    order_back = [there[n] for n in backward_order(problem, actions)]
+    order_back = [there[n] for n in backward_order(problem, actions) if n in there.by_name]
     given = {n: kind for n, kind in alive.items() if n in loaded or n in hosted}
     backward = Side(there, order_back, {*loaded, *hosted, *tangents}, gradients, inlined(there, order_back))
     then, behind, takes, _ = backward.run({**given, **tangents}, dict.fromkeys(gradients, "gradients"))
@@ -289,6 +321,17 @@ def simulate(problem: Problem, actions: Mapping[str, str]) -> Timeline:
     *held, host = zip(*before, *behind, strict=True) if first or then else ((),) * (len(CATEGORIES) + 1)
     way = sum(map(problem.transfer_seconds, away)) if problem.device.link else 0.0
     return Timeline((*first, *then), len(first), tuple(held), (*took, *takes), host, (way, way))
+
+
+def merging(problem: Problem, actions: Mapping[str, str]) -> Problem:
+    """A backward's problem in which what is equal to a recomputed value is that value."""
+    same = {v.name: v.twin for v in problem.values if v.twin and actions.get(v.twin) == RECOMPUTE}
+    same = {n: t for n, t in same.items() if problem[n].storage == n and n not in problem.backward_outputs}
+    if not same:
+        return problem
+    values = (replace(v, inputs=tuple(same.get(i, i) for i in v.inputs), storage=same.get(v.storage, v.storage))
+              for v in problem.values if v.name not in same)  # fmt: skip
+    return replace(problem, values=tuple(values))
 
 
 def host_name(v: Value) -> str:
