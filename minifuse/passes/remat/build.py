@@ -15,7 +15,7 @@ from torch.utils.flop_counter import flop_registry
 from minifuse import compat
 from minifuse.ir import device as devices
 from minifuse.ir import dtypes, ops
-from minifuse.passes.lower.nodes import mutated_arguments, source_line
+from minifuse.passes.lower.nodes import module_path, mutated_arguments, source_line
 
 from .problem import Problem, Value
 
@@ -253,6 +253,7 @@ def build_problem(
                 tag=tag,
                 where=source_line(n, code=False),
                 op=op_name(n, whole=True) if n.op == "call_function" else "",
+                module=module_path(n),
             )
         )
     return Problem(

@@ -1,0 +1,47 @@
+"""What the texts of a report share: plain tables, widths, and how many rows are shown."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+from minifuse.ir.lazy import Deferred
+
+if TYPE_CHECKING:
+    from rich.table import Table
+
+rich_console, rich_table = Deferred("rich.console"), Deferred("rich.table")
+
+WIDTH = 120
+
+
+def table(*headings: str, figures: tuple[str, ...] = (), title: str | None = None) -> Table:
+    """An empty table without lines; the columns of `figures` are set to the right."""
+    made: Table = rich_table.Table(box=None, pad_edge=False, header_style="bold", title=title, title_justify="left")
+    for heading in headings:
+        made.add_column(heading, justify="right" if heading in figures else "left", no_wrap=True)
+    return made
+
+
+def clip(text: str, width: int) -> str:
+    text = " ".join(text.split())
+    return text if len(text) <= width else text[: width - 1] + "…"
+
+
+def count(n: int, noun: str) -> str:
+    return f"{n} {noun}" if n == 1 else f"{n} {noun}s"
+
+
+def seconds_text(seconds: float) -> str:
+    """`1.5e-6` as `1.5 us`."""
+    if 0 < seconds < 1e-9:
+        return "<0.001 us"
+    unit, size = next((u for u in (("s", 1.0), ("ms", 1e-3)) if seconds >= u[1]), ("us", 1e-6))
+    return f"{seconds / size:.3g} {unit}"
+
+
+def printed(renderable: Any, width: int = WIDTH) -> str:
+    """What rich prints of something, without colours."""
+    console = rich_console.Console(width=width, color_system=None, legacy_windows=False)
+    with console.capture() as captured:
+        console.print(renderable)
+    return "\n".join(line.rstrip() for line in captured.get().rstrip().splitlines())
