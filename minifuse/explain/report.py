@@ -218,10 +218,10 @@ class Report:
         passes = [self] if self.stage == "forward" else [r for r in (self.partner, self) if r is not None]
         planned = planned_text({r.stage: peak(r.plan)[0] for r in passes})
         if self.stage == "forward":
-            return f"predicted peak of the forward {bytes_text(self.remat.timeline.forward_peak)}{planned}"
+            return f"predicted peak of the forward {bytes_text(self.remat.timeline.forward_peak)}; {planned}"
         sides = self.remat.timeline.forward_peak, self.remat.timeline.backward_peak
         said = "forward {}, backward {}".format(*map(bytes_text, sides))
-        return f"predicted peak {bytes_text(self.remat.peak_bytes)} ({said}){planned}"
+        return f"predicted peak {bytes_text(self.remat.peak_bytes)} ({said}); {planned}"
 
     @cached_property
     def interpreted(self) -> tuple[str, ...]:

@@ -106,9 +106,10 @@ class SavedTable:
         sides = (("forward", line.forward_peak), ("boundary", line.boundary), ("backward", line.backward_peak))
         said = ", ".join(f"{name} {bytes_text(n)}" for name, n in sides)
         return [
-            f"{self.name}: by {plan.policy}{status}: {', '.join(parts)}; "
-            f"a step takes {seconds_text(plan.step_seconds)} by the model",
-            f"predicted peak {bytes_text(plan.peak_bytes)}{reached} ({said}){planned_text(self.planned)}",
+            f"{self.name}: by {plan.policy}{status}; a step takes {seconds_text(plan.step_seconds)} by the model",
+            ", ".join(parts),
+            f"predicted peak {bytes_text(plan.peak_bytes)}{reached} ({said})",
+            *([planned_text(self.planned)] if self.planned else []),
         ]
 
     def parts(self, width: int = WIDTH, shown: int | None = SHOWN) -> list[RenderableType]:
@@ -244,9 +245,7 @@ def computing(plan: Plan | None) -> dict[str, list[str]]:
 
 
 def planned_text(planned: Mapping[str, int]) -> str:
-    """The peaks of the plans that run, to stand behind the predicted one."""
-    if not planned:
-        return ""
+    """The peaks of the plans that run; the greater one is the step's."""
     sides = f" ({', '.join(f'{s} {bytes_text(n)}' for s, n in planned.items())})" if len(planned) > 1 else ""
     of = "" if len(planned) > 1 else f" of the {next(iter(planned))}"
-    return f"; planned peak{of} {bytes_text(max(planned.values()))}{sides}"
+    return f"planned peak{of} {bytes_text(max(planned.values()))}{sides}"

@@ -33,10 +33,9 @@ def count(n: int, noun: str) -> str:
 
 def seconds_text(seconds: float) -> str:
     """`1.5e-6` as `1.5 us`."""
-    if 0 < seconds < 1e-9:
-        return "<0.001 us"
-    unit, size = next((u for u in (("s", 1.0), ("ms", 1e-3)) if seconds >= u[1]), ("us", 1e-6))
-    return f"{seconds / size:.3g} {unit}"
+    units = (("s", 1.0), ("ms", 1e-3), ("us", 1e-6), ("ns", 1e-9))
+    unit, size = next((u for u in units if seconds >= u[1]), units[-1])
+    return f"{seconds / size:.3g} {unit}" if seconds else "0"
 
 
 def printed(renderable: Any, width: int = WIDTH) -> str:
