@@ -36,7 +36,7 @@ remat, tables = Deferred("minifuse.remat"), Deferred("minifuse.explain.tables")
 
 DAY = 86_400.0
 KINDS = {"graph": "compiled graphs", "device": "rates of this machine", "kernels": "compiled kernels"}
-TABLE_WIDTH = 180
+TABLE_WIDTH, NARROW = 180, 130
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -92,6 +92,7 @@ def compare(chosen: argparse.Namespace) -> int:
             for name, each in problems.items()
         ]
     out = Console()
+    out = Console(width=max(out.width, NARROW))
     for curve in found:
         out.print(curve) if out.is_terminal else print(tables.printed(curve, TABLE_WIDTH))
     if chosen.json:

@@ -112,7 +112,7 @@ class Curve:
         return [f"{f.policy} at {budget_text(f.budget)}: {f.error}" for f in self.failures]
 
     def __rich__(self) -> RenderableType:
-        made = table(*HEADINGS, figures=FIGURES, title=self.title)
+        made = table(*HEADINGS, figures=FIGURES, wraps="status", title=self.title)
         for row in self.rows:
             made.add_row(*map(rich_text.Text, row))
         return rich_console.Group(made, *map(rich_text.Text, self.failed))

@@ -14,11 +14,11 @@ rich_console, rich_table = Deferred("rich.console"), Deferred("rich.table")
 WIDTH = 120
 
 
-def table(*headings: str, figures: tuple[str, ...] = (), title: str | None = None) -> Table:
-    """An empty table without lines; the columns of `figures` are set to the right."""
+def table(*headings: str, figures: tuple[str, ...] = (), wraps: str = "", title: str | None = None) -> Table:
+    """An empty table without lines; columns of `figures` stand to the right, and `wraps` goes on in further lines."""
     made: Table = rich_table.Table(box=None, pad_edge=False, header_style="bold", title=title, title_justify="left")
     for heading in headings:
-        made.add_column(heading, justify="right" if heading in figures else "left", no_wrap=True)
+        made.add_column(heading, justify="right" if heading in figures else "left", no_wrap=heading != wraps)
     return made
 
 
