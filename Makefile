@@ -5,7 +5,7 @@ SHELL := /bin/bash
 TORCH := torch==2.13.0
 ACTIVE := $(shell python -c "import torch" >/dev/null 2>&1 && echo yes)
 PY := $(if $(ACTIVE),python,.venv/bin/python)
-PROBE := import accelerate, expecttest, hypothesis, jinja2, minifuse, mypy, networkx, pytest, rich, ruff, scipy, sklearn, transformers, triton, xdist; \
+PROBE := import accelerate, expecttest, hypothesis, jinja2, matplotlib, minifuse, mypy, networkx, pytest, rich, ruff, scipy, sklearn, transformers, triton, xdist; \
          from importlib.metadata import entry_points as e; e(group="torch_dynamo_backends")["minifuse"]
 
 .PHONY: env test demo fuzz conformance models kernels bench gpu

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 import minifuse
-from minifuse.passes.remat import Problem, RematPlan, RematPolicy, Value, assemble
+from minifuse.remat import Problem, RematPlan, RematPolicy, Value, assemble
 
 
 @dataclass(frozen=True)

@@ -10,17 +10,19 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from .capturing import Capture, capture, captures
+    from .capturing import Capture, capture, captures, saved_report
     from .errors import MinifuseError, OptionError
     from .explain.report import Report, reports
+    from .explain.saved import SavedReport
     from .options import Options
 
 __version__ = "0.1.0"
-__all__ = ["Capture", "MinifuseError", "OptionError", "Options", "Report", "__version__", "capture", "captures",
-           "reports"]  # fmt: skip
+__all__ = ["Capture", "MinifuseError", "OptionError", "Options", "Report", "SavedReport", "__version__",
+           "capture", "captures", "reports", "saved_report"]  # fmt: skip
 _HOMES = {
-    "Capture": "capturing", "capture": "capturing", "captures": "capturing", "MinifuseError": "errors",
-    "OptionError": "errors", "Options": "options", "Report": "explain.report", "reports": "explain.report",
+    "Capture": "capturing", "capture": "capturing", "captures": "capturing", "saved_report": "capturing",
+    "MinifuseError": "errors", "OptionError": "errors", "Options": "options", "Report": "explain.report",
+    "reports": "explain.report", "SavedReport": "explain.saved",
 }  # fmt: skip
 
 

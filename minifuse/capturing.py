@@ -20,6 +20,7 @@ from torch import fx, nn
 
 from . import compat
 from .backend import Boxed, Graph, boxed, eager_strides, module_name, run_aot
+from .explain.saved import SavedReport, saved_table
 from .ir.decision import Decision
 from .ir.plan import Plan
 from .ir.text import print_plan
@@ -154,6 +155,21 @@ def captures(
             for buffer, before in buffers:
                 buffer.copy_(before)
     return found
+
+
+def saved_report(
+    model: Callable[..., Any], *args: Any, compile_options: Mapping[str, Any] | None = None, **kwargs: Any
+) -> SavedReport:
+    """What becomes of each activation of `model(*args, **kwargs)` in training: saved, computed again or offloaded, its
+    bytes, module and line, and why; and the predicted peak of a step. Runs and raises as `captures` does."""
+    graphs = captures(model, *args, compile_options=compile_options, **kwargs)
+    return SavedReport(
+        tuple(
+            saved_table(g.name, g.remat, g.decisions["backward"], g.plans["forward"], g.plans["backward"])
+            for g in graphs
+            if g.remat is not None
+        )
+    )
 
 
 def _state(module: nn.Module) -> dict[str, torch.Tensor]:

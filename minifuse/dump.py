@@ -5,6 +5,7 @@ plan_lower.txt plan_fuse.txt plan_schedule.txt plan_batch.txt plan_memory.txt   
 plan_join.txt                                                               the plan with its joins in place, unfused
 kernels.c program.py                                                        the code that runs
 decisions.json decisions.txt report.txt report.json report.html             what was chosen and why
+saved.txt                               of a backward: each activation, and how the backward gets it
 kernel_NAME.py                                                              runs, checks and times one kernel
 """
 
@@ -25,6 +26,7 @@ from .passes import pipeline
 from .records import Record
 from .runtime.cache import write_atomically
 
+SAVED_WIDTH = 180
 REPLAYED_OPTIONS = ("target", "precise", "widen")
 _refused: set[str] = set()
 
@@ -75,6 +77,9 @@ def contents(record: Record, options: Options) -> dict[str, str]:
         files["report.txt"] = f"{report}\n"
         files["report.json"] = json.dumps(report.to_json(), indent=1)
         files["report.html"] = html.render(report)
+        saved = report.saved_table() if record.stage == "backward" else None
+        if saved is not None:
+            files["saved.txt"] = f"{saved.text(SAVED_WIDTH)}\n"
         chosen = {name: getattr(options, name) for name in REPLAYED_OPTIONS}
         for launch in final.launches:
             name = re.sub(r"[^A-Za-z0-9_]", "_", launch.name)

@@ -43,8 +43,8 @@ class Options:
     the names of what to save, or an object with a `name` and `plan(problem) -> RematPlan`."""
 
     memory_budget: float = 1.0
-    """The most that a training step may hold at its peak, inputs and parameters aside: a share (above 0, to 1) of what
-    eager would, as predicted, or a whole number of bytes above 1. 1: no limit."""
+    """The most that a training step may hold at its peak, inputs and parameters aside: a share (0 to 1) of what eager
+    would, as predicted, or a whole number of bytes above 1. 1: no limit. 0: the least, with `on_budget="best"`."""
 
     on_budget: str = "error"
     """What becomes of a graph for which no plan within `memory_budget` was found: `error` names the least peak that
@@ -203,8 +203,8 @@ _ACCEPTS: dict[str, _Check] = {
         ),
     ),
     "memory_budget": (
-        "a share above 0 and at most 1, or a whole number of bytes",
-        lambda value: (isinstance(value, float) and 0 < value <= 1) or (_is_int(value) and value > 0),
+        "a share from 0 to 1, or a whole number of bytes",
+        lambda value: (isinstance(value, float) and 0 <= value <= 1) or (_is_int(value) and value >= 0),
     ),
     "on_budget": _one_of("on_budget"),
     "debug_dir": _PATH,

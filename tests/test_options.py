@@ -43,7 +43,7 @@ def test_an_unknown_option_is_named_with_its_neighbour_and_the_valid_ones() -> N
         ("remat", ""),
         ("remat", 3),
         ("remat", "recompute"),
-        ("memory_budget", 0),
+        ("memory_budget", -1),
         ("memory_budget", 1.1),
         ("memory_budget", float("nan")),
         ("memory_budget", True),

@@ -1,4 +1,4 @@
-"""A report as one HTML page that needs nothing else: no script, no font, no request."""
+"""Reports as HTML pages that need nothing else: no script, no font, no request."""
 
 from __future__ import annotations
 
@@ -24,4 +24,9 @@ def _environment() -> Any:
 
 def render(report: Report) -> str:
     """The page of one report. Every text of the user's is escaped."""
-    return str(_environment().get_template("report.html.j2").render(report=report))
+    return page("report.html.j2", report=report)
+
+
+def page(template: str, **values: Any) -> str:
+    """The page of a template of this folder."""
+    return str(_environment().get_template(template).render(**values))

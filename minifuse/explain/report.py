@@ -23,21 +23,23 @@ from minifuse.ir.lazy import Deferred
 from minifuse.ir.plan import Extern, Launch, Plan, launch_traffic, least_traffic
 from minifuse.ir.value import Cast, Op, Random, Reduce, Scan, Value
 from minifuse.passes.fuse.log import entries
+from minifuse.passes.join import peak
 from minifuse.passes.remat.plan import Choice, RematPlan
 from minifuse.passes.remat.problem import RECOMPUTE, SAVE
 from minifuse.records import RECORDS, Record
 
+from .saved import SavedTable, planned_text, saved_table
+from .tables import WIDTH, clip, count, printed, table
 from .why import WhyNot, why_not
 
 if TYPE_CHECKING:
     from rich.console import RenderableType
     from rich.table import Table
 
-rich_console, rich_table, rich_text = Deferred("rich.console"), Deferred("rich.table"), Deferred("rich.text")
+rich_console, rich_text = Deferred("rich.console"), Deferred("rich.text")
 
 SCHEMA = 1
 FIGURES = ("ops", "calls", "read", "written", "bytes", "at least")
-WIDTH = 120
 KERNELS_SHOWN = 8
 EXTERNS_SHOWN = 4
 REFUSALS_SHOWN = 4
@@ -191,6 +193,36 @@ class Report:
         found = self.remat.choices.values() if self.remat is not None else ()
         return tuple(sorted((c for c in found if c.action == action and c.nbytes), key=lambda c: -c.nbytes))
 
+    @property
+    def partner(self) -> Report | None:
+        """The report of the other pass of a training step, where that is compiled and remembered."""
+        other = {"forward": "backward", "backward": "forward"}.get(self.stage)
+        name = f"{self.name.removesuffix(self.stage)}{other}"
+        return next((Report(r) for r in reversed(tuple(RECORDS)) if other and r.name == name), None)
+
+    def saved_table(self) -> SavedTable | None:
+        """What becomes of each activation, where it is computed again, and the peaks of the step; None where there
+        was no joint graph. Modules, lines and kernels are there once the backward is compiled."""
+        if self.remat is None:
+            return None
+        passes = {r.stage: r for r in (self, self.partner) if r is not None}
+        forward, backward = passes.get("forward"), passes.get("backward")
+        plans = (r.plan if r is not None else None for r in (forward, backward))
+        decisions = backward.decisions if backward is not None else ()
+        return saved_table(self.name, self.remat, decisions, *plans)
+
+    @property
+    def peaks(self) -> str:
+        """The predicted peak beside that of the plans that run: of a step, or of a forward alone."""
+        assert self.remat is not None
+        passes = [self] if self.stage == "forward" else [r for r in (self.partner, self) if r is not None]
+        planned = planned_text({r.stage: peak(r.plan)[0] for r in passes})
+        if self.stage == "forward":
+            return f"predicted peak of the forward {bytes_text(self.remat.timeline.forward_peak)}; {planned}"
+        sides = self.remat.timeline.forward_peak, self.remat.timeline.backward_peak
+        said = "forward {}, backward {}".format(*map(bytes_text, sides))
+        return f"predicted peak {bytes_text(self.remat.peak_bytes)} ({said}); {planned}"
+
     @cached_property
     def interpreted(self) -> tuple[str, ...]:
         """Names of the launches that run op by op with torch, because no target's code could be made for them."""
@@ -234,10 +266,7 @@ class Report:
         }
 
     def __str__(self) -> str:
-        console = rich_console.Console(width=WIDTH, color_system=None, legacy_windows=False)
-        with console.capture() as captured:
-            console.print(self)
-        return "\n".join(line.rstrip() for line in captured.get().rstrip().splitlines())
+        return printed(self)
 
     __repr__ = __str__
 
@@ -250,15 +279,15 @@ class Report:
         refused = self.costliest_refusals(REFUSALS_SHOWN)
         if refused:
             parts.append(rich_text.Text("Refused, by the bytes that it would have saved"))
-            parts += [rich_text.Text(f"  {_clip(str(d), WIDTH - 2)}") for d in refused]
+            parts += [rich_text.Text(f"  {clip(str(d), WIDTH - 2)}") for d in refused]
         return rich_console.Group(*parts)
 
     @cached_property
     def headline(self) -> list[str]:
         """The figures in sentences."""
-        calls = _count(len(self.externs), "ATen call")
+        calls = count(len(self.externs), "ATen call")
         lines = [
-            f"{self.name}: {_count(self.kernels_unfused, 'operator')} in {_count(self.kernels, 'kernel')}, "
+            f"{self.name}: {count(self.kernels_unfused, 'operator')} in {count(self.kernels, 'kernel')}, "
             f"{bytes_text(self.bytes_unfused)} -> {bytes_text(self.kernel_bytes)}; "
             f"{calls} ({bytes_text(self.extern_bytes)}); {self.coverage:.0%} of what can fuse is generated code"
         ]
@@ -266,13 +295,13 @@ class Report:
             model = f"{1e6 * self.remat.extra_seconds:.3g} us by the model"
             loaded = f"loads {len(self.saved)} values ({bytes_text(self.remat.saved_bytes)})"
             again = f"recomputes {len(self.recomputed)} in {model}"
-            lines.append(f"backward, by {self.remat.policy}: {loaded}, {again}")
+            lines += [f"backward, by {self.remat.policy}: {loaded}, {again}", self.peaks]
         total = sum(self.seconds.values())
         spent = [(phase, s) for phase, s in sorted(self.seconds.items(), key=lambda item: -item[1]) if s >= total / 200]
         how = "read from the cache" if self.record.warm else "compiled"
         lines.append(f"{how} in {total:.2f} s: " + ", ".join(f"{phase} {1e3 * s:.0f} ms" for phase, s in spent))
         sizes = [f"{d.subject[0]}: {d.words} {d.where}" for d in self.decisions if d.rule == "size"]
-        lines += [_clip(line, WIDTH) for line in sizes[:SIZES_SHOWN]]
+        lines += [clip(line, WIDTH) for line in sizes[:SIZES_SHOWN]]
         if len(sizes) > SIZES_SHOWN:
             lines.append(f"{len(sizes) - SIZES_SHOWN} sizes more")
         if self.interpreted:
@@ -293,32 +322,32 @@ class Report:
 
     def _kernel_table(self) -> Table:
         rows = sorted(self.launches, key=lambda r: (not r.interpreted, -r.nbytes))
-        table = _table("kernel", "ops", "read", "written", "at least", "bound", "from")
+        made = table("kernel", "ops", "read", "written", "at least", "bound", "from", figures=FIGURES)
         for r in rows[:KERNELS_SHOWN]:
             bound = "interpreted" if r.interpreted else r.bound
             figures = str(len(r.ops)), bytes_text(r.read), bytes_text(r.written), f"{1e6 * r.lower_bound:.3g} us"
-            table.add_row(rich_text.Text(r.name), *figures, bound, rich_text.Text(_clip("; ".join(r.lines), 56)))
+            made.add_row(rich_text.Text(r.name), *figures, bound, rich_text.Text(clip("; ".join(r.lines), 56)))
         if len(rows) > KERNELS_SHOWN:
             rest = rows[KERNELS_SHOWN:]
             read, written = sum(r.read for r in rest), sum(r.written for r in rest)
             ops_in_rest = str(sum(len(r.ops) for r in rest))
-            table.add_row(f"{len(rest)} more", ops_in_rest, bytes_text(read), bytes_text(written), "", "", "")
-        return table
+            made.add_row(f"{len(rest)} more", ops_in_rest, bytes_text(read), bytes_text(written), "", "", "")
+        return made
 
     def _extern_table(self) -> Table:
         by_op: dict[tuple[str, str], list[ExternReport]] = {}
         for e in self.externs:
             by_op.setdefault((e.op, e.reason), []).append(e)
         rows = sorted(by_op.items(), key=lambda item: -sum(e.nbytes for e in item[1]))
-        table = _table("ATen", "calls", "bytes", "because", "first from")
+        made = table("ATen", "calls", "bytes", "because", "first from", figures=FIGURES)
         for (op, reason), calls in rows[:EXTERNS_SHOWN]:
-            texts = (rich_text.Text(_clip(reason, 36)), rich_text.Text(_clip(calls[0].where, 26)))
+            texts = (rich_text.Text(clip(reason, 36)), rich_text.Text(clip(calls[0].where, 26)))
             nbytes = sum(e.nbytes for e in calls)
-            table.add_row(rich_text.Text(_clip(op, 36)), str(len(calls)), bytes_text(nbytes), *texts)
+            made.add_row(rich_text.Text(clip(op, 36)), str(len(calls)), bytes_text(nbytes), *texts)
         if len(rows) > EXTERNS_SHOWN:
             rest = [e for _, calls in rows[EXTERNS_SHOWN:] for e in calls]
-            table.add_row(f"{len(rows) - EXTERNS_SHOWN} more", str(len(rest)), bytes_text(sum(e.nbytes for e in rest)))
-        return table
+            made.add_row(f"{len(rows) - EXTERNS_SHOWN} more", str(len(rest)), bytes_text(sum(e.nbytes for e in rest)))
+        return made
 
 
 def reports() -> list[Report]:
@@ -365,19 +394,3 @@ def instructions(plan: Plan, values: Iterable[Value], sizes: Mapping[Any, Expr] 
         axes = v.axes | {v.over} if isinstance(v, Reduce) else v.axes
         total += cost * prod(plan.hint(a.size, sizes) for a in axes)
     return total
-
-
-def _table(*headings: str) -> Table:
-    table = rich_table.Table(box=None, pad_edge=False, header_style="bold")
-    for heading in headings:
-        table.add_column(heading, justify="right" if heading in FIGURES else "left", no_wrap=True)
-    return table
-
-
-def _count(n: int, noun: str) -> str:
-    return f"{n} {noun}" if n == 1 else f"{n} {noun}s"
-
-
-def _clip(text: str, width: int) -> str:
-    text = " ".join(text.split())
-    return text if len(text) <= width else text[: width - 1] + "…"

@@ -76,6 +76,15 @@ def mutated_arguments(node: fx.Node) -> list[fx.Node]:
     return [arg for arg in found if isinstance(arg, fx.Node)]
 
 
+def module_path(node: fx.Node) -> str:
+    """The path of the innermost module that a node is computed in, of a node of the backward that of what it is the
+    gradient of: `layers.0.mlp`; empty at the top, and where Dynamo did not capture the graph."""
+    stack = node.meta.get("nn_module_stack") or node.meta.get("fwd_nn_module_stack") or {}
+    path = next((path for path, _ in reversed(stack.values())), "")
+    words = re.findall(r"\w+", path.replace("_modules", ""))[1:]
+    return ".".join(words[1:] if words[:1] in (["self"], ["fn"]) else words)
+
+
 def source_line(node: fx.Node, code: bool = True) -> str:
     """The user's line that a node comes from: `model.py:41`, and the `code` there."""
     trace = node.meta.get("stack_trace")

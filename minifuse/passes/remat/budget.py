@@ -22,10 +22,10 @@ def eager_peak(problem: Problem) -> int:
 
 
 def limit_of(problem: Problem) -> float:
-    """The most bytes that a step may hold at its peak: infinite where the budget is 1."""
+    """The most bytes that a step may hold at its peak: infinite where the budget is 1, none where it is 0."""
     budget = problem.memory_budget
-    if budget == 1:
-        return float("inf")
+    if budget in (0, 1):
+        return float("inf") if budget else 0.0
     return budget if budget > 1 else budget * eager_peak(problem)
 
 

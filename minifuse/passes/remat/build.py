@@ -17,7 +17,7 @@ from minifuse.ir import device as devices
 from minifuse.ir import dtypes, ops
 from minifuse.passes.cse import twins
 from minifuse.passes.fuse import Landed
-from minifuse.passes.lower.nodes import mutated_arguments, source_line
+from minifuse.passes.lower.nodes import module_path, mutated_arguments, source_line
 
 from .problem import Problem, Value
 
@@ -259,6 +259,7 @@ def build_problem(
                 op=op_name(n, whole=True) if n.op == "call_function" else "",
                 elements=elements_of(n),
                 twin=equal[n].name if n in equal and phase in ("either", "backward") else "",
+                module=module_path(n),
             )
         )
     return Problem(

@@ -16,7 +16,7 @@ from minifuse.passes.fuse import Landed
 from .build import build_problem, is_effect
 from .plan import RematPlan, RematPolicy
 from .policies import resolve
-from .problem import SAVE, Problem
+from .problem import OFFLOAD, RECOMPUTE, SAVE, Problem
 from .simulate import backward_order
 from .verify import verify_plan
 
@@ -80,7 +80,11 @@ def ask(policy: RematPolicy, problem: Problem) -> RematPlan:
 
 
 def decisions(problem: Problem, plan: RematPlan) -> list[Decision]:
-    """The plan as the compiler's record: taken is a value recomputed, refused one that is loaded."""
+    """The plan as the compiler's record: taken is a value recomputed or fetched, refused one that is loaded.
+
+    `held` are the bytes that a value adds to what was kept before it: none where it shares its storage with one.
+    """
+    held: set[str] = set()
     template = "{action}: {why}; saving it takes {nbytes} and {save_us} us, recomputing it {recompute_us} us"
     out = []
     for name, choice in plan.choices.items():
@@ -94,7 +98,14 @@ def decisions(problem: Problem, plan: RematPlan) -> list[Decision]:
             "save_us": round(1e6 * choice.save_seconds, 3),
             "recompute_us": round(1e6 * choice.recompute_seconds, 3),
             "policy": plan.policy,
+            "phase": v.phase,
+            "module": v.module,
+            "storage": v.storage,
+            "held": 0 if v.storage in held or problem[v.storage].is_given else v.nbytes,
+            "transfer_us": round(1e6 * problem.offload_seconds(v), 3) if choice.action == OFFLOAD else 0.0,
         }
+        if choice.action != RECOMPUTE:
+            held.add(v.storage)
         out.append(Decision("rematerialise", (name,), choice.action != SAVE, template, facts, v.where))
     return out
 

@@ -37,7 +37,8 @@ class Value:
     forward overwrites; `binds` marks an operator that defines a data-dependent size. `stored` says that the forward
     writes it to memory whether it is saved or not: an extern made it or reads it, or it is an output. `op` is its
     operator (`aten.bmm`), `elements` how many it has. `twin` is of a value of the backward the forward's that is equal
-    to it: where that is recomputed, it is this one.
+    to it: where that is recomputed, it is this one. `where` is the user's line, `module` the path of the module around
+    it, where Dynamo captured one.
     """
 
     name: str
@@ -61,6 +62,7 @@ class Value:
     op: str = ""
     elements: int = 0
     twin: str = ""
+    module: str = ""
 
     def __post_init__(self) -> None:
         for field, valid in (("phase", PHASES), ("kind", KINDS), ("tag", (None, *TAGS))):
@@ -95,8 +97,8 @@ class Problem:
     """A joint graph to decide about. `values` are in topological order, those of the backward included.
 
     `required` are the values, inputs among them, that the backward reads and that need no tangent. `memory_budget` is
-    the most that a step may hold at its peak: a share of eager's as predicted, or above 1 bytes. `on_budget` says what
-    becomes of a plan that holds more: "error" refuses it, "best" takes it.
+    the most that a step may hold at its peak: a share of eager's as predicted (0: the least), or above 1 bytes.
+    `on_budget` says what becomes of a plan that holds more: "error" refuses it, "best" takes it.
     """
 
     values: tuple[Value, ...]

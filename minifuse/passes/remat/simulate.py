@@ -12,8 +12,8 @@ from typing import Any
 import numpy as np
 
 from minifuse.ir.lazy import Deferred
-from minifuse.passes.fuse.rules import CHEAP
 from minifuse.passes.fuse.order import order
+from minifuse.passes.fuse.rules import CHEAP
 
 from .problem import OFFLOAD, RECOMPUTE, SAVE, Problem, Value
 
@@ -326,7 +326,8 @@ def simulate(problem: Problem, actions: Mapping[str, str]) -> Timeline:
 def merging(problem: Problem, actions: Mapping[str, str]) -> Problem:
     """A backward's problem in which what is equal to a recomputed value is that value."""
     same = {v.name: v.twin for v in problem.values if v.twin and actions.get(v.twin) == RECOMPUTE}
-    same = {n: t for n, t in same.items() if problem[n].storage == n and n not in problem.backward_outputs}
+    stay = {*problem.backward_outputs, *(n for n, a in actions.items() if a != RECOMPUTE)}
+    same = {n: t for n, t in same.items() if problem[n].storage == n and n not in stay}
     if not same:
         return problem
     values = (replace(v, inputs=tuple(same.get(i, i) for i in v.inputs), storage=same.get(v.storage, v.storage))
