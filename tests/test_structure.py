@@ -19,9 +19,9 @@ LONGEST_FILE = 500
 WHOLE = 19_800
 # The design aims at 9,000 for the core; the two targets, the capture surface, an allocator and vector maths of our own,
 # scans, scatters, joins, batches and the lowering of all of core ATen take it past that.
-CORE = 17_450
+CORE = 17_550
 # Lines of code a folder may have; the policies of rematerialisation, `explain` and the command line are no core.
-BUDGETS = {"ir": 2_810, "passes": 9_600, "codegen": 3_440, "runtime": 1_720, "explain": 1_500}
+BUDGETS = {"ir": 2_850, "passes": 9_600, "codegen": 3_440, "runtime": 1_720, "explain": 1_500}
 POLICIES = {"baselines", "policies", "mincut", "priced", "chen", "korthikanti", "knapsack", "default", "budget"}
 # What each layer may import, itself aside. Leaves are data that every layer reads.
 LEAVES = {"compat", "compat_triton", "errors", "forks", "options", "records"}

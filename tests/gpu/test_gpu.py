@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from minifuse.ir import prims
 from minifuse.ir.interpret import philox
 from minifuse.records import RECORDS
+from tests.remat.test_offload import large_to_host
 
 pytestmark = [
     pytest.mark.gpu,
@@ -338,6 +339,26 @@ def test_running_statistics_of_a_batch_norm() -> None:
     mine, eagers = (mean.clone(), var.clone()), (mean.clone(), var.clone())
     torch.testing.assert_close(compiled(f)(x, *mine), f(x, *eagers), rtol=1e-4, atol=1e-4)
     torch.testing.assert_close(mine, eagers, rtol=1e-4, atol=1e-4)
+
+
+def test_what_the_host_keeps_comes_back_as_it_went() -> None:
+    torch.manual_seed(0)
+    model = nn.Sequential(
+        *(m for _ in range(4) for m in (nn.Linear(512, 2048), nn.GELU(), nn.Linear(2048, 512)))
+    ).cuda()
+    x = torch.randn(4096, 512, device="cuda")
+
+    def step(policy: object) -> tuple[list[Tensor], int]:
+        torch._dynamo.reset()
+        run = torch.compile(model, backend="minifuse", options={"remat": policy})
+        for _ in range(3):
+            model.zero_grad()
+            torch.cuda.reset_peak_memory_stats()
+            run(x).square().mean().backward()
+        return [p.grad.clone() for p in model.parameters() if p.grad is not None], torch.cuda.max_memory_allocated()
+
+    (want, most), (found, least) = step("save_all"), step(large_to_host)
+    assert all(map(torch.equal, want, found)) and least < 0.8 * most
 
 
 def test_random_numbers_beside_sums_of_odd_rows() -> None:

@@ -11,6 +11,7 @@ _CONVOLUTION = "a convolution: bound by compute, and a tuned library does it bes
 _ATTENTION = "fused attention: ATen keeps the scores out of memory"
 _GRADIENT_OF_GATHER = "a scatter with collisions: ATen adds the rows of one index in a fixed order"
 _HOST = "numbers that are no tensors, and checks of them: done by the host"
+_TRANSFER = "rematerialisation keeps a value in the host's memory between the passes"
 _EFFECT = "an effect on torch's state or on other processes: run once, in its place"
 _BOOKKEEPING = "torch's own bookkeeping, which no graph holds, or a form that it decomposes before"
 
@@ -42,6 +43,7 @@ EXPECTED = _by_name({
         _functional_assert_async _functional_sym_constrain_range _functional_sym_constrain_range_for_size
         _make_dep_token _functional_assert_scalar""",
     _EFFECT: "minifuse::seed",
+    _TRANSFER: "minifuse::offload minifuse::offloaded minifuse::reload minifuse::reloaded",
 })  # fmt: skip
 
 # What has no kernel, and why; the report counts these as fallbacks.

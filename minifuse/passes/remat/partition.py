@@ -18,6 +18,7 @@ from .plan import RematPlan, RematPolicy
 from .policies import resolve
 from .problem import OFFLOAD, RECOMPUTE, SAVE, Problem
 from .simulate import backward_order
+from .transfers import arrivals, departures, fetch, send
 from .verify import verify_plan
 
 
@@ -118,15 +119,33 @@ def _apply(
     once = {v.name for v in problem.values if v.phase == "forward"}
     _drop_dead(forward, lambda n: n.name in once)
     _drop_dead(backward, lambda n: n.name not in once)
-    rank = {name: i for i, name in enumerate(backward_order(problem, {n: c.action for n, c in plan.choices.items()}))}
+    order = backward_order(problem, {n: c.action for n, c in plan.choices.items()})
+    rank: dict[str, float] = {name: i for i, name in enumerate(order)}
+    if plan.offloaded:
+        rank |= _offload(forward, backward, problem, plan, order)
     _reorder(backward, rank)
     forward.recompile()
     backward.recompile()
     return forward, backward
 
 
+def _offload(
+    forward: fx.GraphModule, backward: fx.GraphModule, problem: Problem, plan: RematPlan, order: list[str]
+) -> dict[str, float]:
+    """Put the ways to the host and back into the graphs; the places in the backward's `order` of those back."""
+    away = [problem[n] for n in plan.offloaded]
+    made = [problem[n.name] for n in forward.graph.nodes if n.name in problem.by_name]
+    send(forward, {n: made[i].name for n, i in arrivals(problem, made, away).items()})
+    begins = departures(problem, [problem[n] for n in order], away)
+    rank: dict[str, float] = {}
+    for name, (way, x) in fetch(backward, plan.offloaded).items():
+        rank[way], rank[x] = begins[name] - 0.5, order.index(name) - 0.25
+    return rank
+
+
 def _is_saved(plan: RematPlan, n: fx.Node) -> bool:
-    return plan.choices[n.name].action == SAVE
+    """Whether the backward takes it from the forward: from memory, or from the host's."""
+    return plan.choices[n.name].action != RECOMPUTE
 
 
 def _drop_dead(module: fx.GraphModule, mine: Callable[[fx.Node], bool]) -> None:
@@ -138,7 +157,7 @@ def _drop_dead(module: fx.GraphModule, mine: Callable[[fx.Node], bool]) -> None:
     module.graph.eliminate_dead_code(is_impure_node=stays)
 
 
-def _reorder(module: fx.GraphModule, rank: Mapping[str, int]) -> None:
+def _reorder(module: fx.GraphModule, rank: Mapping[str, float]) -> None:
     """Put a graph's nodes in the order that the plan was priced in; those it does not rank stay first."""
     body = [n for n in module.graph.nodes if n.op not in ("placeholder", "output")]
     output = module.graph.output_node()

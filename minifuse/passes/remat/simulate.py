@@ -16,6 +16,7 @@ from minifuse.passes.fuse.order import order
 from minifuse.passes.fuse.rules import CHEAP
 
 from .problem import OFFLOAD, RECOMPUTE, SAVE, Problem, Value
+from .transfers import arrivals, departures
 
 sparse, csgraph = Deferred("scipy.sparse"), Deferred("scipy.sparse.csgraph")
 
@@ -265,7 +266,8 @@ def sources(problem: Problem, v: Value, inside: Collection[str]) -> tuple[dict[s
             count = problem[i].elements
             if reader.kind == "kernel":
                 count = min(count, reader.elements)
-            found[i] = max(found.get(i, 0.0), count * root.nbytes / max(root.elements, 1))
+            share = min(count / root.elements, 1.0) if root.elements else 1.0
+            found[i] = max(found.get(i, 0.0), share * root.nbytes)
     return found, again
 
 
@@ -306,14 +308,16 @@ def simulate(problem: Problem, actions: Mapping[str, str]) -> Timeline:
     gradients = {problem[n].storage for n in problem.backward_outputs if n in problem.by_name}
     category = {**dict.fromkeys(outputs, "outputs"), **dict.fromkeys(loaded - outputs, "saved"), **hosted}
 
-    there = sending(problem, away)
-    mine = (v for v in there.values if v.phase == "forward" or v.name in early)
+    mine = [v for v in problem.values if v.phase == "forward" or v.name in early]
+    there, sent = sending(problem, away), arrivals(problem, mine, away)
+    for v in sorted(away, key=lambda v: -sent[v.name]):
+        mine.insert(sent[v.name] + 1, there[host_name(v)])
     forward = Side(there, mine, (), {*loaded, *outputs, *hosted})
     first, before, took, alive = forward.run({}, category)
 
     there = merging(fetching(problem, away), actions)
     tangents = {v.name: "temporary" for v in problem.values if v.phase == "tangent"}
-    order_back = [there[n] for n in backward_order(problem, actions) if n in there.by_name]
+    order_back = [there[n] for n in prefetched(problem, backward_order(problem, actions), away) if n in there.by_name]
     given = {n: kind for n, kind in alive.items() if n in loaded or n in hosted}
     backward = Side(there, order_back, {*loaded, *hosted, *tangents}, gradients, inlined(there, order_back))
     then, behind, takes, _ = backward.run({**given, **tangents}, dict.fromkeys(gradients, "gradients"))
@@ -333,6 +337,13 @@ def merging(problem: Problem, actions: Mapping[str, str]) -> Problem:
     values = (replace(v, inputs=tuple(same.get(i, i) for i in v.inputs), storage=same.get(v.storage, v.storage))
               for v in problem.values if v.name not in same)  # fmt: skip
     return replace(problem, values=tuple(values))
+
+
+def prefetched(problem: Problem, order: list[str], away: Sequence[Value]) -> list[str]:
+    """An order of the backward with the ways back begun so early that they are behind where they are needed."""
+    at = departures(problem, [problem[n] for n in order], away)
+    place = {n: i for i, n in enumerate(order)} | {n: i - 0.5 for n, i in at.items()}
+    return sorted(order, key=lambda n: place[n])
 
 
 def host_name(v: Value) -> str:
