@@ -161,6 +161,8 @@ _CHOICES: dict[str, tuple[str, ...]] = {
         "korthikanti_selective",
         "mincut",
         "knapsack_budget",
+        "rotor_dp",
+        "checkmate_milp",
     ),
     "on_budget": ("error", "best"),
     "fusion": ("greedy", "exact"),

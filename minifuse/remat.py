@@ -20,6 +20,7 @@ from .passes.remat import (
     eager_peak,
     limit_of,
     resolve,
+    runs_once,
     verify_plan,
     within,
 )
@@ -39,6 +40,7 @@ __all__ = [
     "eager_peak",
     "limit_of",
     "resolve",
+    "runs_once",
     "verify_plan",
     "within",
 ]

@@ -1,5 +1,6 @@
 """Rematerialisation: what the backward loads, and what it computes again."""
 
+from .baselines import runs_once
 from .budget import eager_peak, limit_of, within
 from .build import build_problem
 from .partition import partition
@@ -26,6 +27,7 @@ __all__ = [
     "limit_of",
     "partition",
     "resolve",
+    "runs_once",
     "simulate",
     "verify_plan",
     "within",

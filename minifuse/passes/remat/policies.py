@@ -15,6 +15,7 @@ from minifuse.errors import RematError
 from minifuse.options import POLICIES as ENTRY_POINTS
 
 from .baselines import RecomputeAll, SaveAll
+from .checkmate import CheckmateMilp
 from .chen import ChenSqrt
 from .default import Default
 from .knapsack import KnapsackBudget
@@ -23,6 +24,7 @@ from .mincut import MinCut
 from .plan import RematPlan, RematPolicy, assemble
 from .priced import PricedMinCut
 from .problem import Problem
+from .rotor import RotorDp
 
 POLICIES: dict[str, RematPolicy] = {
     p.name: p
@@ -35,6 +37,8 @@ POLICIES: dict[str, RematPolicy] = {
         KorthikantiSelective(),
         MinCut(),
         KnapsackBudget(),
+        RotorDp(),
+        CheckmateMilp(),
     )
 }
 
