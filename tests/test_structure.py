@@ -16,7 +16,7 @@ ROOT = Path(__file__).resolve().parent.parent
 PACKAGE = ROOT / "minifuse"
 FILES = sorted(PACKAGE.rglob("*.py"))
 LONGEST_FILE = 500
-WHOLE = 19_800
+WHOLE = 20_600
 # The design aims at 9,000 for the core; the two targets, the capture surface, an allocator and vector maths of our own,
 # scans, scatters, joins, batches and the lowering of all of core ATen take it past that.
 CORE = 17_550
