@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterable
 from typing import Any
 
 import torch
@@ -30,7 +29,9 @@ def merge_equal(graph: fx.Graph) -> int:
             continue
         if target._schema.is_mutable:
             seen.clear()
-        if "recompute" in node.meta or not is_pure(node) or memory_of(node) in returned:
+        pure = target.namespace == "aten" and not target._schema.is_mutable and "recompute" not in node.meta
+        tensor = isinstance(node.meta.get("val"), torch.Tensor)
+        if not pure or not tensor or not _repeats(target) or memory_of(node) in returned:
             continue
         key = (node.meta.get("partitioner_tag"), target, _key(node.args), _key(node.kwargs))
         first = seen.setdefault(key, node)
@@ -39,29 +40,6 @@ def merge_equal(graph: fx.Graph) -> int:
             graph.erase_node(node)
             merged += 1
     return merged
-
-
-def is_pure(node: fx.Node) -> bool:
-    """Whether a call is of an ATen operator that gives one tensor, and a second such call the same."""
-    target = node.target
-    if not isinstance(target, compat.OpOverload) or target.namespace != "aten" or target._schema.is_mutable:
-        return False
-    return isinstance(node.meta.get("val"), torch.Tensor) and _repeats(target)
-
-
-def twins(nodes: Iterable[fx.Node], first: Collection[fx.Node]) -> dict[fx.Node, fx.Node]:
-    """Of calls outside `first`, those that are equal to one in it, once their arguments are replaced by theirs."""
-    found: dict[fx.Node, fx.Node] = {}
-    seen: dict[Any, fx.Node] = {}
-    for node in nodes:
-        if is_pure(node):
-            args, kwargs = fx.map_arg((node.args, node.kwargs), lambda n: found.get(n, n))
-            key = (node.target, _key(args), _key(kwargs))
-            if node in first:
-                seen.setdefault(key, node)
-            elif key in seen:
-                found[node] = seen[key]
-    return found
 
 
 def _repeats(target: compat.OpOverload) -> bool:

@@ -15,7 +15,6 @@ from torch.utils.flop_counter import flop_registry
 from minifuse import compat
 from minifuse.ir import device as devices
 from minifuse.ir import dtypes, ops
-from minifuse.passes.cse import twins
 from minifuse.passes.fuse import Landed
 from minifuse.passes.lower.nodes import module_path, mutated_arguments, source_line
 
@@ -219,7 +218,6 @@ def build_problem(
     parameters = {n for i, n in enumerate(primals) if i in static_inputs}
     overwritten = {t for n in graph.nodes if n not in graph.after_tangents for t in mutated_arguments(n)}
     overwritten |= {p for p in primals if _is_copied_first(p)}
-    equal = twins(graph.nodes, graph.forward)
     storage: dict[fx.Node, fx.Node] = {}
     stored: dict[fx.Node, bool] = {}
     values = []
@@ -258,7 +256,6 @@ def build_problem(
                 where=source_line(n, code=False),
                 op=op_name(n, whole=True) if n.op == "call_function" else "",
                 elements=elements_of(n),
-                twin=equal[n].name if n in equal and phase in ("either", "backward") else "",
                 module=module_path(n),
             )
         )

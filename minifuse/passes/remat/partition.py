@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from typing import Any
 
 from torch import fx
@@ -17,7 +17,7 @@ from .build import build_problem, is_effect
 from .plan import RematPlan, RematPolicy
 from .policies import resolve
 from .problem import OFFLOAD, RECOMPUTE, SAVE, Problem
-from .simulate import backward_order
+from .simulate import backward_order, inlined, unit_key
 from .transfers import arrivals, departures, fetch, send
 from .verify import verify_plan
 
@@ -124,9 +124,34 @@ def _apply(
     if plan.offloaded:
         rank |= _offload(forward, backward, problem, plan, order)
     _reorder(backward, rank)
+    spread(problem, backward, inlined(problem, [problem[n] for n in order]))
     forward.recompile()
     backward.recompile()
     return forward, backward
+
+
+def spread(problem: Problem, backward: fx.GraphModule, inside: Collection[str]) -> None:
+    """Give each kernel of the backward that reads a value of `inside` a computation of its own, just before it.
+
+    Fusion would else compute it in the first of them, and store it for the others.
+    """
+    kernel: dict[fx.Node, Any] = {}
+    for n in reversed(backward.graph.nodes):
+        v = problem.by_name.get(n.name)
+        if v is None or n.op != "call_function" or v.storage not in inside:
+            kernel[n] = unit_key(problem, v) if v is not None else n
+            continue
+        users: dict[Any, list[fx.Node]] = {}
+        for user in n.users:
+            users.setdefault(kernel[user], []).append(user)
+        first, *others = users or {n: []}
+        kernel[n] = first
+        for key in others:
+            with backward.graph.inserting_before(min(users[key])):
+                copy = backward.graph.node_copy(n)
+            kernel[copy] = key
+            for user in users[key]:
+                user.replace_input_with(n, copy)
 
 
 def _offload(

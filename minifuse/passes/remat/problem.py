@@ -36,9 +36,8 @@ class Value:
     recompute it. `tag` is the user's wish (one of `TAGS`); `savable` is false of tuples, tokens and inputs that the
     forward overwrites; `binds` marks an operator that defines a data-dependent size. `stored` says that the forward
     writes it to memory whether it is saved or not: an extern made it or reads it, or it is an output. `op` is its
-    operator (`aten.bmm`), `elements` how many it has (0: not known). `twin` is of a value of the backward the
-    forward's that is equal to it: where that is recomputed, it is this one. `where` is the user's line, `module` the
-    path of the module around it, where Dynamo captured one.
+    operator (`aten.bmm`), `elements` how many it has (0: not known). `where` is the user's line, `module` the path
+    of the module around it, where Dynamo captured one.
     """
 
     name: str
@@ -61,7 +60,6 @@ class Value:
     where: str = ""
     op: str = ""
     elements: int = 0
-    twin: str = ""
     module: str = ""
 
     def __post_init__(self) -> None:

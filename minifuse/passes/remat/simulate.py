@@ -13,7 +13,6 @@ import numpy as np
 
 from minifuse.ir.lazy import Deferred
 from minifuse.passes.fuse.order import order
-from minifuse.passes.fuse.rules import CHEAP
 
 from .problem import OFFLOAD, RECOMPUTE, SAVE, Problem, Value
 from .transfers import arrivals, departures
@@ -227,25 +226,22 @@ def unit_key(problem: Problem, v: Value) -> Key:
 
 
 def inlined(problem: Problem, values: Sequence[Value]) -> frozenset[str]:
-    """What the backward computes again within the kernels that read it: pointwise values that no operator reads, each
-    in one kernel or so cheap that each of several may compute it (`fuse.inline.duplicate`)."""
+    """What the backward computes again within each of the kernels that read it: pointwise values that no operator
+    reads, where storing and loading them would take longer than computing them once a kernel."""
     taken = {problem[i].storage for v in values if v.kind == "extern" for i in v.inputs}
-    may = {v.name for v in values if v.phase == "forward" and v.kind in ("kernel", "symbol")} - taken
-    cost: dict[str, float] = {}
+    readers: dict[str, set[Key]] = {}
     for v in values:
-        if v.name in may:
-            chain = sum(cost.get(problem[i].storage, 0.0) for i in v.inputs)
-            cost[v.name] = chain + v.flops / max(v.elements, 1)
-    inside, readers = set[str](), dict[str, set[Key]]()
-    for v in reversed(values):
-        mine = readers.get(v.name, set())
-        if v.name in may and (len(mine) < 2 or cost[v.name] * len(mine) <= CHEAP):
-            inside.add(v.name)
-        else:
-            mine = {unit_key(problem, v)}
         for i in v.inputs if v.kind != "view" else ():
-            readers.setdefault(problem[i].storage, set()).update(mine)
-    return frozenset(inside)
+            readers.setdefault(problem[i].storage, set()).add(unit_key(problem, v))
+    device = problem.device
+    instructions: dict[str, float] = {}  # of a value and of what is computed within its kernel for it
+    for v in values:
+        if v.phase == "forward" and v.kind in ("kernel", "symbol") and v.name not in taken:
+            took = v.flops + sum(instructions.get(problem[i].storage, 0.0) for i in v.inputs)
+            copies = max(len(readers.get(v.name, ())), 1)
+            if (copies - 1) * took / device.vector <= (1 + copies) * v.nbytes / device.dram:
+                instructions[v.name] = took
+    return frozenset(instructions)
 
 
 def sources(problem: Problem, v: Value, inside: Collection[str]) -> tuple[dict[str, float], list[str]]:
@@ -315,9 +311,9 @@ def simulate(problem: Problem, actions: Mapping[str, str]) -> Timeline:
     forward = Side(there, mine, (), {*loaded, *outputs, *hosted})
     first, before, took, alive = forward.run({}, category)
 
-    there = merging(fetching(problem, away), actions)
+    there = fetching(problem, away)
     tangents = {v.name: "temporary" for v in problem.values if v.phase == "tangent"}
-    order_back = [there[n] for n in prefetched(problem, backward_order(problem, actions), away) if n in there.by_name]
+    order_back = [there[n] for n in prefetched(problem, backward_order(problem, actions), away)]
     given = {n: kind for n, kind in alive.items() if n in loaded or n in hosted}
     backward = Side(there, order_back, {*loaded, *hosted, *tangents}, gradients, inlined(there, order_back))
     then, behind, takes, _ = backward.run({**given, **tangents}, dict.fromkeys(gradients, "gradients"))
@@ -325,18 +321,6 @@ def simulate(problem: Problem, actions: Mapping[str, str]) -> Timeline:
     *held, host = zip(*before, *behind, strict=True) if first or then else ((),) * (len(CATEGORIES) + 1)
     way = sum(map(problem.transfer_seconds, away)) if problem.device.link else 0.0
     return Timeline((*first, *then), len(first), tuple(held), (*took, *takes), host, (way, way))
-
-
-def merging(problem: Problem, actions: Mapping[str, str]) -> Problem:
-    """A backward's problem in which what is equal to a recomputed value is that value."""
-    same = {v.name: v.twin for v in problem.values if v.twin and actions.get(v.twin) == RECOMPUTE}
-    stay = {*problem.backward_outputs, *(n for n, a in actions.items() if a != RECOMPUTE)}
-    same = {n: t for n, t in same.items() if problem[n].storage == n and n not in stay}
-    if not same:
-        return problem
-    values = (replace(v, inputs=tuple(same.get(i, i) for i in v.inputs), storage=same.get(v.storage, v.storage))
-              for v in problem.values if v.name not in same)  # fmt: skip
-    return replace(problem, values=tuple(values))
 
 
 def prefetched(problem: Problem, order: list[str], away: Sequence[Value]) -> list[str]:
