@@ -32,6 +32,7 @@ from minifuse.ir.value import LANES, Load, Op, Value, index_axes, topological
 from minifuse.passes import schedule, schedule_triton
 from minifuse.passes.context import CompileContext
 from minifuse.passes.depth import Depths
+from minifuse.passes.join import peak
 from minifuse.passes.split import closed
 
 MOVED_BYTES = 1 << 16
@@ -102,6 +103,7 @@ class Batcher:
         self.nodes: list[Step] = []
         self.pieces: dict[int, Piece] = {}
         self.said: list[Decision] = []
+        self.near = False  # whether only what lies side by side may be one
 
     def run(self) -> Plan:
         whole: set[int] = set()
@@ -114,9 +116,17 @@ class Batcher:
                 break
             whole |= lone
         steps = [self.joined(batches[i]) if i in batches else self.alone(i) for i in order]
+        made = replace(self.plan, steps=tuple(steps)) if batches else self.plan
+        if not self.near and any(found[-1] - found[0] >= len(found) for found in batches.values()):
+            before, after = peak(self.plan)[0], peak(made)[0]
+            if (
+                after > before + HELD_BYTES
+            ):  # all that the last of a batch is computed from waits for what the first makes
+                self.near = True
+                return self.run()
         self.explain()
         self.ctx.decisions += self.said
-        return replace(self.plan, steps=tuple(steps)) if batches else self.plan
+        return made
 
     def attempt(self, whole: set[int]) -> tuple[dict[int, list[int]], list[int]]:
         """Batches by their last node, and the order of all nodes, where the steps `whole` are not cut."""
@@ -187,7 +197,10 @@ class Batcher:
         share little with other steps."""
         if cluster[-1] - cluster[0] < len(cluster):
             return cluster
-        total, found = 0, []
+        total, found = 0, list[int]()
+        if self.near:
+            self.refuse(cluster[0], cluster[-1], "launches of several places in one would raise the peak of memory")
+            return found
         for i in cluster:
             shared = depths.shared_bytes(i)
             if shared <= MOVED_BYTES and total + shared <= HELD_BYTES:
