@@ -119,9 +119,7 @@ class Batcher:
         made = replace(self.plan, steps=tuple(steps)) if batches else self.plan
         if not self.near and any(found[-1] - found[0] >= len(found) for found in batches.values()):
             before, after = peak(self.plan)[0], peak(made)[0]
-            if (
-                after > before + HELD_BYTES
-            ):  # all that the last of a batch is computed from waits for what the first makes
+            if after > before + HELD_BYTES:  # all that the last of a batch is computed from is held
                 self.near = True
                 return self.run()
         self.explain()
