@@ -23,7 +23,8 @@ CORE = 17_550
 # Lines of code a folder may have; the policies of rematerialisation, `explain` and the command line are no core.
 BUDGETS = {"ir": 2_850, "passes": 9_600, "codegen": 3_440, "runtime": 1_720, "explain": 1_500}
 POLICIES = set(
-    """baselines policies mincut priced chen korthikanti knapsack default budget rotor checkmate stages milp""".split()
+    """baselines policies blocks search mincut priced chen korthikanti knapsack default budget rotor
+    checkmate stages milp""".split()
 )
 # What each layer may import, itself aside. Leaves are data that every layer reads.
 LEAVES = {"compat", "compat_triton", "errors", "forks", "options", "records"}

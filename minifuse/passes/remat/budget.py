@@ -8,7 +8,7 @@ from dataclasses import replace
 from minifuse.ir.decision import bytes_text
 
 from .baselines import SaveAll
-from .plan import RematPlan, assemble, cost_seconds
+from .plan import RematPlan, assemble
 from .problem import Problem
 
 # Plans that are tried between two neighbours of a frontier.
@@ -38,15 +38,14 @@ def within(problem: Problem, limit: float, plans: Iterable[RematPlan], policy: s
     everything that is still saved. Neither depends on the limit, so a smaller limit never gives a higher peak.
     """
     plans = list(plans)
-    seconds = {id(p): cost_seconds(problem, p) for p in plans}
+    seconds = {id(p): p.step_seconds for p in plans}
     frontier: list[RematPlan] = []
     for p in sorted(plans, key=lambda p: (p.peak_bytes, seconds[id(p)])):
         if not frontier or seconds[id(p)] < seconds[id(frontier[-1])]:
             frontier.append(p)
     fits = [p for p in frontier if p.peak_bytes <= limit]
     if not fits:
-        words = f"over budget: no plan was found below {bytes_text(frontier[0].peak_bytes)} of {bytes_text(int(limit))}"
-        return replace(frontier[0], policy=policy, status=words)
+        return over(replace(frontier[0], policy=policy), limit)
     best = low = fits[-1]
     least = seconds[id(low)]
     above = frontier[len(fits) :][:1]
@@ -54,6 +53,12 @@ def within(problem: Problem, limit: float, plans: Iterable[RematPlan], policy: s
     more = sorted((n for p in above for n in p.saved if n not in saved), key=lambda n: -problem.position[n])
     for step in range(1, _FILL_STEPS) if more else ():
         plan = assemble(problem, [*saved, *more[: len(more) * step // _FILL_STEPS]], policy)
-        if low.peak_bytes <= plan.peak_bytes <= limit and (took := cost_seconds(problem, plan)) < least:
+        if low.peak_bytes <= plan.peak_bytes <= limit and (took := plan.step_seconds) < least:
             best, least = plan, took
     return replace(best, policy=policy, status="within budget")
+
+
+def over(plan: RematPlan, limit: float) -> RematPlan:
+    """A plan that is the best found, and says that it is not within the limit."""
+    words = f"over budget: no plan was found below {bytes_text(plan.peak_bytes)} of {bytes_text(int(limit))}"
+    return replace(plan, status=words)

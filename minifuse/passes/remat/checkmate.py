@@ -11,12 +11,13 @@ from dataclasses import dataclass, field, replace
 import numpy as np
 
 from .budget import limit_of, within
-from .default import Default
 from .milp import Answer, Model, Row
 from .mincut import INFINITE, again_price, save_price
 from .plan import RematPlan, assemble, cost_seconds
+from .priced import PricedMinCut
 from .problem import Problem, Value
 from .rotor import RotorDp
+from .search import search
 from .stages import TINY, Node, Stage, Stages
 
 # How often it is solved.
@@ -57,7 +58,9 @@ class CheckmateMilp:
         if np.isinf(limit):
             plan = self.unlimited(problem)
         else:
-            plan = self.limited(problem, limit, began + self.seconds)
+            given = min((search(problem, limit, self.name), RotorDp().plan(problem)),
+                        key=lambda p: (max(p.peak_bytes, limit), cost_seconds(problem, p)))  # fmt: skip
+            plan = self.limited(problem, limit, given)
         return replace(plan, solve_seconds=time.perf_counter() - began)
 
     def unlimited(self, problem: Problem) -> RematPlan:
@@ -76,15 +79,17 @@ class CheckmateMilp:
                 model.at_least({saved[n]: 1, runs[n]: 1}, 1)
         answer = model.solve(self.seconds, self.gap)
         if answer.x is None:
-            return replace(Default().plan(problem), policy=self.name, status=f"as default: {answer.status}")
+            return replace(
+                PricedMinCut().fastest(problem), policy=self.name, status=f"as priced_mincut: {answer.status}"
+            )
         names = [n for n, i in saved.items() if answer.x[i] > 0.5]
         return assemble(problem, names, self.name, status=answer.status, lower_bound=answer.bound)
 
-    def limited(self, problem: Problem, limit: float, deadline: float) -> RematPlan:
+    def limited(self, problem: Problem, limit: float, given: RematPlan) -> RematPlan:
         """Solve, simulate, and solve again: with the rows within a stage that were broken, with the order of the plan
-        found, without that plan, or with a lower inner limit."""
-        given = min((p.plan(problem) for p in (Default(), RotorDp())),
-                    key=lambda p: (max(p.peak_bytes, limit), cost_seconds(problem, p)))  # fmt: skip
+        found, without that plan, or with a lower inner limit. It begins with a plan that is `given`, and gives that
+        where it finds no better one."""
+        deadline = time.perf_counter() + self.seconds
         plans = [given]
         stages = Stages(problem, limit, given)
         inside = stages.rows_inside()
@@ -117,14 +122,15 @@ class CheckmateMilp:
             else:
                 inner -= tighter * max(plan.peak_bytes - limit, TINY * limit)
                 tighter *= 2
-        best = within(problem, limit, plans, self.name)
+        plans.append(within(problem, limit, plans, self.name))
+        best = min(plans, key=lambda p: (max(p.peak_bytes, limit), cost_seconds(problem, p)))
         if best.saved == given.saved:
             words = f"as {given.policy}: {words}"
         if best.peak_bytes > limit:
             words = f"{best.status}; {words}"
         elif bound is not None:
             bound = min(bound, cost_seconds(problem, best))
-        return replace(best, status=words, lower_bound=bound)
+        return replace(best, policy=self.name, status=words, lower_bound=bound)
 
 
 def _again(problem: Problem, v: Value) -> float:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field, replace
 
 from minifuse.ir.decision import bytes_text
@@ -11,8 +11,11 @@ from minifuse.ir.decision import bytes_text
 from .baselines import SaveAll
 from .budget import limit_of, within
 from .mincut import INFINITE, Division, again_price, divide, save_price
-from .plan import RematPlan, assemble, closure
+from .plan import RematPlan, assemble, closure, cost_seconds
 from .problem import SAVE, SYMBOL_BYTES, Problem, Value
+
+# Plans of a kind that are tried: as many as there are times so many values in the graph.
+_FEWEST, _MOST, _VALUES = 4, 24, 30_000
 
 
 @dataclass(frozen=True)
@@ -59,17 +62,40 @@ class PricedMinCut:
         )
         return assemble(problem, everything, self.name, status=status, lower_bound=found.lower_bound)
 
-    def frontier(self, problem: Problem) -> Iterator[RematPlan]:
-        """The cuts at rising prices of a byte; in the later ones a library's operators may run again."""
-        seen: set[frozenset[str]] = set()
-        load = 1 / problem.device.dram
-        ladder = [Prices(byte=load * 4.0**k) for k in range(-1, 4)]
-        ladder += [Prices(externs=True, byte=load * 2.0**k) for k in range(-2, 11)]
-        for prices in (*ladder, Prices(externs=True, time=1e-6, byte=1.0)):
-            saved = _cut(problem, prices).saved
-            if saved not in seen:
-                seen.add(saved)
-                yield assemble(problem, saved, self.name)
+    def at(self, problem: Problem, prices: Sequence[float]) -> Iterator[RematPlan]:
+        """The cuts at which a byte that is saved costs so many loads more; no library's operator runs again."""
+        for price in prices:
+            saved = _cut(problem, Prices(byte=price / problem.device.dram)).saved
+            yield assemble(problem, saved, self.name, status=f"a byte at {price:g} loads")
+
+    def frontier(self, problem: Problem) -> list[RematPlan]:
+        """The cuts that are the fastest of those with no more bytes, for a price of a byte between nothing and all that
+        time is worth; a library's operators may run again.
+
+        The price at which two of them cost the same gives one between them, or shows that there is none (Eisner and
+        Severance, "Mathematical Techniques for Efficient Record Segmentation in Large Shared Databases", 1976); the
+        widest gap is looked into first.
+        """
+        fastest = self.fastest(problem)
+        least = assemble(problem, _cut(problem, Prices(externs=True, time=1e-6, byte=1.0)).saved, self.name)
+        found = {p.saved: p for p in (fastest, least)}
+        gaps = [(fastest, least)]
+        while gaps and len(found) < effort(problem):
+            more, fewer = gaps.pop(max(range(len(gaps)), key=lambda k: gaps[k][0].saved_bytes - gaps[k][1].saved_bytes))
+            nbytes = more.saved_bytes - fewer.saved_bytes
+            seconds = cost_seconds(problem, fewer) - cost_seconds(problem, more)
+            if nbytes <= 0 or seconds <= 0:
+                continue
+            plan = assemble(problem, _cut(problem, Prices(externs=True, byte=seconds / nbytes)).saved, self.name)
+            if plan.saved not in found:
+                found[plan.saved] = plan
+                gaps += [(more, plan), (plan, fewer)]
+        return sorted(found.values(), key=lambda p: -p.saved_bytes)
+
+
+def effort(problem: Problem) -> int:
+    """How many plans of a kind are tried: fewer of a long graph."""
+    return max(_FEWEST, min(_MOST, _VALUES // max(len(problem.values), 1)))
 
 
 def _cut(problem: Problem, prices: Prices) -> Division:

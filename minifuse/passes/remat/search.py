@@ -1,0 +1,45 @@
+"""Good plans in little time: what the default chooses from, and what exact solvers begin with."""
+
+from __future__ import annotations
+
+from .baselines import SaveAll
+from .blocks import Blocks
+from .budget import within
+from .chen import ChenSqrt
+from .plan import RematPlan, assemble
+from .priced import PricedMinCut, effort
+from .problem import Problem
+
+# Of loads: what a byte saved is priced at beside its own, in plans that may take as long and hold less.
+_PRICES = (0.25, 0.5, 1.0, 4.0)
+# Plans whose seconds are so near are equally fast: the model of a step resolves no more.
+_EQUAL = 0.01
+
+
+def search(problem: Problem, limit: float, policy: str) -> RematPlan:
+    """The fastest plan found that holds at most `limit` bytes at its peak; that of the least peak where none does."""
+    plan = fastest(problem, policy)
+    return plan if plan.peak_bytes <= limit else within(problem, limit, [plan, *candidates(problem, policy)], policy)
+
+
+def fastest(problem: Problem, policy: str) -> RematPlan:
+    """Of equally fast plans, none slower than `save_all` and none that saves more bytes, that of the least peak."""
+    priced = PricedMinCut()
+    everything = SaveAll().plan(problem)
+    plans = [priced.fastest(problem), everything, *priced.at(problem, _PRICES)]
+    plans = list({p.saved: p for p in plans}.values())
+    if len(plans) > 1:
+        plans += Blocks(problem).mixtures(plans, 1, policy)
+    least = min(p.step_seconds for p in plans)
+    most = min((1 + _EQUAL) * least, everything.step_seconds)
+    fast = [p for p in plans if p.step_seconds <= most and p.saved_bytes <= everything.saved_bytes]
+    return min(fast, key=lambda p: (p.peak_bytes, p.step_seconds))
+
+
+def candidates(problem: Problem, policy: str) -> list[RematPlan]:
+    """Plans of less and less memory, whatever the budget."""
+    blocks = Blocks(problem)
+    ends = assemble(problem, blocks.boundaries, policy)
+    plans = [SaveAll().plan(problem), *PricedMinCut().frontier(problem), ends]
+    mixed = blocks.mixtures(list({p.saved: p for p in plans}.values()), effort(problem), policy)
+    return [*plans, *mixed, *ChenSqrt().candidates(problem)]
