@@ -154,16 +154,16 @@ def probe_peak(path: str, backend: str, training: bool) -> dict[str, int] | None
     if platform.libc_ver()[0] != "glibc":
         return None
     step = models.stepper(path, backend, training)
-    before, resident = _mapped()[0], _resident()
+    before, resident = mapped()[0], _resident()
     for _ in range(2):
         step()
     gc.collect()  # a compile's garbage goes when the collector next runs: sometimes here, sometimes a step later
-    now, most = _mapped()
+    now, most = mapped()
     ballast = np.empty(most - now, np.uint8)
-    filled = _mapped()[0] - now
+    filled = mapped()[0] - now
     for _ in range(2):
         step()
-    most = _mapped()[1] - filled
+    most = mapped()[1] - filled
     del ballast
     return {"peak": most - before, "resident": _resident() - resident}
 
@@ -194,7 +194,7 @@ class _MallInfo(ctypes.Structure):
     )
 
 
-def _mapped() -> tuple[int, int]:
+def mapped() -> tuple[int, int]:
     """Bytes that malloc holds in mappings now, and the most it ever held."""
     libc = ctypes.CDLL(None)
     libc.mallinfo2.restype = _MallInfo
