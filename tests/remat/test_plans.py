@@ -434,6 +434,24 @@ def test_attention_in_parts_is_recomputed_and_the_rest_saved():
     assert set(plan.saved) == {"q", "k", "v", "drawn", "out"}
 
 
+def test_a_mask_of_attention_is_drawn_again_from_its_seed():
+    values = (
+        *(value(n, phase="input", kind="input") for n in ("q", "k", "v")),
+        value("scores", "q", "k", kind="extern", op="aten.bmm", nbytes=8 * MB, flops=1e9),
+        value("exp", "scores", op="aten.exp", nbytes=8 * MB, flops=1e6),
+        value("seed", phase="forward", kind="extern", nbytes=8, is_random=True),
+        value("drawn", "seed", op="minifuse.random", nbytes=8 * MB),
+        value("mask", "drawn", op="aten.ge", nbytes=2 * MB),
+        value("dropped", "exp", "mask", nbytes=8 * MB),
+        value("mixed", "dropped", "v", kind="extern", op="aten.bmm", flops=1e9),
+        value("grad", "exp", "mask", "dropped", "mixed", phase="backward"),
+    )
+    problem = Problem(values, ("mixed",), ("grad",), ("exp", "mask", "dropped", "mixed"), CPU)
+    plan = resolve("korthikanti_selective").plan(problem)
+    verify_plan(problem, plan)
+    assert set(plan.saved) == {"q", "k", "v", "seed"}
+
+
 def test_a_chain_of_layers_takes_the_square_root_of_its_memory_for_one_more_forward():
     """Chen and others, 2016, section 4: O(sqrt(n)) memory at the price of one more forward."""
     for n in (100, 1000):
