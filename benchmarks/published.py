@@ -12,6 +12,10 @@ again, `longer` how much longer the step is predicted to take than that of `save
   as ours do here; theirs count a library's workspace too, which ours do not. Their seconds are an operator's measured
   on their GPU; ours are its flops at `--device`'s peak or its bytes at its bandwidth, whichever takes longer.
   `recomputed` is seconds of what is recomputed over those of `save_all`'s step, `all` is eager's peak as predicted.
+  That README does not name the GPU. A P100 is assumed, for its 16 GB and float32, and the verdict depends on it: by
+  `--device A100`, whose rate is that of bfloat16, products cost so little beside memory that UNet is short too.
+  `longer` is what their table measures; `recomputed`, to which rows are held, leaves out what saving less gains or
+  costs the kernels around it.
 * Korthikanti and others, "Reducing Activation Recomputation in Large Transformer Models", 2022 (arXiv 2205.05198),
   sections 4.1 and 5: a layer's activations take sbh (34 + 5as/h) bytes, and 34 sbh without the core of attention, which
   `korthikanti_selective` computes again. `recomputed` counts flops of matrix products, theirs and ours; `all` and
