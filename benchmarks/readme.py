@@ -22,6 +22,7 @@ from .harness import ROOT
 RESULTS = ROOT / "benchmarks" / "results"
 # Those whose ratios are drawn beside the table.
 CHARTS = ("cpu", "memory_roof")
+SHARES = ("median distance", "worst", "recomputed", "published recomputed", "longer")
 BEGIN, END = "<!-- measured: written by `python -m benchmarks.readme` -->", "<!-- /measured -->"
 NOTHING = (
     "No results are stored in `benchmarks/results`. `make bench` measures on your machine and prints the tables;\n"
@@ -48,7 +49,7 @@ def figure(column: str, value: Any) -> str:
         return harness.megabytes(value)
     if column in ("eager", "dynamo", "aot_eager", "inductor", "minifuse"):
         return f"{value:,.3g} us"
-    if column in ("median distance", "worst"):
+    if column in SHARES:
         return f"{value:.2%}"
     return harness.seconds(value) if column in ("greedy", "exact") or "compile" in column else f"{value:,.3g}"
 

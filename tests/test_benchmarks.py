@@ -10,10 +10,11 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from benchmarks import cpu, instructions, models, peak, products
+from benchmarks import cpu, instructions, models, peak, planning, products, published
 from benchmarks.harness import Board
 from minifuse.passes.join import peak as live
 from minifuse.passes.memory import most_alive
+from minifuse.passes.remat import mincut
 from minifuse.runtime import toolchain
 from tests.judge import compiled, records
 
@@ -72,6 +73,27 @@ def test_the_means_of_training_are_held_to_their_own_target() -> None:
     assert table.short() == []
     table.rows["geometric mean, training"]["vs inductor"] = 1.05
     assert table.short() == ["geometric mean, training"]
+
+
+def test_published_figures_of_rematerialisation_are_reached() -> None:
+    """A layer of GPT-3 holds what Korthikanti's formula says, with and without the core of attention; a chain of 100
+    layers holds what Chen's does and two gradients."""
+    table = published.board()
+    published.korthikanti(table, "GPT-3")
+    published.chen(table, 100)
+    assert table.short() == []
+    layer = table.rows["Korthikanti, GPT-3"]
+    for column in ("all GiB", "held GiB"):
+        assert abs(layer[column] / layer[f"published {column}"] - 1) < 1e-3
+
+
+def test_the_cut_of_a_network_weighs_what_another_solver_says() -> None:
+    problem = planning.problem_of(1)
+    prices, network = planning.asked(problem)
+    cut = mincut.minimum_cut(*network)
+    assert cut is not None
+    assert abs(cut.weight / planning.by_networkx(network) - 1) < 1e-6
+    assert mincut.divide(*prices).saved <= problem.by_name.keys()
 
 
 @pytest.mark.parametrize("kind", ["layer", "input", "weight"])

@@ -10,6 +10,7 @@ import networkx as nx
 import pytest
 import torch
 
+from benchmarks import published
 from minifuse.errors import MinifuseError, RematError
 from minifuse.ir.device import CPU
 from minifuse.passes.remat import POLICIES, RECOMPUTE, SAVE, Choice, Problem, RematPlan, Value, resolve, verify_plan
@@ -434,21 +435,33 @@ def test_attention_in_parts_is_recomputed_and_the_rest_saved():
     assert set(plan.saved) == {"q", "k", "v", "drawn", "out"}
 
 
+def test_a_mask_of_attention_is_drawn_again_from_its_seed():
+    values = (
+        *(value(n, phase="input", kind="input") for n in ("q", "k", "v")),
+        value("scores", "q", "k", kind="extern", op="aten.bmm", nbytes=8 * MB, flops=1e9),
+        value("exp", "scores", op="aten.exp", nbytes=8 * MB, flops=1e6),
+        value("seed", phase="forward", kind="extern", nbytes=8, is_random=True),
+        value("drawn", "seed", op="minifuse.random", nbytes=8 * MB),
+        value("mask", "drawn", op="aten.ge", nbytes=2 * MB),
+        value("dropped", "exp", "mask", nbytes=8 * MB),
+        value("mixed", "dropped", "v", kind="extern", op="aten.bmm", flops=1e9),
+        value("grad", "exp", "mask", "dropped", "mixed", phase="backward"),
+    )
+    problem = Problem(values, ("mixed",), ("grad",), ("exp", "mask", "dropped", "mixed"), CPU)
+    plan = resolve("korthikanti_selective").plan(problem)
+    verify_plan(problem, plan)
+    assert set(plan.saved) == {"q", "k", "v", "seed"}
+
+
 def test_a_chain_of_layers_takes_the_square_root_of_its_memory_for_one_more_forward():
     """Chen and others, 2016, section 4: O(sqrt(n)) memory at the price of one more forward."""
     for n in (100, 1000):
-        layers = [value(f"l{i}", f"l{i - 1}" if i else "x", kind="extern", flops=1e9) for i in range(n)]
-        back = [value("g0", "tangent", f"l{n - 1}", phase="backward", kind="extern")]
-        back += [value(f"g{i}", f"g{i - 1}", f"l{n - 1 - i}", phase="backward", kind="extern") for i in range(1, n)]
-        values = (
-            value("x", phase="input", kind="input"), *layers, value("tangent", phase="tangent", kind="input"), *back,
-        )  # fmt: skip
-        problem = Problem(values, (f"l{n - 1}",), (f"g{n - 1}",), tuple(f"l{i}" for i in range(n)), CPU)
+        problem = published.chain(n)
         everything, plan = resolve("save_all").plan(problem), resolve("chen_sqrt").plan(problem)
         verify_plan(problem, plan)
-        assert everything.peak_bytes >= n * MB
-        assert plan.peak_bytes <= 3 * n**0.5 * MB
-        assert plan.extra_flops <= n * 1e9
+        assert everything.peak_bytes >= n * published.GIB
+        assert plan.peak_bytes <= 3 * n**0.5 * published.GIB
+        assert plan.extra_flops <= sum(v.flops for v in problem.values if v.phase == "forward")
 
 
 def test_a_knapsack_is_filled_with_what_takes_longest_to_recompute():
