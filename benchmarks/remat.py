@@ -46,6 +46,7 @@ from minifuse.passes.remat.plan import cost_seconds
 from minifuse.passes.remat.policies import FunctionPolicy
 from minifuse.records import RECORDS
 from minifuse.remat import POLICIES, Problem, RematPlan, RematPolicy, eager_peak, limit_of, verify_plan
+from minifuse.runtime.cache import default_dir
 from minifuse.runtime.program import POOL
 
 from . import harness, models
@@ -322,7 +323,7 @@ def measure(entry: models.Entry, options: argparse.Namespace, names: list[str], 
     table = board(f"Rematerialisation of {entry.name}")
     count = {"MALLOC_MMAP_THRESHOLD_": str(harness.MAPPED_FROM), "MALLOC_MMAP_MAX_": "1000000"}
     with TemporaryDirectory() as folder:
-        cache = {"MINIFUSE_CACHE_DIR": f"{folder}/cache"}
+        cache = {"MINIFUSE_CACHE_DIR": default_dir()}  # rates are measured once, where nothing else runs
         try:
             found = harness.fresh(probe, entry.path, names, budgets, options.seconds, folder, env=cache)
             files = 1 + max(r["file"] for r in found["rows"].values() if "file" in r)

@@ -8,7 +8,7 @@ from dataclasses import replace
 from minifuse.ir.decision import bytes_text
 
 from .baselines import SaveAll
-from .plan import RematPlan, assemble
+from .plan import RematPlan, assemble, effort
 from .problem import Problem
 
 # Plans that are tried between two neighbours of a frontier.
@@ -17,8 +17,11 @@ _FILL_STEPS = 16
 
 def eager_peak(problem: Problem) -> int:
     """Bytes at the peak of a step by eager, as predicted: each operator by itself, and what autograd saves."""
-    alone = replace(problem, values=tuple(replace(v, group=None) for v in problem.values))
-    return SaveAll().plan(alone).peak_bytes
+    known: dict[str, int] = problem.__dict__  # a problem does not change
+    if "eager_peak" not in known:
+        alone = replace(problem, values=tuple(replace(v, group=None) for v in problem.values))
+        known["eager_peak"] = SaveAll().plan(alone).peak_bytes
+    return known["eager_peak"]
 
 
 def limit_of(problem: Problem) -> float:
@@ -51,8 +54,9 @@ def within(problem: Problem, limit: float, plans: Iterable[RematPlan], policy: s
     above = frontier[len(fits) :][:1]
     saved = frozenset(low.saved)
     more = sorted((n for p in above for n in p.saved if n not in saved), key=lambda n: -problem.position[n])
-    for step in range(1, _FILL_STEPS) if more else ():
-        plan = assemble(problem, [*saved, *more[: len(more) * step // _FILL_STEPS]], policy)
+    steps = effort(problem, _FILL_STEPS)
+    for step in range(1, steps) if more else ():
+        plan = assemble(problem, [*saved, *more[: len(more) * step // steps]], policy)
         if low.peak_bytes <= plan.peak_bytes <= limit and (took := plan.step_seconds) < least:
             best, least = plan, took
     return replace(best, policy=policy, status="within budget")

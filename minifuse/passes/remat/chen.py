@@ -7,7 +7,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass, field
 
 from .baselines import SaveAll, runs_once
-from .plan import RematPlan, assemble
+from .plan import RematPlan, assemble, effort
 from .problem import Problem, Value
 
 # How many segment sizes are tried, between all of the forward and the smallest that differ.
@@ -41,8 +41,9 @@ class ChenSqrt:
         crossing = crossings(problem, forward)
         whole = sum(v.nbytes for v in forward if v.storage == v.name and v.savable)
         seen: set[frozenset[str]] = set()
-        for k in range(_TRIED):
-            ends = self.ends(problem, forward, crossing, whole / 2 ** (k / 2))
+        tried = effort(problem, _TRIED)
+        for k in range(tried):
+            ends = self.ends(problem, forward, crossing, whole / 2 ** (k * _TRIED / tried / 2))
             saved = always | frozenset(n for at in ends for n in crossing[at])
             if saved not in seen:
                 seen.add(saved)

@@ -15,6 +15,9 @@ from minifuse.ir.decision import bytes_text
 from .problem import OFFLOAD, RECOMPUTE, SAVE, Problem, Value
 from .simulate import Timeline, simulate
 
+# Of graphs of more values fewer plans are tried, but so many in any case.
+_VALUES, _FEWEST = 1500, 3
+
 
 @dataclass(frozen=True)
 class Choice:
@@ -148,6 +151,11 @@ def closure(problem: Problem, saved: Collection[str], offloaded: Collection[str]
             actions[name] = RECOMPUTE
             stack.extend(v.inputs)
     return dict(sorted(actions.items(), key=lambda item: problem.position[item[0]]))
+
+
+def effort(problem: Problem, most: int) -> int:
+    """How many plans of a kind a policy tries that would try `most`: fewer of a long graph."""
+    return max(min(most, _FEWEST), min(most, most * _VALUES // max(len(problem.values), 1)))
 
 
 def cost_seconds(problem: Problem, plan: RematPlan) -> float:

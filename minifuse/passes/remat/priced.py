@@ -11,11 +11,11 @@ from minifuse.ir.decision import bytes_text
 from .baselines import SaveAll
 from .budget import limit_of, within
 from .mincut import INFINITE, Division, again_price, divide, save_price
-from .plan import RematPlan, assemble, closure, cost_seconds
+from .plan import RematPlan, assemble, closure, cost_seconds, effort
 from .problem import SAVE, SYMBOL_BYTES, Problem, Value
 
-# Plans of a kind that are tried: as many as there are times so many values in the graph.
-_FEWEST, _MOST, _VALUES = 4, 24, 30_000
+# Plans that are tried at most.
+_TRIED = 24
 
 
 @dataclass(frozen=True)
@@ -80,7 +80,7 @@ class PricedMinCut:
         least = assemble(problem, _cut(problem, Prices(externs=True, time=1e-6, byte=1.0)).saved, self.name)
         found = {p.saved: p for p in (fastest, least)}
         gaps = [(fastest, least)]
-        while gaps and len(found) < effort(problem):
+        while gaps and len(found) < effort(problem, _TRIED):
             more, fewer = gaps.pop(max(range(len(gaps)), key=lambda k: gaps[k][0].saved_bytes - gaps[k][1].saved_bytes))
             nbytes = more.saved_bytes - fewer.saved_bytes
             seconds = cost_seconds(problem, fewer) - cost_seconds(problem, more)
@@ -91,11 +91,6 @@ class PricedMinCut:
                 found[plan.saved] = plan
                 gaps += [(more, plan), (plan, fewer)]
         return sorted(found.values(), key=lambda p: -p.saved_bytes)
-
-
-def effort(problem: Problem) -> int:
-    """How many plans of a kind are tried: fewer of a long graph."""
-    return max(_FEWEST, min(_MOST, _VALUES // max(len(problem.values), 1)))
 
 
 def _cut(problem: Problem, prices: Prices) -> Division:

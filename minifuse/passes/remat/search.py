@@ -6,14 +6,16 @@ from .baselines import SaveAll
 from .blocks import Blocks
 from .budget import within
 from .chen import ChenSqrt
-from .plan import RematPlan, assemble
-from .priced import PricedMinCut, effort
+from .plan import RematPlan, assemble, effort
+from .priced import PricedMinCut
 from .problem import Problem
 
 # Of loads: what a byte saved is priced at beside its own, in plans that may take as long and hold less.
 _PRICES = (0.25, 0.5, 1.0, 4.0)
 # Plans whose seconds are so near are equally fast: the model of a step resolves no more.
 _EQUAL = 0.01
+# Limits that plans are mixed for.
+_MIXED = 24
 
 
 def search(problem: Problem, limit: float, policy: str) -> RematPlan:
@@ -39,7 +41,9 @@ def fastest(problem: Problem, policy: str) -> RematPlan:
 def candidates(problem: Problem, policy: str) -> list[RematPlan]:
     """Plans of less and less memory, whatever the budget."""
     blocks = Blocks(problem)
-    ends = assemble(problem, blocks.boundaries, policy)
-    plans = [SaveAll().plan(problem), *PricedMinCut().frontier(problem), ends]
-    mixed = blocks.mixtures(list({p.saved: p for p in plans}.values()), effort(problem), policy)
+    cuts = PricedMinCut().frontier(problem)
+    # a cut sees no use in what ends a block, and the backward would compute many blocks again at once
+    ended = [assemble(problem, {*p.saved, *blocks.boundaries}, policy) for p in cuts[1::2]]
+    plans = [SaveAll().plan(problem), *cuts, *ended, assemble(problem, blocks.boundaries, policy)]
+    mixed = blocks.mixtures(list({p.saved: p for p in plans}.values()), effort(problem, _MIXED), policy)
     return [*plans, *mixed, *ChenSqrt().candidates(problem)]
