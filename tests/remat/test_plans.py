@@ -63,7 +63,7 @@ def random_problem(rng: random.Random, size: int, budget: float = 1.0) -> Proble
 
 def test_the_cut_weighs_what_networkx_says():
     rng = random.Random(0)
-    for _ in range(300):
+    for _ in range(1000):
         size = rng.randint(2, 30)
         graph = nx.DiGraph()
         graph.add_nodes_from(range(size))
@@ -127,7 +127,7 @@ def test_the_default_plan_is_the_least_of_all_plans():
 
 def test_plans_of_random_problems_are_sound_and_fall_with_the_budget():
     rng = random.Random(3)
-    for size in (*[30] * 3, *[120] * 8):  # the small ones are solved exactly too
+    for size in (*[30] * 2, *[120] * 3):  # the small ones are solved exactly too
         problem = random_problem(rng, size)
         for policy in ("save_all", "recompute_all", "chen_sqrt", "mincut"):
             verify_plan(problem, resolve(policy).plan(problem))

@@ -32,26 +32,24 @@ class Cut:
     lower_bound: float
 
 
-def minimum_cut(size: int, edges: Sequence[tuple[int, int, float]], source: int, sink: int) -> Cut | None:
+def minimum_cut(size: int, edges: Sequence[tuple[int, int, float]] | np.ndarray, source: int, sink: int) -> Cut | None:
     """The minimum cut of a graph without antiparallel edges; None if every cut has an infinite edge.
 
-    `maximum_flow` takes 32-bit integers. Finite capacities are scaled so that, each rounded up, they sum to at most
-    2**30; an infinite edge has 2**31 - 1, above any finite cut, so no cut that contains one is chosen while another
-    exists, and no flow overflows. Capacities that are integers and sum to at most 2**30 are not scaled: the cut is
-    then exact. Otherwise, with E finite edges and scale s, rounding up adds less than 1/s an edge, so the weight found
-    is within E/s of the minimum; `lower_bound` is the scaled flow less that. Of several minimum cuts it is the one
-    nearest to the sink.
+    An edge is a row of tail, head and capacity. `maximum_flow` takes 32-bit integers. Finite capacities are scaled so
+    that, each rounded up, they sum to at most 2**30; an infinite edge has 2**31 - 1, above any finite cut, so no cut
+    that contains one is chosen while another exists, and no flow overflows. Capacities that are integers and sum to at
+    most 2**30 are not scaled: the cut is then exact. Otherwise, with E finite edges and scale s, rounding up adds less
+    than 1/s an edge, so the weight found is within E/s of the minimum; `lower_bound` is the scaled flow less that. Of
+    several minimum cuts it is the one nearest to the sink.
     """
-    merged: dict[tuple[int, int], float] = {}
-    for u, v, capacity in edges:
-        if capacity > 0:
-            merged[u, v] = merged.get((u, v), 0.0) + capacity
-    if not merged:
+    rows = np.asarray(edges, dtype=np.float64).reshape(-1, 3)
+    rows = rows[rows[:, 2] > 0]
+    if not len(rows):
         side = np.ones(size, dtype=bool)
         side[sink] = False
         return Cut(side, 0.0, 0.0)
-    ends = np.array(list(merged), dtype=np.int32)
-    weight = np.fromiter(merged.values(), dtype=np.float64, count=len(merged))
+    merged = sparse.coo_matrix((rows[:, 2], rows[:, :2].astype(np.int32).T), shape=(size, size)).tocsr().tocoo()
+    ends, weight = np.stack((merged.row, merged.col), axis=1), merged.data
     infinite = np.isinf(weight)
     if _reaches(size, ends[infinite], source, sink):
         return None
@@ -92,20 +90,36 @@ def divide(problem: Problem, save: Callable[[Value], float], again: Callable[[Va
     reader's `in` beyond the cut pulls its inputs' `out` beyond it. With finite costs for both this is the
     project-selection form (Picard, "Maximal closure of a graph", 1976). Raises RematError where there is no plan.
     """
-    values = [v for v in problem.values if v.phase not in ("backward", "tangent")]
-    index = {v.name: 2 + 2 * i for i, v in enumerate(values)}
-    edges: list[tuple[int, int, float]] = []
-    for v in values:
-        at = index[v.name]
-        edges.append((at, at + 1, save(v)))
-        edges.append((0, at, again(v)))
-        edges.extend((index[i] + 1, at, INFINITE) for i in v.inputs)
-    edges.extend((index[name] + 1, 1, INFINITE) for name in problem.required if not problem[name].is_given)
-    cut = minimum_cut(2 + 2 * len(values), edges, 0, 1)
+    network = _Network.of(problem)
+    values = network.values
+    prices = np.array([(save(v), again(v)) for v in values], dtype=np.float64).reshape(-1, 2)
+    own = 2 + 2 * np.arange(len(values), dtype=np.float64)
+    saved = np.stack((own, own + 1, prices[:, 0]), axis=1)
+    recomputed = np.stack((np.zeros(len(values)), own, prices[:, 1]), axis=1)
+    cut = minimum_cut(2 + 2 * len(values), np.concatenate((saved, recomputed, network.fixed)), 0, 1)
     if cut is None:
         raise RematError(f"no plan: {_dead_end(problem)}")
-    saved = frozenset(n for n, at in index.items() if cut.source_side[at] and not cut.source_side[at + 1])
-    return Division(saved, cut.lower_bound)
+    chosen = cut.source_side[2::2] & ~cut.source_side[3::2]
+    return Division(frozenset(values[i].name for i in np.flatnonzero(chosen)), cut.lower_bound)
+
+
+@dataclass(frozen=True)
+class _Network:
+    """What the cuts of a problem have in common: `values` that may be cut, and the edges that no price changes."""
+
+    values: tuple[Value, ...]
+    fixed: np.ndarray
+
+    @classmethod
+    def of(cls, problem: Problem) -> _Network:
+        known: dict[str, _Network] = problem.__dict__  # a problem does not change
+        if "network" not in known:
+            values = tuple(v for v in problem.values if v.phase not in ("backward", "tangent"))
+            index = {v.name: 2 + 2 * i for i, v in enumerate(values)}
+            edges = [(index[i] + 1, index[v.name], INFINITE) for v in values for i in v.inputs]
+            edges += [(index[n] + 1, 1, INFINITE) for n in problem.required if not problem[n].is_given]
+            known["network"] = cls(values, np.array(edges, dtype=np.float64).reshape(-1, 3))
+        return known["network"]
 
 
 def save_price(v: Value, price: Callable[[Value], float]) -> float:

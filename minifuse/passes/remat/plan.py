@@ -16,7 +16,7 @@ from .problem import OFFLOAD, RECOMPUTE, SAVE, Problem, Value
 from .simulate import Timeline, simulate
 
 # Of graphs of more values fewer plans are tried, but so many in any case.
-_VALUES, _FEWEST = 1500, 3
+_VALUES, _FEWEST = 1500, 2
 
 
 @dataclass(frozen=True)

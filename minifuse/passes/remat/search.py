@@ -11,7 +11,7 @@ from .priced import PricedMinCut
 from .problem import Problem
 
 # Of loads: what a byte saved is priced at beside its own, in plans that may take as long and hold less.
-_PRICES = (0.25, 0.5, 1.0, 4.0)
+_PRICES = (0.5, 0.25, 1.0, 4.0)
 # Plans whose seconds are so near are equally fast: the model of a step resolves no more.
 _EQUAL = 0.01
 # Limits that plans are mixed for.
@@ -28,9 +28,9 @@ def fastest(problem: Problem, policy: str) -> RematPlan:
     """Of equally fast plans, none slower than `save_all` and none that saves more bytes, that of the least peak."""
     priced = PricedMinCut()
     everything = SaveAll().plan(problem)
-    plans = [priced.fastest(problem), everything, *priced.at(problem, _PRICES)]
+    plans = [priced.fastest(problem), everything, *priced.at(problem, _PRICES[: effort(problem, len(_PRICES))])]
     plans = list({p.saved: p for p in plans}.values())
-    if len(plans) > 1:
+    if len(plans) > 1:  # the best of them in each block
         plans += Blocks(problem).mixtures(plans, 1, policy)
     least = min(p.step_seconds for p in plans)
     most = min((1 + _EQUAL) * least, everything.step_seconds)

@@ -325,6 +325,8 @@ def simulate(problem: Problem, actions: Mapping[str, str]) -> Timeline:
 
 def prefetched(problem: Problem, order: list[str], away: Sequence[Value]) -> list[str]:
     """An order of the backward with the ways back begun so early that they are behind where they are needed."""
+    if not away:
+        return order
     at = departures(problem, [problem[n] for n in order], away)
     place = {n: i for i, n in enumerate(order)} | {n: i - 0.5 for n, i in at.items()}
     return sorted(order, key=lambda n: place[n])

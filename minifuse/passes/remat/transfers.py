@@ -27,6 +27,8 @@ def arrivals(problem: Problem, order: Sequence[Value], away: Sequence[Value]) ->
 
     One way after the other takes the link, beside the values of `order`; where the device is the host they take none.
     """
+    if not away:
+        return {}
     at = {v.name: i for i, v in enumerate(order)}
     clock = list(accumulate(seconds(problem, v) for v in order))
     free, found = 0.0, dict[str, int]()
