@@ -11,11 +11,11 @@ from .priced import PricedMinCut
 from .problem import Problem
 
 # Of loads: what a byte saved is priced at beside its own, in plans that may take as long and hold less.
-_PRICES = (0.5, 0.25, 1.0, 4.0)
+_PRICES = (0.5, 2.0)
 # Plans whose seconds are so near are equally fast: the model of a step resolves no more.
 _EQUAL = 0.01
-# Limits that plans are mixed for.
-_MIXED = 24
+# Limits that plans are mixed for, under a budget and without one.
+_MIXED, _EASED = 24, 8
 
 
 def search(problem: Problem, limit: float, policy: str) -> RematPlan:
@@ -30,9 +30,13 @@ def fastest(problem: Problem, policy: str) -> RematPlan:
     everything = SaveAll().plan(problem)
     plans = [priced.fastest(problem), everything, *priced.at(problem, _PRICES[: effort(problem, len(_PRICES))])]
     plans = list({p.saved: p for p in plans}.values())
-    if len(plans) > 1:  # the best of them in each block
-        plans += Blocks(problem).mixtures(plans, 1, policy)
     least = min(p.step_seconds for p in plans)
+    if len(plans) > 1:  # the best of them in each block, of less and less memory, while that takes no longer
+        for plan in Blocks(problem).mixtures(plans, effort(problem, _EASED), policy):
+            plans.append(plan)
+            least = min(least, plan.step_seconds)
+            if plan.step_seconds > (1 + _EQUAL) * least:
+                break
     most = min((1 + _EQUAL) * least, everything.step_seconds)
     fast = [p for p in plans if p.step_seconds <= most and p.saved_bytes <= everything.saved_bytes]
     return min(fast, key=lambda p: (p.peak_bytes, p.step_seconds))
