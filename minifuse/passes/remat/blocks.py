@@ -39,6 +39,9 @@ class Blocks:
     and Pisinger, "Knapsack Problems", 2004, section 11.5). What comes of it is simulated like any other plan.
     """
 
+    mains: tuple[str, ...]
+    """The largest value that crosses at each place where a stretch could end."""
+
     def __init__(self, problem: Problem) -> None:
         self.problem = problem
         forward = [v for v in problem.values if v.phase == "forward"]
@@ -58,7 +61,9 @@ class Blocks:
     def _ends(self, forward: list[Value]) -> list[int]:
         whole = sum(v.nbytes for v in forward if v.storage == v.name and v.savable)
         found, held = [], 0
-        places = set(ChenSqrt.ends(self.problem, forward, self.crossing, whole / _BLOCKS))
+        places = ChenSqrt.ends(self.problem, forward, self.crossing, whole / _BLOCKS)
+        largest = (max(names, key=lambda n: self.problem[n].nbytes) for at in places if (names := self.crossing[at]))
+        self.mains = tuple(dict.fromkeys(largest))
         for at, v in enumerate(forward):
             held += v.nbytes if v.storage == v.name and v.savable else 0
             if at in places and sum(self.problem[n].nbytes for n in self.crossing[at]) <= _CROSSING * held:
@@ -70,6 +75,10 @@ class Blocks:
     def boundaries(self) -> frozenset[str]:
         """What crosses from a block into the next, and what may run once."""
         return self.always.union(*(self.crossing[at] for at in self.ends))
+
+    def block(self, name: str) -> int:
+        """That of a value of either pass."""
+        return self.behind.get(name, self.of.get(name, 0))
 
     @cached_property
     def behind(self) -> dict[str, int]:
@@ -91,7 +100,7 @@ class Blocks:
         before = np.concatenate(([0.0], np.cumsum(saved)[:-1]))
         timeline = plan.timeline
         for k, (name, held, took) in enumerate(zip(timeline.steps, timeline.total, timeline.seconds, strict=True)):
-            b = self.behind.get(name, self.of.get(name, 0)) if k >= timeline.forward else self.of.get(name, 0)
+            b = self.block(name) if k >= timeline.forward else self.of.get(name, 0)
             work[b] = max(work[b], held - before[b])
             seconds[b] += took
         return Figures(saved, work, seconds)

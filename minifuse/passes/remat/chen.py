@@ -7,7 +7,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass, field
 
 from .baselines import SaveAll, runs_once
-from .plan import RematPlan, assemble, effort
+from .plan import RematPlan, assemble
 from .problem import Problem, Value
 
 # How many segment sizes are tried, between all of the forward and the smallest that differ.
@@ -33,7 +33,7 @@ class ChenSqrt:
         best = min(plans, key=lambda p: (p.peak_bytes, p.extra_seconds))
         return assemble(problem, best.saved, self.name, status=best.status, solve_seconds=time.perf_counter() - began)
 
-    def candidates(self, problem: Problem) -> Iterator[RematPlan]:
+    def candidates(self, problem: Problem, tried: int = _TRIED) -> Iterator[RematPlan]:
         """The plan without segments, and one for each b, from one segment on."""
         yield SaveAll().plan(problem)
         forward = [v for v in problem.values if v.phase == "forward"]
@@ -41,7 +41,6 @@ class ChenSqrt:
         crossing = crossings(problem, forward)
         whole = sum(v.nbytes for v in forward if v.storage == v.name and v.savable)
         seen: set[frozenset[str]] = set()
-        tried = effort(problem, _TRIED)
         for k in range(tried):
             ends = self.ends(problem, forward, crossing, whole / 2 ** (k * _TRIED / tried / 2))
             saved = always | frozenset(n for at in ends for n in crossing[at])
