@@ -172,8 +172,9 @@ class Bench:
 
         @torch.no_grad()
         def step() -> list[Any]:
+            torch.manual_seed(1)
             saved = [*runs[0]([*primals])[first:]]
-            saved += tangents
+            saved += [t.clone() if isinstance(t, Tensor) else t for t in tangents]
             return list(runs[1](saved))
 
         return step, needs
