@@ -21,7 +21,7 @@ WHOLE = 20_600
 # scans, scatters, joins, batches and the lowering of all of core ATen take it past that.
 CORE = 17_550
 # Lines of code a folder may have; the policies of rematerialisation, `explain` and the command line are no core.
-BUDGETS = {"ir": 2_850, "passes": 9_600, "codegen": 3_440, "runtime": 1_720, "explain": 1_500}
+BUDGETS = {"ir": 2_850, "passes": 9_750, "codegen": 3_440, "runtime": 1_720, "explain": 1_500}
 POLICIES = set(
     """baselines policies blocks search mincut priced chen korthikanti knapsack default budget rotor
     checkmate stages milp""".split()
