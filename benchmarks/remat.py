@@ -3,8 +3,9 @@
     python -m benchmarks.remat [--quick] [--models bert,llama] [--policies default,mincut] [--budgets 1,.5,.2]
                                [--seconds 10] [--plugins] [--torch] [--json FILE] [--check]
 
-A model is captured once; its training graph is then compiled under each plan that differs and run on the inputs that
-the captured step had, by itself: forward, then backward. A row is a plan:
+A model is captured once; its training graph is then compiled under each plan that differs and timed on the inputs that
+the captured step had, by itself: forward, then backward. Memory is counted in a whole step of the model. A row is a
+plan:
 
 * `predicted` and `measured` peak: the most bytes that the step holds beyond model and inputs, by the plan's simulator
   and by the C library's count (see `benchmarks.harness`); `planned` is what the compiled plans need.
@@ -22,6 +23,7 @@ marked `over`.
 from __future__ import annotations
 
 import argparse
+import functools
 import gc
 import importlib
 import json
@@ -37,7 +39,7 @@ import numpy as np
 import torch
 from torch import Tensor, fx
 
-from minifuse.backend import Boxed, Graph, eager_strides, run_aot
+from minifuse.backend import Boxed, Graph, eager_strides, minifuse_backend, run_aot
 from minifuse.errors import RematError
 from minifuse.explain.curves import BUDGETS, limited
 from minifuse.options import Options
@@ -60,6 +62,7 @@ PLUGINS = {
     "offload_hybrid": "OffloadHybrid",
 }
 ROUNDS = 7
+COUNTED = {"MALLOC_MMAP_THRESHOLD_": str(harness.MAPPED_FROM), "MALLOC_MMAP_MAX_": "1000000"}
 
 
 def board(title: str) -> Board:
@@ -269,14 +272,29 @@ def same(one: Sequence[Any], two: Sequence[Any]) -> bool:
 
 
 def probe_peaks(path: str, folder: str, count: int) -> list[int]:
-    """The measured peak of each plan of a folder, in order. Run it through `peaks`."""
-    bench = Bench(path)
+    """The measured peak of a training step of the model under each plan of a folder, in order. Run it through `fresh`
+    with `COUNTED`."""
     found = []
+    model, args, kwargs = models.load(path)
+    model.train()
     for k in range(count):
-        step, _ = bench.compile(RematPlan.from_json(Path(folder, f"{k}.json").read_text()))
-        found.append(held(step))
-        del step
+        torch._dynamo.reset()
+        options = {"remat": str(Path(folder, f"{k}.json")), "plan_cache": False}
+        backend = functools.partial(minifuse_backend, options=options)
+        found.append(held(stepper(model, torch.compile(model, backend=backend), args, kwargs)))
     return found
+
+
+def stepper(model: Any, run: Callable[..., Any], args: Any, kwargs: Any) -> Callable[[], None]:
+    """A step from no gradients to all."""
+
+    def step() -> None:
+        for p in model.parameters():
+            p.grad = None
+        torch.manual_seed(1)
+        models.loss_of(run(*args, **kwargs)).backward()
+
+    return step
 
 
 def held(step: Callable[[], Any]) -> int:
@@ -303,32 +321,24 @@ def probe_torch(path: str, budgets: list[float]) -> dict[str, dict[str, float]]:
         model, args, kwargs = models.load(path)
         model.train()
         torch._functorch.config.activation_memory_budget = budget
-        run = torch.compile(model, backend="aot_eager_decomp_partition")
-
-        def step(model: Any = model, run: Any = run, args: Any = args, kwargs: Any = kwargs) -> None:
-            for p in model.parameters():
-                p.grad = None
-            torch.manual_seed(1)
-            models.loss_of(run(*args, **kwargs)).backward()
-
+        step = stepper(model, torch.compile(model, backend="aot_eager_decomp_partition"), args, kwargs)
         nbytes = held(step)
         grads = [p.grad.clone() for p in model.parameters() if p.grad is not None]
         first = first or grads
         equal = sum(map(torch.equal, first, grads)) / len(grads)
         rows[f"torch {budget:g}"] = {"measured_peak": nbytes, "equal": equal}
-        del model, run, step, grads
+        del model, step, grads
     return rows
 
 
 def measure(entry: models.Entry, options: argparse.Namespace, names: list[str], budgets: list[float]) -> Board:
     table = board(f"Rematerialisation of {entry.name}")
-    count = {"MALLOC_MMAP_THRESHOLD_": str(harness.MAPPED_FROM), "MALLOC_MMAP_MAX_": "1000000"}
     with TemporaryDirectory() as folder:
         cache = {"MINIFUSE_CACHE_DIR": default_dir()}  # rates are measured once, where nothing else runs
         try:
             found = harness.fresh(probe, entry.path, names, budgets, options.seconds, folder, env=cache)
             files = 1 + max(r["file"] for r in found["rows"].values() if "file" in r)
-            peaks = harness.fresh(probe_peaks, entry.path, folder, files, env={**cache, **count})
+            peaks = harness.fresh(probe_peaks, entry.path, folder, files, env={**cache, **COUNTED})
         except ProbeError as error:
             table.fail(entry.name, error)
             return table
@@ -343,7 +353,7 @@ def measure(entry: models.Entry, options: argparse.Namespace, names: list[str], 
             ratios = most / row["predicted_peak"], row["predicted_peak"] / most
             table.add(name, measured_of_predicted=ratios[0], predicted_of_measured=ratios[1])
         if options.torch:
-            for name, figures in harness.fresh(probe_torch, entry.path, budgets, env=count).items():
+            for name, figures in harness.fresh(probe_torch, entry.path, budgets, env=COUNTED).items():
                 table.add(name, **figures)
                 table.hold(name, {"measured peak": Target(">=", 0)})
     return table
