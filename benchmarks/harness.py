@@ -141,6 +141,8 @@ def probe_cold_compile(path: str, backend: str, training: bool, layers: bool = F
 
 MAPPED_FROM = 128 * 1024
 """Bytes: blocks from this size on are counted by `probe_peak`."""
+COUNTED = {"MALLOC_MMAP_THRESHOLD_": str(MAPPED_FROM), "MALLOC_MMAP_MAX_": "1000000"}
+"""The environment of a process that counts them."""
 
 
 def probe_peak(path: str, backend: str, training: bool) -> dict[str, int] | None:
@@ -153,7 +155,11 @@ def probe_peak(path: str, backend: str, training: bool) -> dict[str, int] | None
     """
     if platform.libc_ver()[0] != "glibc":
         return None
-    step = models.stepper(path, backend, training)
+    return counted(models.stepper(path, backend, training))
+
+
+def counted(step: Callable[[], Any]) -> dict[str, int]:
+    """What `probe_peak` gives, of any step that has not run yet."""
     before, resident = mapped()[0], _resident()
     for _ in range(2):
         step()
@@ -170,8 +176,7 @@ def probe_peak(path: str, backend: str, training: bool) -> dict[str, int] | None
 
 def peak(path: str, backend: str, training: bool) -> dict[str, int] | None:
     """`probe_peak` in a fresh process."""
-    settings = {"MALLOC_MMAP_THRESHOLD_": str(MAPPED_FROM), "MALLOC_MMAP_MAX_": "1000000"}
-    return fresh(probe_peak, path, backend, training, env=settings)
+    return fresh(probe_peak, path, backend, training, env=COUNTED)
 
 
 class _MallInfo(ctypes.Structure):

@@ -24,7 +24,6 @@ from __future__ import annotations
 
 import argparse
 import functools
-import gc
 import importlib
 import json
 import sys
@@ -49,7 +48,6 @@ from minifuse.passes.remat.policies import FunctionPolicy
 from minifuse.records import RECORDS
 from minifuse.remat import POLICIES, Problem, RematPlan, RematPolicy, eager_peak, limit_of, verify_plan
 from minifuse.runtime.cache import default_dir
-from minifuse.runtime.program import POOL
 
 from . import harness, models
 from .harness import Board, Column, ProbeError, Target
@@ -62,7 +60,6 @@ PLUGINS = {
     "offload_hybrid": "OffloadHybrid",
 }
 ROUNDS = 7
-COUNTED = {"MALLOC_MMAP_THRESHOLD_": str(harness.MAPPED_FROM), "MALLOC_MMAP_MAX_": "1000000"}
 
 
 def board(title: str) -> Board:
@@ -174,13 +171,13 @@ class Bench:
         primals, tangents = self.graph.primals, self.graph.tangents
 
         @torch.no_grad()
-        def step() -> list[Any]:
+        def run() -> list[Any]:
             torch.manual_seed(1)
             saved = [*runs[0]([*primals])[first:]]
             saved += [t.clone() if isinstance(t, Tensor) else t for t in tangents]
             return list(runs[1](saved))
 
-        return step, needs
+        return run, needs
 
 
 def plans_of(
@@ -271,64 +268,39 @@ def same(one: Sequence[Any], two: Sequence[Any]) -> bool:
     return all(isinstance(a, Tensor) and isinstance(b, Tensor) and torch.equal(a, b) for a, b in pairs)
 
 
-def probe_peaks(path: str, folder: str, count: int) -> list[int]:
-    """The measured peak of a training step of the model under each plan of a folder, in order. Run it through `fresh`
-    with `COUNTED`."""
-    found = []
+def probe_peak(path: str, plan: str) -> dict[str, int]:
+    """Bytes of a training step of the model under the plan in a file. Run it through `fresh` with `COUNTED`."""
+    model, args, kwargs = models.load(path)
+    options = {"remat": plan, "plan_cache": False}
+    run = torch.compile(model.train(), backend=functools.partial(minifuse_backend, options=options))
+    return harness.counted(functools.partial(step, model, run, args, kwargs))
+
+
+def step(model: Any, run: Callable[..., Any], args: Any, kwargs: Any) -> None:
+    """From no gradients to all, with the same random numbers each time."""
+    for p in model.parameters():
+        p.grad = None
+    torch.manual_seed(1)
+    models.loss_of(run(*args, **kwargs)).backward()
+
+
+def probe_torch(path: str, budget: float) -> dict[str, float]:
+    """torch's own budget: the bytes of a step, and the share of gradients whose bits are those of its budget 1. Run it
+    through `fresh` with `COUNTED`."""
     model, args, kwargs = models.load(path)
     model.train()
-    for k in range(count):
+
+    def compiled(budget: float) -> Callable[[], None]:
         torch._dynamo.reset()
-        options = {"remat": str(Path(folder, f"{k}.json")), "plan_cache": False}
-        backend = functools.partial(minifuse_backend, options=options)
-        found.append(held(stepper(model, torch.compile(model, backend=backend), args, kwargs)))
-    return found
-
-
-def stepper(model: Any, run: Callable[..., Any], args: Any, kwargs: Any) -> Callable[[], None]:
-    """A step from no gradients to all."""
-
-    def step() -> None:
-        for p in model.parameters():
-            p.grad = None
-        torch.manual_seed(1)
-        models.loss_of(run(*args, **kwargs)).backward()
-
-    return step
-
-
-def held(step: Callable[[], Any]) -> int:
-    """Bytes that a step holds at most beyond what was there before it first ran."""
-    gc.collect()
-    POOL.trim()
-    before = harness.mapped()[0]
-    step()
-    gc.collect()
-    now, most = harness.mapped()
-    ballast = np.empty(max(most - now, 0) + harness.MAPPED_FROM, np.uint8)
-    filled = harness.mapped()[0] - now
-    step()
-    most = max(harness.mapped()[1], now + filled) - filled
-    del ballast
-    return most - before
-
-
-def probe_torch(path: str, budgets: list[float]) -> dict[str, dict[str, float]]:
-    """torch's own budget: the peak of a step, and the share of gradients whose bits are those of its budget 1."""
-    rows, first = {}, None
-    for budget in budgets:
-        torch._dynamo.reset()
-        model, args, kwargs = models.load(path)
-        model.train()
         torch._functorch.config.activation_memory_budget = budget
-        step = stepper(model, torch.compile(model, backend="aot_eager_decomp_partition"), args, kwargs)
-        nbytes = held(step)
-        grads = [p.grad.clone() for p in model.parameters() if p.grad is not None]
-        first = first or grads
-        equal = sum(map(torch.equal, first, grads)) / len(grads)
-        rows[f"torch {budget:g}"] = {"measured_peak": nbytes, "equal": equal}
-        del model, step, grads
-    return rows
+        run = torch.compile(model, backend="aot_eager_decomp_partition")
+        return functools.partial(step, model, run, args, kwargs)
+
+    nbytes = harness.counted(compiled(budget))["peak"]
+    found = [p.grad for p in model.parameters() if p.grad is not None]
+    compiled(1.0)()
+    want = [p.grad for p in model.parameters() if p.grad is not None]
+    return {"measured_peak": nbytes, "equal": sum(map(torch.equal, want, found)) / len(want)}
 
 
 def measure(entry: models.Entry, options: argparse.Namespace, names: list[str], budgets: list[float]) -> Board:
@@ -337,8 +309,11 @@ def measure(entry: models.Entry, options: argparse.Namespace, names: list[str], 
         cache = {"MINIFUSE_CACHE_DIR": default_dir()}  # rates are measured once, where nothing else runs
         try:
             found = harness.fresh(probe, entry.path, names, budgets, options.seconds, folder, env=cache)
-            files = 1 + max(r["file"] for r in found["rows"].values() if "file" in r)
-            peaks = harness.fresh(probe_peaks, entry.path, folder, files, env={**cache, **COUNTED})
+            files = {r["file"] for r in found["rows"].values() if "file" in r}
+            peaks = {
+                k: harness.fresh(probe_peak, entry.path, f"{folder}/{k}.json", env={**cache, **harness.COUNTED})["peak"]
+                for k in files
+            }
         except ProbeError as error:
             table.fail(entry.name, error)
             return table
@@ -353,8 +328,9 @@ def measure(entry: models.Entry, options: argparse.Namespace, names: list[str], 
             ratios = most / row["predicted_peak"], row["predicted_peak"] / most
             table.add(name, measured_of_predicted=ratios[0], predicted_of_measured=ratios[1])
         if options.torch:
-            for name, figures in harness.fresh(probe_torch, entry.path, budgets, env=COUNTED).items():
-                table.add(name, **figures)
+            for budget in budgets:
+                name = f"torch {budget:g}"
+                table.add(name, **harness.fresh(probe_torch, entry.path, budget, env=harness.COUNTED))
                 table.hold(name, {"measured peak": Target(">=", 0)})
     return table
 
