@@ -8,6 +8,7 @@ from dataclasses import dataclass, field
 import numpy as np
 
 from .baselines import RecomputeAll
+from .budget import eager_peak
 from .mincut import MinCut
 from .plan import RematPlan, assemble
 from .problem import Problem
@@ -23,7 +24,8 @@ class KnapsackBudget:
     As PyTorch's option `activation_memory_budget` ("Current and New Activation Checkpointing Techniques in PyTorch",
     pytorch.org, 2025): 0 saves what must be, 1 what `mincut` saves, and between the two a
     knapsack is filled, here by dynamic programming (Kellerer, Pferschy and Pisinger, "Knapsack Problems", 2004,
-    section 2.3). Unlike there, what draws random numbers is saved at every budget, and not drawn again.
+    section 2.3). Unlike there, what draws random numbers is saved at every budget, and not drawn again. A budget in
+    bytes is taken as its share of eager's peak.
     """
 
     name: str = field(default="knapsack_budget", init=False)
@@ -33,7 +35,9 @@ class KnapsackBudget:
         most, least = MinCut().plan(problem), RecomputeAll().plan(problem)
         always = frozenset(n for n in least.saved if not problem[n].is_given)
         more = [problem[n] for n in most.saved if n not in always and not problem[n].is_given]
-        room = max(problem.memory_budget, 0.0) * sum(v.nbytes for v in more)
+        budget = problem.memory_budget
+        share = budget if budget <= 1 else budget / max(eager_peak(problem), 1)
+        room = min(share, 1.0) * sum(v.nbytes for v in more)
         sizes = np.array([v.nbytes for v in more], dtype=np.float64)
         worth = np.array([problem.recompute_seconds(v) for v in more])
         chosen = knapsack(sizes, worth, room)
