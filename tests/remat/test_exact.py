@@ -14,7 +14,7 @@ import torch
 from torch import nn
 
 import minifuse
-from minifuse.passes.remat import Problem, assemble, resolve, verify_plan
+from minifuse.passes.remat import POLICIES, Problem, RematPolicy, assemble, resolve, verify_plan
 from minifuse.passes.remat.budget import limit_of
 from minifuse.passes.remat.checkmate import CheckmateMilp
 from minifuse.passes.remat.plan import closure, cost_seconds
@@ -154,6 +154,30 @@ def test_plans_of_random_problems_are_sound_and_within_the_budget_where_they_say
                 verify_plan(asked, plan)
                 assert plan.policy == policy.name
                 assert plan.peak_bytes <= limit_of(asked) or plan.status.startswith("over budget")
+
+
+@pytest.mark.parametrize("policy", [*POLICIES.values()], ids=lambda policy: policy.name)
+def test_no_policy_keeps_what_the_user_said_must_be_recomputed(policy: RematPolicy):
+    rng = random.Random(11)
+    for _ in range(3):
+        problem = random_problem(rng, 30)
+        values = [replace(v, tag="must_recompute") if v.phase == "forward" and rng.random() < 0.4 else v
+                  for v in problem.values]  # fmt: skip
+        for budget in (1.0, 0.5, 0.0):
+            asked = replace(problem, values=tuple(values), memory_budget=budget, on_budget="best")
+            short = replace(policy, seconds=0.5) if isinstance(policy, CheckmateMilp) else policy
+            verify_plan(asked, short.plan(asked))
+
+
+@pytest.mark.parametrize("policy", [*POLICIES.values()], ids=lambda policy: policy.name)
+def test_tensors_without_elements_have_a_plan(policy: RematPolicy):
+    problem = random_problem(random.Random(12), 30)
+    empty = replace(problem, values=tuple(replace(v, nbytes=0, flops=0.0) for v in problem.values))
+    for budget in (1.0, 0.5, 0.0):
+        asked = replace(empty, memory_budget=budget)
+        plan = policy.plan(asked)
+        verify_plan(asked, plan)
+        assert plan.peak_bytes == 0
 
 
 def test_without_a_budget_the_integer_program_is_the_minimum_cut():

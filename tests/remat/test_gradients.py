@@ -178,6 +178,33 @@ def test_a_retained_graph_gives_the_same_gradients_twice(policy: str):
         assert torch.equal(a, b)
 
 
+class CountsBackwards(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x, count):
+        ctx.save_for_backward(x)
+        ctx.count = count
+        return x.sin()
+
+    @staticmethod
+    def backward(ctx, g):
+        ctx.count.add_(1)
+        return g * ctx.saved_tensors[0].cos(), None
+
+
+@pytest.mark.parametrize(("policy", "budget"), PLANS)
+def test_what_is_made_of_a_buffer_that_the_backward_writes_is_as_it_was_when_it_runs_again(policy: str, budget: float):
+    count = torch.ones(4)
+
+    def f(x: torch.Tensor) -> torch.Tensor:
+        y = CountsBackwards.apply(x.tanh() * count.view(2, 2).clone().exp().view(4), count)
+        return (y.exp() * y).sum()
+
+    x = torch.randn(3, 4, requires_grad=True)
+    out = torch.compile(f, backend=backend(policy, budget))(x)
+    first, second = (torch.autograd.grad(out, x, retain_graph=True)[0] for _ in range(2))
+    assert torch.equal(first, second) and torch.equal(count, torch.full((4,), 3.0))
+
+
 @pytest.mark.parametrize(("policy", "budget"), PLANS)
 def test_a_random_operator_is_drawn_once(policy: str, budget: float):
     seen = Seen()

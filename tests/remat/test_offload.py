@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 import torch
@@ -14,6 +15,7 @@ from minifuse.passes.join import peak
 from minifuse.passes.remat.transfers import arrivals, departures
 from minifuse.remat import OFFLOAD, SAVE, Problem, RematPlan, assemble, resolve, verify_plan
 from tests.judge import records
+from tests.remat.harness import Seen, backend
 from tests.remat.test_plans import MB, chain, value
 
 
@@ -109,3 +111,30 @@ def test_what_is_saved_too_is_not_offloaded_and_an_unknown_name_is_an_error() ->
     assert assemble(problem, ["mm", "a"], "p", offloaded=["a"]).choices["a"].action == SAVE
     with pytest.raises(RematError, match="did you mean 'mm'"):
         assemble(problem, [], "p", offloaded=["mmm"])
+
+
+def test_what_the_caller_is_given_stays_on_the_device_beside_its_copy_on_the_host() -> None:
+    def f(x: Tensor) -> tuple[Tensor, Tensor]:
+        y = x.tanh()
+        return y, y.exp()
+
+    def both(problem: Problem) -> RematPlan:
+        return assemble(problem, [], "both", offloaded=["tanh", "exp"])
+
+    seen, x = Seen(), torch.randn(4, requires_grad=True)
+    y, z = torch.compile(f, backend=backend(resolve(both), seen=seen))(x)
+    z.sum().backward()
+    torch.testing.assert_close((y, z), (x.tanh(), x.tanh().exp()))
+    returned = [n.name for n in seen.forwards[0].graph.output_node().args[0]]
+    assert returned[:2] == ["tanh", "exp"]
+    assert sum(name.startswith("offloaded") for name in returned) == len(seen.plans[0].offloaded) == 2
+
+
+def test_a_plan_read_from_a_file_offloads_what_it_did(tmp_path: Path) -> None:
+    problem = chain(value("a", "mm"), value("b", "a", is_random=True), required=("mm", "a", "b"))
+    plan = assemble(problem, ["a"], "p", offloaded=["mm", "b"])
+    path = tmp_path / "plan.json"
+    path.write_text(plan.to_json())
+    again = resolve(path).plan(problem)
+    verify_plan(problem, again)
+    assert again.choices == plan.choices and again.timeline == plan.timeline

@@ -109,7 +109,7 @@ class Blocks:
         """The fastest mixture at each of falling limits, `most` of them, from the largest peak of the plans on."""
         figures = [self.figures(p) for p in plans]
         limit, seen = float(max(p.peak_bytes for p in plans)), set[tuple[int, ...]]()
-        for _ in range(most):
+        for _ in range(most if limit else 0):  # of tensors without elements there is nothing to share
             chosen = self.mix(figures, limit)
             limit *= _RATIO
             if chosen is None:

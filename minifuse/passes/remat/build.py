@@ -157,13 +157,15 @@ def elements_of(n: fx.Node) -> int:
     return sum(prod(shape_of(t)) for t in tensors(n.meta.get("val")))
 
 
-def user_tags(nodes: Sequence[fx.Node]) -> dict[fx.Node, str | None]:
-    """What `torch.utils.checkpoint` asked for, by node.
+def user_tags(graph: JointGraph) -> dict[fx.Node, str | None]:
+    """What `torch.utils.checkpoint` asked for, by node, and what has to be saved beside that.
 
     Two checkpointed regions in a row keep what lies between them (`ac_graph_id` tells them apart); a region's output
     with a backward hook is kept, since the hook may be what makes recomputing possible; and so is the source of a
-    mutation that the backward repeats, so that it is not applied twice.
+    mutation that the backward repeats, so that it is not applied twice. What the forward computes from an input that
+    the backward overwrites is kept too: a backward that runs again would compute it from the new value.
     """
+    nodes = graph.nodes
     tags = {n: _TAGS.get(n.meta["recompute"]) if "recompute" in n.meta else None for n in nodes}
     again = ("must_recompute", "prefer_recompute")
     for n in nodes:
@@ -179,6 +181,13 @@ def user_tags(nodes: Sequence[fx.Node]) -> dict[fx.Node, str | None]:
     for n in copies:
         if not _in_backward(n) and n.args[0] in repeated and isinstance(n.args[1], fx.Node):
             tags[n.args[1]] = "must_save"
+    written = {t for n in nodes if n in graph.after_tangents for t in mutated_arguments(n)}
+    for n in nodes:
+        if n in graph.forward and not written.isdisjoint(n.all_input_nodes):
+            if is_view(n) or not isinstance(n.meta.get("val"), torch.Tensor):
+                written.add(n)
+            elif not is_effect(n):
+                tags[n] = "must_save"
     return tags
 
 
@@ -211,7 +220,7 @@ def build_problem(
         static_inputs: indices of the primals that are parameters or buffers.
     """
     graph = JointGraph(joint, num_fwd_outputs)
-    tags = user_tags(graph.nodes)
+    tags = user_tags(graph)
     kernels = kernels or {}
     groups = {name: k.kernel for name, k in kernels.items()}
     primals = [n for n in graph.nodes if n.op == "placeholder" and not compat.is_tangent(n)]

@@ -65,7 +65,8 @@ class ChenSqrt:
 
 
 def crossings(problem: Problem, forward: list[Value]) -> list[frozenset[str]]:
-    """Behind each value of the forward, what later ones of it read: the storages that cross, less what is given."""
+    """Behind each value of the forward, what later ones of it read: the storages that cross, less what is given and
+    what the user forbids to keep."""
     last: dict[str, int] = {}
     for at, v in enumerate(forward):
         for i in v.inputs:
@@ -76,7 +77,7 @@ def crossings(problem: Problem, forward: list[Value]) -> list[frozenset[str]]:
         ends.setdefault(at, []).append(root)
     for at, v in enumerate(forward):
         alive.difference_update(ends.get(at, ()))
-        if v.storage == v.name and v.savable and last.get(v.name, -1) > at:
+        if v.storage == v.name and v.savable and not v.must_recompute and last.get(v.name, -1) > at:
             alive.add(v.name)
         found.append(frozenset(alive))
     return found

@@ -17,7 +17,7 @@ from .build import build_problem, is_effect
 from .plan import RematPlan, RematPolicy
 from .policies import resolve
 from .problem import OFFLOAD, RECOMPUTE, SAVE, Problem
-from .simulate import backward_order, inlined, unit_key
+from .simulate import backward_order, fetching, inlined, unit_key
 from .transfers import arrivals, departures, fetch, send
 from .verify import verify_plan
 
@@ -124,7 +124,8 @@ def _apply(
     if plan.offloaded:
         rank |= _offload(forward, backward, problem, plan, order)
     _reorder(backward, rank)
-    spread(problem, backward, inlined(problem, [problem[n] for n in order]))
+    there = fetching(problem, [problem[n] for n in plan.offloaded])
+    spread(problem, backward, inlined(there, [there[n] for n in order]))
     forward.recompile()
     backward.recompile()
     return forward, backward

@@ -78,7 +78,8 @@ class Replay:
         plans = self.read()
         for plan in plans:
             if not self.strange(problem, plan):
-                made = assemble(problem, plan.saved, plan.policy, status=f"replayed from {self.path}")
+                status = f"replayed from {self.path}"
+                made = assemble(problem, plan.saved, plan.policy, status=status, offloaded=plan.offloaded)
                 return replace(made, lower_bound=plan.lower_bound)
         strange = self.strange(problem, plans[0]) if plans else ["no plan at all"]
         raise RematError(f"{self.path}: expected a plan of this graph, found {strange[0]}")

@@ -85,6 +85,11 @@ class Value:
         return "data-dependent size" if self.binds else None
 
     @property
+    def must_recompute(self) -> bool:
+        """Whether the user forbids that it is kept, and it may run again; an item is kept or not as its operator is."""
+        return self.tag == "must_recompute" and self.pinned is None and self.kind not in ("item", "input", "constant")
+
+    @property
     def wants_recompute(self) -> bool:
         """Whether the user asked for it to be recomputed and it may be; a preference counts: checkpointing sets one."""
         return self.tag in ("must_recompute", "prefer_recompute") and self.pinned is None

@@ -9,6 +9,7 @@ from typing import Any
 
 from torch import fx
 
+from minifuse import compat
 from minifuse.ir import transfers
 
 from .problem import Problem, Value
@@ -46,8 +47,11 @@ def departures(problem: Problem, order: Sequence[Value], away: Sequence[Value]) 
 
 
 def send(forward: fx.GraphModule, after: Mapping[str, str]) -> None:
-    """Return, in place of values, their copies on the host; each is waited for after the value that `after` names."""
-    graph, output = forward.graph, forward.graph.output_node()
+    """Return copies on the host in place of saved values; each is waited for after the value that `after` names.
+
+    What is saved stands behind the caller's own outputs, which a value may be among: those stay as they are.
+    """
+    graph, outputs = forward.graph, compat.joint_outputs(forward)
     nodes = {n.name: n for n in graph.nodes}
     for name, last in after.items():
         x = nodes[name]
@@ -55,7 +59,8 @@ def send(forward: fx.GraphModule, after: Mapping[str, str]) -> None:
             way = call(graph, transfers.offload, x)
         with graph.inserting_after(way if last == name else nodes.get(last, way)):
             host = call(graph, transfers.offloaded, way, x)
-        output.replace_input_with(x, host)
+        outputs[len(outputs) - 1 - outputs[::-1].index(x)] = host
+    graph.output_node().args = (tuple(outputs),)
 
 
 def fetch(backward: fx.GraphModule, names: Sequence[str]) -> dict[str, tuple[str, str]]:

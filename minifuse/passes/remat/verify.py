@@ -47,7 +47,7 @@ def _check_action(problem: Problem, plan: RematPlan, v: Value, choice: Choice) -
     if choice.action == SAVE:
         if not v.savable and not v.is_given:
             raise _broken(plan, v.name, "cannot be saved: it is no tensor or size")
-        if v.tag == "must_recompute" and not v.pinned and v.kind not in ("item", "input", "constant"):
+        if v.must_recompute:
             raise _broken(plan, v.name, "is saved, and tagged must_recompute")
         return
     if choice.action not in ACTIONS:
@@ -55,7 +55,7 @@ def _check_action(problem: Problem, plan: RematPlan, v: Value, choice: Choice) -
     if choice.action == OFFLOAD:
         if v.is_given or v.kind in ("view", "symbol") or not v.savable:
             raise _broken(plan, v.name, "cannot be offloaded: it is no tensor that the forward makes")
-        if v.tag == "must_recompute" and not v.pinned and v.kind != "item":
+        if v.must_recompute:
             raise _broken(plan, v.name, "is offloaded, and tagged must_recompute")
         return
     if v.is_given:
