@@ -33,7 +33,7 @@ PATTERNS: dict[str, tuple[Callable[..., object], list[tuple[int, ...]], int, int
     "layer norm": (lambda x, w, b: F.layer_norm(x, WIDTH, w, b), [ROWS, WIDTH, WIDTH], 1, 2),
     "rms norm": (lambda x, w: F.rms_norm(x, WIDTH, w), [ROWS, WIDTH], 1, 2),
     "group norm and silu": (lambda x, w, b: F.silu(F.group_norm(x, 8, w, b)), [(8, 64, 32, 32), (64,), (64,)], 1, 3),
-    "adaptive layer norm": (modulated, [(8, 128, 256), (8, 256), (8, 256), (8, 256), (8, 128, 256)], 1, 3),
+    "adaptive layer norm": (modulated, [(8, 128, 256), (8, 256), (8, 256), (8, 256), (8, 128, 256)], 1, 2),
     "swiglu": (lambda a, b: F.silu(a) * b, [(1024, 2048), (1024, 2048)], 1, 1),
     "dropout, residual, layer norm": (residual, [ROWS, ROWS, WIDTH, WIDTH], 1, 2),
     "softmax": (lambda x: (x * 0.125).softmax(-1), [(64, 128, 128)], 1, 1),
