@@ -39,11 +39,12 @@ import torch
 from torch import Tensor, fx
 
 from minifuse.backend import Boxed, Graph, eager_strides, minifuse_backend, run_aot
+from minifuse.capturing import copied
 from minifuse.errors import RematError
 from minifuse.explain.curves import BUDGETS, limited
 from minifuse.options import Options
 from minifuse.passes.join import peak
-from minifuse.passes.remat.plan import cost_seconds
+from minifuse.passes.remat.plan import gap
 from minifuse.passes.remat.policies import FunctionPolicy
 from minifuse.records import RECORDS
 from minifuse.remat import POLICIES, Problem, RematPlan, RematPolicy, eager_peak, limit_of, verify_plan
@@ -130,12 +131,6 @@ class Captured(Graph):
 
         call._boxed_call = True  # type: ignore[attr-defined]
         return call
-
-
-def copied(gm: fx.GraphModule) -> fx.GraphModule:
-    graph = fx.Graph()
-    graph.output(graph.graph_copy(gm.graph, {}))
-    return fx.GraphModule(gm, graph)
 
 
 class Bench:
@@ -253,13 +248,6 @@ def probe(path: str, names: list[str], budgets: list[float], seconds: float, fol
             row["step"] = times[row["key"]].median
             row["step_ratio"] = times[row["key"]].median / times["save_all"].median
     return {"rows": rows, "eager": eager_peak(problem)}
-
-
-def gap(problem: Problem, plan: RematPlan) -> float | None:
-    """What a plan costs beyond the bound that its policy proved, of a step."""
-    if plan.lower_bound is None or not plan.step_seconds:
-        return None
-    return max(cost_seconds(problem, plan) - plan.lower_bound, 0.0) / plan.step_seconds
 
 
 def same(one: Sequence[Any], two: Sequence[Any]) -> bool:

@@ -26,8 +26,9 @@ from .ir.plan import Plan
 from .ir.text import print_plan
 from .options import Options
 from .passes.pipeline import make_plan
-from .passes.remat import Problem, RematPlan, RematPolicy
+from .passes.remat.plan import RematPlan, RematPolicy
 from .passes.remat.policies import resolve
+from .passes.remat.problem import Problem
 
 STAGES = ("captured", "joint", "forward", "backward", "inference")
 
@@ -116,7 +117,7 @@ def capture(
     found = Capture(name, (*state, *(f"input {k}" for k in range(len(places)))))
     with compat.faked(tensors) as fakes:
         gm = compat.trace(flat, fakes, fn)
-        found.graphs["captured"] = _copied(gm)
+        found.graphs["captured"] = copied(gm)
         strides: list[tuple[Any, ...] | None] = [tuple(n.meta["val"].stride()) for n in gm.graph.output_node().args[0]]  # type: ignore[union-attr]
         asked = _Asked(resolve(options.remat))
         run_aot(_Recorder(name, replace(options, remat=asked), strides, found), gm, fakes)
@@ -138,7 +139,7 @@ def captures(
     def backend(gm: fx.GraphModule, inputs: Sequence[Any]) -> Callable[..., Any]:
         name = f"graph{len(found)}_{module_name(gm)}"
         one = Capture(name, tuple(n.name for n in gm.graph.nodes if n.op == "placeholder"))
-        one.graphs["captured"] = _copied(gm)
+        one.graphs["captured"] = copied(gm)
         found.append(one)
         asked = _Asked(resolve(options.remat))
         program = run_aot(_Recorder(name, replace(options, remat=asked), eager_strides(gm), one), gm, inputs)
@@ -177,7 +178,7 @@ def _state(module: nn.Module) -> dict[str, torch.Tensor]:
     return {**dict(module.named_parameters()), **dict(module.named_buffers())}
 
 
-def _copied(gm: fx.GraphModule) -> fx.GraphModule:
+def copied(gm: fx.GraphModule) -> fx.GraphModule:
     """A graph of one's own, its inputs and outputs flat."""
     graph = fx.Graph()
     graph.output(graph.graph_copy(gm.graph, {}))
@@ -205,14 +206,14 @@ class _Recorder(Graph):
         self.found = found
 
     def keep(self, stage: str, gm: fx.GraphModule) -> None:
-        self.found.graphs[stage] = _copied(gm)
+        self.found.graphs[stage] = copied(gm)
 
     def partition(
         self, joint: fx.GraphModule, inputs: Sequence[Any], **kw: Any
     ) -> tuple[fx.GraphModule, fx.GraphModule]:
         forward, backward = super().partition(joint, inputs, **kw)
         # AOT autograd would ask for the backward when it first runs, and here it never does
-        self.compile(_copied(backward), "backward", {})
+        self.compile(copied(backward), "backward", {})
         return forward, backward
 
     def compile(self, gm: fx.GraphModule, stage: str, strides: dict[int, tuple[Any, ...]]) -> Boxed:

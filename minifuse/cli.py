@@ -28,7 +28,7 @@ from .ir.lazy import Deferred
 from .runtime.cache import DEFAULT_LIMIT, default_dir, problem
 
 if TYPE_CHECKING:
-    from .passes.remat import Problem
+    from .passes.remat.problem import Problem
 
 # These import torch, which takes seconds, and `minifuse cache` does without.
 capturing, curves = Deferred("minifuse.capturing"), Deferred("minifuse.explain.curves")

@@ -12,8 +12,8 @@ from torch.nn import functional as F
 import minifuse
 from minifuse.errors import OptionError
 from minifuse.ir.verify import verify_plan
-from minifuse.passes.remat import Problem, RematPlan
 from minifuse.passes.remat.plan import assemble
+from minifuse.remat import Problem, RematPlan
 
 
 class Net(nn.Module):

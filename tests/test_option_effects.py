@@ -16,9 +16,9 @@ from torch.nn import functional as F
 from minifuse import reports, warm
 from minifuse.errors import OptionError
 from minifuse.options import Options
-from minifuse.passes.remat import Problem
 from minifuse.passes.remat.policies import resolve
 from minifuse.records import RECORDS
+from minifuse.remat import Problem
 from tests.judge import compiled, externs, kernels, records, same
 
 

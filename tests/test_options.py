@@ -8,7 +8,7 @@ import torch
 
 from minifuse.errors import MinifuseError, OptionError
 from minifuse.options import MODES, Options
-from minifuse.passes.remat import POLICIES
+from minifuse.remat import POLICIES
 
 
 @pytest.fixture(autouse=True)

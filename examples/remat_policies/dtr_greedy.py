@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-import time
 from collections.abc import Collection, Iterator
 from dataclasses import dataclass, field
 
-from examples.remat_policies.schedule import Schedule, Storage, finished, limits, schedule
-from minifuse.remat import Problem, RematPlan, limit_of, within
+from examples.remat_policies.schedule import Schedule, Storage, limits, searched
+from minifuse.remat import Problem, RematPlan
 
 # A walk that spends so many steps' seconds on computing again is thrashing: it counts as out of memory.
 _THRASHING = 8
@@ -33,12 +32,7 @@ class DTRGreedy:
     name: str = field(default="dtr_greedy", init=False)
 
     def plan(self, problem: Problem) -> RematPlan:
-        began = time.perf_counter()
-        s = schedule(problem)
-        plan, limit = s.everything, limit_of(problem)
-        if plan.peak_bytes > limit:
-            plan = within(problem, limit, [plan, *self.candidates(s)], self.name)
-        return finished(plan, began, policy=self.name)
+        return searched(problem, self.name, lambda s, limit: self.candidates(s))
 
     def candidates(self, s: Schedule) -> Iterator[RematPlan]:
         """The plans of a walk at each limit, from the peak without evictions down to where it runs out of memory."""

@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import time
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 
 import numpy as np
 
-from examples.remat_policies.schedule import Schedule, finished, limits, schedule
-from minifuse.remat import Problem, RematPlan, limit_of, within
+from examples.remat_policies.schedule import Schedule, limits, searched
+from minifuse.remat import Problem, RematPlan
 
 # Seconds are counted in so many parts of those of the whole forward, rounded up.
 _PARTS = 96
@@ -36,12 +35,7 @@ class KusumotoDP:
     name: str = field(default="kusumoto_dp", init=False)
 
     def plan(self, problem: Problem) -> RematPlan:
-        began = time.perf_counter()
-        s = schedule(problem)
-        plan, limit = s.everything, limit_of(problem)
-        if plan.peak_bytes > limit:
-            plan = within(problem, limit, [plan, *self.candidates(s)], self.name)
-        return finished(plan, began, policy=self.name)
+        return searched(problem, self.name, lambda s, limit: self.candidates(s))
 
     def candidates(self, s: Schedule) -> Iterator[RematPlan]:
         """The time-centric and the memory-centric strategy at each bound on the peak."""

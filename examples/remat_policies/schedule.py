@@ -7,14 +7,14 @@ storage: its seconds are counted with those of what is computed from it.
 from __future__ import annotations
 
 import time
-from collections.abc import Collection, Iterable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Any
 
 import numpy as np
 
-from minifuse.remat import POLICIES, SAVE, Problem, RematPlan, Value, assemble, runs_once
+from minifuse.remat import POLICIES, SAVE, Problem, RematPlan, Value, assemble, limit_of, runs_once, within
 
 
 @dataclass(frozen=True)
@@ -112,6 +112,16 @@ class Schedule:
 def finished(plan: RematPlan, began: float, **changes: Any) -> RematPlan:
     """A plan with the seconds since `began` (of `time.perf_counter`) as those that it took."""
     return replace(plan, solve_seconds=time.perf_counter() - began, **changes)
+
+
+def searched(problem: Problem, policy: str, candidates: Callable[[Schedule, float], Iterable[RematPlan]]) -> RematPlan:
+    """The fastest within the limit of `save_all`'s plan, of the candidates, and of those between two of them."""
+    began = time.perf_counter()
+    s, limit = schedule(problem), limit_of(problem)
+    plan = s.everything
+    if plan.peak_bytes > limit:
+        plan = within(problem, limit, [plan, *candidates(s, limit)], policy)
+    return finished(plan, began, policy=policy)
 
 
 def limits(highest: float, lowest: float, count: int) -> Iterator[float]:

@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-import time
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 
-from examples.remat_policies.schedule import Schedule, Storage, finished, limits, schedule
-from minifuse.remat import Problem, RematPlan, limit_of, within
+from examples.remat_policies.schedule import Schedule, Storage, limits, searched
+from minifuse.remat import Problem, RematPlan
 
 
 @dataclass(frozen=True)
@@ -31,15 +30,16 @@ class XLAGreedy:
     name: str = field(default="xla_greedy", init=False)
 
     def plan(self, problem: Problem) -> RematPlan:
-        began = time.perf_counter()
-        s = schedule(problem)
-        plan, limit = s.everything, limit_of(problem)
-        if plan.peak_bytes > limit:
-            plans = [plan, *self.candidates(s, limit)]
-            if min(p.peak_bytes for p in plans) > limit:
-                plans += [p for k in (1, 2, 3) for p in self.candidates(s, plan.peak_bytes * 0.6**k)]
-            plan = within(problem, limit, plans, self.name)
-        return finished(plan, began, policy=self.name)
+        return searched(problem, self.name, self.below)
+
+    def below(self, s: Schedule, limit: float) -> Iterator[RematPlan]:
+        """The plans of walks at the limit, and where none is within it of walks at others."""
+        least = float("inf")
+        for plan in self.candidates(s, limit):
+            least = min(least, plan.peak_bytes)
+            yield plan
+        for k in (1, 2, 3) if least > limit else ():
+            yield from self.candidates(s, s.everything.peak_bytes * 0.6**k)
 
     def candidates(self, s: Schedule, limit: float) -> Iterator[RematPlan]:
         """The plans of walks at the limit and below it, and what they all lead to."""

@@ -16,7 +16,7 @@ from minifuse.ir.decision import bytes_text
 from minifuse.ir.lazy import Deferred
 from minifuse.passes.remat.budget import eager_peak, limit_of
 from minifuse.passes.remat.partition import ask
-from minifuse.passes.remat.plan import RematPlan, RematPolicy, cost_seconds
+from minifuse.passes.remat.plan import RematPlan, RematPolicy, gap
 from minifuse.passes.remat.policies import POLICIES, resolve
 from minifuse.passes.remat.problem import Problem
 from minifuse.passes.remat.verify import verify_plan
@@ -160,12 +160,8 @@ def curve_of(
 def point(
     policy: str, problem: Problem, plan: RematPlan, budget: float | None, took: float, within: tuple[float, ...]
 ) -> Point:
-    gap = None
-    if plan.lower_bound:
-        gap = cost_seconds(problem, plan) / plan.lower_bound - 1
-        gap = max(gap, 0.0) if gap > -1e-6 else None
     return Point(policy, budget, plan.peak_bytes, plan.step_seconds, plan.saved_bytes, plan.offloaded_bytes,
-                 plan.extra_flops, took, gap, plan.status, within)  # fmt: skip
+                 plan.extra_flops, took, gap(problem, plan), plan.status, within)  # fmt: skip
 
 
 # -- what the command line says ------------------------------------------------------------------

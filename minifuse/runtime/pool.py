@@ -274,13 +274,11 @@ class Pool:
 
     def trim(self, max_age: float = 0.0, limit_bytes: int = 0) -> int:
         """Give free segments back to the system: those unused for `max_age` seconds, and the oldest of the others
-        while more than `limit_bytes` lie unused. What was in use at most counts anew from now on. Returns the bytes
-        given back."""
+        while more than `limit_bytes` lie unused. Returns the bytes given back."""
         with self._lock:
             self._begin()
             self._settle()
             given = self._shrink(max_age, limit_bytes)
-            self._most = self._used
             self._torn = False
         return sum(piece.size for piece in given)
 

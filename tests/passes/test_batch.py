@@ -11,6 +11,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+import minifuse
 from minifuse.explain.replay import kernel_script, replay
 from minifuse.ir.index import Axis, Sym, as_expr
 from minifuse.ir.interpret import run_plan
@@ -24,6 +25,7 @@ from minifuse.passes import batch as batching
 from minifuse.passes import schedule
 from minifuse.passes.batch import batch
 from minifuse.passes.context import CompileContext
+from minifuse.passes.join import peak
 from minifuse.passes.memory import place
 from minifuse.records import RECORDS
 from tests.judge import compiled, same
@@ -491,3 +493,16 @@ def test_work_of_one_batch_is_shared_by_elements() -> None:
     finally:
         torch.set_num_threads(threads)
     assert batching.MOVED_BYTES < batching.HELD_BYTES
+
+
+def test_a_batch_from_several_places_does_not_hold_what_they_are_computed_from_all_at_once() -> None:
+    def routed(router: Tensor, weight: Tensor, *inputs: Tensor) -> tuple[Tensor, ...]:
+        hidden = (x @ weight for x in inputs)
+        return tuple((h * (h @ router).softmax(-1)[:, :1]).sum(0) for h in hidden)
+
+    inputs = [torch.randn(512, 4), torch.randn(64, 512), *(torch.randn(2048, 64) for _ in range(4))]
+    found = minifuse.capture(routed, *inputs, compile_options={"device_model": "cpu"})
+    plan = found.plans["inference"]
+    hidden = 4 * 2048 * 512
+    assert peak(plan)[0] < 2.5 * hidden
+    assert any("raise the peak of memory" in d.words for d in found.decisions["inference"] if d.rule == "batch")

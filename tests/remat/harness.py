@@ -12,7 +12,9 @@ from torch import fx
 
 from minifuse import compat
 from minifuse.ir.decision import Decision
-from minifuse.passes.remat import Problem, RematPlan, RematPolicy, build_problem, partition
+from minifuse.passes.remat import partition
+from minifuse.passes.remat.build import build_problem
+from minifuse.remat import Problem, RematPlan, RematPolicy
 
 GENERATED = frozenset(
     """where clone _to_copy convert_element_type full full_like arange cat slice_scatter select_scatter constant_pad_nd

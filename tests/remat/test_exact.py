@@ -14,12 +14,12 @@ import torch
 from torch import nn
 
 import minifuse
-from minifuse.passes.remat import POLICIES, Problem, RematPolicy, assemble, resolve, verify_plan
 from minifuse.passes.remat.budget import limit_of
 from minifuse.passes.remat.checkmate import CheckmateMilp
 from minifuse.passes.remat.plan import closure, cost_seconds
 from minifuse.passes.remat.problem import RECOMPUTE
 from minifuse.passes.remat.rotor import F_ALL, F_NONE, B, Chain, Link, RotorDp
+from minifuse.remat import POLICIES, Problem, RematPolicy, assemble, resolve, verify_plan
 from tests.remat.test_plans import random_problem
 
 

@@ -13,11 +13,11 @@ import torch
 from benchmarks import published
 from minifuse.errors import MinifuseError, RematError
 from minifuse.ir.device import CPU
-from minifuse.passes.remat import POLICIES, RECOMPUTE, SAVE, Choice, Problem, RematPlan, Value, resolve, verify_plan
 from minifuse.passes.remat.budget import limit_of
 from minifuse.passes.remat.mincut import minimum_cut
 from minifuse.passes.remat.partition import ask
 from minifuse.passes.remat.plan import assemble, closure
+from minifuse.remat import POLICIES, RECOMPUTE, SAVE, Choice, Problem, RematPlan, Value, resolve, verify_plan
 from tests.remat.harness import Seen, backend, train
 
 MB = 1_000_000

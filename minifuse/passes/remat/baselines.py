@@ -34,8 +34,12 @@ class RecomputeAll:
 
     def plan(self, problem: Problem) -> RematPlan:
         began = time.perf_counter()
-        saved = _names(problem, lambda v: v.tag == "must_save" or runs_once(problem, v))
-        return assemble(problem, saved, self.name, solve_seconds=time.perf_counter() - began)
+        return assemble(problem, self.names(problem), self.name, solve_seconds=time.perf_counter() - began)
+
+    @staticmethod
+    def names(problem: Problem) -> frozenset[str]:
+        """What is saved, as far as the backward needs it, by every plan."""
+        return _names(problem, lambda v: v.tag == "must_save" or runs_once(problem, v))
 
 
 def runs_once(problem: Problem, v: Value) -> bool:

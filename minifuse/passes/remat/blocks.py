@@ -8,7 +8,7 @@ from functools import cached_property
 
 import numpy as np
 
-from .baselines import runs_once
+from .baselines import RecomputeAll
 from .chen import ChenSqrt, crossings
 from .plan import RematPlan, assemble
 from .problem import Problem, Value
@@ -47,7 +47,7 @@ class Blocks:
         forward = [v for v in problem.values if v.phase == "forward"]
         self.crossing = crossings(problem, forward)
         self.ends = self._ends(forward)
-        self.always = frozenset(v.name for v in forward if v.tag == "must_save" or runs_once(problem, v))
+        self.always = RecomputeAll.names(problem)
         self.of: dict[str, int] = {}
         block, ends = 0, set(self.ends)
         for at, v in enumerate(forward):

@@ -17,11 +17,10 @@ _FILL_STEPS = 16
 
 def eager_peak(problem: Problem) -> int:
     """Bytes at the peak of a step by eager, as predicted: each operator by itself, and what autograd saves."""
-    known: dict[str, int] = problem.__dict__  # a problem does not change
-    if "eager_peak" not in known:
+    if eager_peak not in problem.memo:
         alone = replace(problem, values=tuple(replace(v, group=None) for v in problem.values))
-        known["eager_peak"] = SaveAll().plan(alone).peak_bytes
-    return known["eager_peak"]
+        problem.memo[eager_peak] = SaveAll().plan(alone).peak_bytes
+    return problem.memo[eager_peak]
 
 
 def limit_of(problem: Problem) -> float:
@@ -52,11 +51,11 @@ def within(problem: Problem, limit: float, plans: Iterable[RematPlan], policy: s
     best = low = fits[-1]
     least = seconds[id(low)]
     above = frontier[len(fits) :][:1]
-    saved = frozenset(low.saved)
+    saved, away = frozenset(low.saved), low.offloaded
     more = sorted((n for p in above for n in p.saved if n not in saved), key=lambda n: -problem.position[n])
     steps = effort(problem, _FILL_STEPS)
     for step in range(1, steps) if more else ():
-        plan = assemble(problem, [*saved, *more[: len(more) * step // steps]], policy)
+        plan = assemble(problem, [*saved, *more[: len(more) * step // steps]], policy, offloaded=away)
         if low.peak_bytes <= plan.peak_bytes <= limit and (took := plan.step_seconds) < least:
             best, least = plan, took
     return replace(best, policy=policy, status="within budget")

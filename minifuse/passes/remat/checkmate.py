@@ -58,7 +58,7 @@ class CheckmateMilp:
         if np.isinf(limit):
             plan = self.unlimited(problem)
         else:
-            given = min((search(problem, limit, self.name), RotorDp().plan(problem)),
+            given = min((search(problem, limit, "default"), RotorDp().plan(problem)),
                         key=lambda p: (max(p.peak_bytes, limit), cost_seconds(problem, p)))  # fmt: skip
             plan = self.limited(problem, limit, given)
         return replace(plan, solve_seconds=time.perf_counter() - began)

@@ -6,7 +6,7 @@ import time
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 
-from .baselines import SaveAll, runs_once
+from .baselines import RecomputeAll, SaveAll
 from .plan import RematPlan, assemble
 from .problem import Problem, Value
 
@@ -29,16 +29,15 @@ class ChenSqrt:
 
     def plan(self, problem: Problem) -> RematPlan:
         began = time.perf_counter()
-        plans = list(self.candidates(problem))
+        crossing = crossings(problem, [v for v in problem.values if v.phase == "forward"])
+        plans = [SaveAll().plan(problem), *self.candidates(problem, crossing)]
         best = min(plans, key=lambda p: (p.peak_bytes, p.extra_seconds))
         return assemble(problem, best.saved, self.name, status=best.status, solve_seconds=time.perf_counter() - began)
 
-    def candidates(self, problem: Problem, tried: int = _TRIED) -> Iterator[RematPlan]:
-        """The plan without segments, and one for each b, from one segment on."""
-        yield SaveAll().plan(problem)
+    def candidates(self, problem: Problem, crossing: list[frozenset[str]], tried: int = _TRIED) -> Iterator[RematPlan]:
+        """One for each b, from one segment on; `crossing` is what crosses behind each value of the forward."""
         forward = [v for v in problem.values if v.phase == "forward"]
-        always = frozenset(v.name for v in forward if v.tag == "must_save" or runs_once(problem, v))
-        crossing = crossings(problem, forward)
+        always = RecomputeAll.names(problem)
         whole = sum(v.nbytes for v in forward if v.storage == v.name and v.savable)
         seen: set[frozenset[str]] = set()
         for k in range(tried):

@@ -112,14 +112,13 @@ class _Network:
 
     @classmethod
     def of(cls, problem: Problem) -> _Network:
-        known: dict[str, _Network] = problem.__dict__  # a problem does not change
-        if "network" not in known:
+        if cls not in problem.memo:
             values = tuple(v for v in problem.values if v.phase not in ("backward", "tangent"))
             index = {v.name: 2 + 2 * i for i, v in enumerate(values)}
             edges = [(index[i] + 1, index[v.name], INFINITE) for v in values for i in v.inputs]
             edges += [(index[n] + 1, 1, INFINITE) for n in problem.required if not problem[n].is_given]
-            known["network"] = cls(values, np.array(edges, dtype=np.float64).reshape(-1, 3))
-        return known["network"]
+            problem.memo[cls] = cls(values, np.array(edges, dtype=np.float64).reshape(-1, 3))
+        return problem.memo[cls]
 
 
 def save_price(v: Value, price: Callable[[Value], float]) -> float:

@@ -17,7 +17,7 @@ from .build import build_problem, is_effect
 from .plan import RematPlan, RematPolicy
 from .policies import resolve
 from .problem import OFFLOAD, RECOMPUTE, SAVE, Problem
-from .simulate import backward_order, fetching, inlined, unit_key
+from .simulate import backward_order, backward_side, unit_key
 from .transfers import arrivals, departures, fetch, send
 from .verify import verify_plan
 
@@ -119,13 +119,13 @@ def _apply(
     once = {v.name for v in problem.values if v.phase == "forward"}
     _drop_dead(forward, lambda n: n.name in once)
     _drop_dead(backward, lambda n: n.name not in once)
-    order = backward_order(problem, {n: c.action for n, c in plan.choices.items()})
+    actions = {n: c.action for n, c in plan.choices.items()}
+    order = backward_order(problem, actions)
     rank: dict[str, float] = {name: i for i, name in enumerate(order)}
     if plan.offloaded:
-        rank |= _offload(forward, backward, problem, plan, order)
+        rank |= _offload(forward, backward, problem, plan, order, rank)
     _reorder(backward, rank)
-    there = fetching(problem, [problem[n] for n in plan.offloaded])
-    spread(problem, backward, inlined(there, [there[n] for n in order]))
+    spread(problem, backward, backward_side(problem, actions).inside)
     forward.recompile()
     backward.recompile()
     return forward, backward
@@ -156,16 +156,18 @@ def spread(problem: Problem, backward: fx.GraphModule, inside: Collection[str]) 
 
 
 def _offload(
-    forward: fx.GraphModule, backward: fx.GraphModule, problem: Problem, plan: RematPlan, order: list[str]
-) -> dict[str, float]:
-    """Put the ways to the host and back into the graphs; the places in the backward's `order` of those back."""
+    forward: fx.GraphModule, backward: fx.GraphModule, problem: Problem, plan: RematPlan, order: list[str],
+    at: Mapping[str, float],
+) -> dict[str, float]:  # fmt: skip
+    """Put the ways to the host and back into the graphs; the places in the backward's `order`, where values are `at`,
+    of those back."""
     away = [problem[n] for n in plan.offloaded]
     made = [problem[n.name] for n in forward.graph.nodes if n.name in problem.by_name]
     send(forward, {n: made[i].name for n, i in arrivals(problem, made, away).items()})
     begins = departures(problem, [problem[n] for n in order], away)
     rank: dict[str, float] = {}
     for name, (way, x) in fetch(backward, plan.offloaded).items():
-        rank[way], rank[x] = begins[name] - 0.5, order.index(name) - 0.25
+        rank[way], rank[x] = begins[name] - 0.5, at[name] - 0.25
     return rank
 
 

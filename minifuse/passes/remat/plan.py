@@ -164,6 +164,13 @@ def cost_seconds(problem: Problem, plan: RematPlan) -> float:
     return sum(problem.save_seconds(problem[n]) for n in plan.saved) + moved + plan.extra_seconds
 
 
+def gap(problem: Problem, plan: RematPlan) -> float | None:
+    """What a plan costs at most beyond the cheapest, as a share of the step; None where its policy proved no bound."""
+    if plan.lower_bound is None or not plan.step_seconds:
+        return None
+    return max(cost_seconds(problem, plan) - plan.lower_bound, 0.0) / plan.step_seconds
+
+
 def assemble(
     problem: Problem,
     saved: Collection[str],

@@ -45,7 +45,7 @@ class PricedMinCut:
         began = time.perf_counter()
         plan = self.fastest(problem)
         if plan.peak_bytes > (limit := limit_of(problem)):
-            plan = within(problem, limit, [plan, *self.frontier(problem)], self.name)
+            plan = within(problem, limit, self.frontier(problem, plan), self.name)
         return replace(plan, solve_seconds=time.perf_counter() - began)
 
     def fastest(self, problem: Problem) -> RematPlan:
@@ -68,15 +68,14 @@ class PricedMinCut:
             saved = _cut(problem, Prices(byte=price / problem.device.dram)).saved
             yield assemble(problem, saved, self.name, status=f"a byte at {price:g} loads")
 
-    def frontier(self, problem: Problem) -> list[RematPlan]:
-        """The cuts that are the fastest of those with no more bytes, for a price of a byte between nothing and all that
-        time is worth; a library's operators may run again.
+    def frontier(self, problem: Problem, fastest: RematPlan) -> list[RematPlan]:
+        """From `fastest` on the cuts that are the fastest of those with no more bytes, for a price of a byte between
+        nothing and all that time is worth; a library's operators may run again.
 
         The price at which two of them cost the same gives one between them, or shows that there is none (Eisner and
         Severance, "Mathematical Techniques for Efficient Record Segmentation in Large Shared Databases", 1976); the
         widest gap is looked into first.
         """
-        fastest = self.fastest(problem)
         least = assemble(problem, _cut(problem, Prices(externs=True, time=1e-6, byte=1.0)).saved, self.name)
         found = {p.saved: p for p in (fastest, least)}
         gaps = [(fastest, least)]

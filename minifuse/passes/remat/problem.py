@@ -113,6 +113,11 @@ class Problem:
     on_budget: str = "error"
 
     @cached_property
+    def memo(self) -> dict[Any, Any]:
+        """What was found out about it, by what asks: a problem does not change."""
+        return {}
+
+    @cached_property
     def by_name(self) -> Mapping[str, Value]:
         return {v.name: v for v in self.values}
 

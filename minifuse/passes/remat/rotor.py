@@ -9,7 +9,7 @@ from dataclasses import dataclass, field, replace
 
 import numpy as np
 
-from .baselines import SaveAll, runs_once
+from .baselines import RecomputeAll, SaveAll
 from .budget import limit_of, within
 from .chen import crossings
 from .plan import RematPlan, assemble
@@ -157,7 +157,7 @@ class RotorDp:
         forward = [v for v in problem.values if v.phase == "forward"]
         crossing = crossings(problem, forward)
         cut = PricedMinCut().fastest(problem)
-        once = frozenset(v.name for v in forward if v.tag == "must_save" or runs_once(problem, v))
+        once = RecomputeAll.names(problem)
         seen: set[frozenset[str]] = set()
         for most in _STAGES:
             stages = self.stages(problem, forward, crossing, most)

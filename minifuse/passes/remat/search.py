@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from functools import cached_property
 
 from .baselines import SaveAll
 from .blocks import Blocks
@@ -24,50 +26,74 @@ _SEGMENTS, _LOW, _ENDS, _NEAR = 12, 4, 3, 4
 
 def search(problem: Problem, limit: float, policy: str) -> RematPlan:
     """The fastest plan found that holds at most `limit` bytes at its peak; that of the least peak where none does."""
-    plan = fastest(problem, policy)
-    return plan if plan.peak_bytes <= limit else within(problem, limit, [plan, *candidates(problem, policy)], policy)
+    return Search(problem, policy).within(limit)
 
 
-def fastest(problem: Problem, policy: str) -> RematPlan:
-    """Of equally fast plans, none slower than `save_all` and none that saves more bytes, that of the least peak."""
-    priced = PricedMinCut()
-    everything = SaveAll().plan(problem)
-    plans = [priced.fastest(problem), everything, *priced.at(problem, _PRICES[: effort(problem, len(_PRICES))])]
-    plans = list({p.saved: p for p in plans}.values())
-    least = min(p.step_seconds for p in plans)
-    if len(plans) > 1:  # the best of them in each block, of less and less memory, while that takes no longer
-        for plan in Blocks(problem).mixtures(plans, effort(problem, _EASED), policy):
-            plans.append(plan)
-            least = min(least, plan.step_seconds)
-            if plan.step_seconds > (1 + _EQUAL) * least:
-                break
-    most = min((1 + _EQUAL) * least, everything.step_seconds)
-    fast = [p for p in plans if p.step_seconds <= most and p.saved_bytes <= everything.saved_bytes]
-    return min(fast, key=lambda p: (p.peak_bytes, p.step_seconds))
+@dataclass(frozen=True)
+class Search:
+    """The plans of one problem: each is made once."""
 
+    problem: Problem
+    policy: str
 
-def candidates(problem: Problem, policy: str) -> list[RematPlan]:
-    """Plans of less and less memory, whatever the budget."""
-    blocks = Blocks(problem)
-    cuts = PricedMinCut().frontier(problem)
-    plans = [SaveAll().plan(problem), *cuts, *ended(problem, blocks, cuts, policy)]
-    mixed = blocks.mixtures(list({p.saved: p for p in plans}.values()), effort(problem, _MIXED), policy)
-    return [*plans, *mixed, *ChenSqrt().candidates(problem, effort(problem, _SEGMENTS))]
+    def within(self, limit: float) -> RematPlan:
+        plan = self.fastest()
+        if plan.peak_bytes <= limit:
+            return plan
+        return within(self.problem, limit, [plan, *self.candidates()], self.policy)
 
+    @cached_property
+    def everything(self) -> RematPlan:
+        return SaveAll().plan(self.problem)
 
-def ended(problem: Problem, blocks: Blocks, cuts: Sequence[RematPlan], policy: str) -> Iterator[RematPlan]:
-    """Cuts that save besides what ends a block, all of it or what lowers the peak: a cut sees no use in that, and the
-    backward would compute many blocks again at once."""
-    yield assemble(problem, blocks.boundaries, policy)
-    for plan in cuts[1::2]:
-        yield assemble(problem, {*plan.saved, *blocks.boundaries}, policy)
-    for plan in sorted(cuts, key=lambda p: p.peak_bytes)[: effort(problem, _LOW)]:
-        for _ in range(effort(problem, _ENDS)):
-            at = blocks.block(plan.timeline.peak_step)
-            near = [n for n in blocks.mains if n not in plan.choices or plan.choices[n].action != SAVE]
-            near.sort(key=lambda n: (blocks.of[n] > at, abs(blocks.of[n] - at)))
-            tried = [assemble(problem, {*plan.saved, n}, policy) for n in near[:_NEAR]]
-            best = min(tried, key=lambda p: p.peak_bytes, default=plan)
-            if best.peak_bytes >= plan.peak_bytes:
-                break
-            yield (plan := best)
+    @cached_property
+    def cheapest(self) -> RematPlan:
+        """Value by value."""
+        return PricedMinCut().fastest(self.problem)
+
+    @cached_property
+    def blocks(self) -> Blocks:
+        return Blocks(self.problem)
+
+    def fastest(self) -> RematPlan:
+        """Of equally fast plans, none slower than `save_all` and none that saves more bytes, that of the least peak."""
+        everything = self.everything
+        prices = _PRICES[: effort(self.problem, len(_PRICES))]
+        plans = [self.cheapest, everything, *PricedMinCut().at(self.problem, prices)]
+        plans = list({p.saved: p for p in plans}.values())
+        least = min(p.step_seconds for p in plans)
+        if len(plans) > 1:  # the best of them in each block, of less and less memory, while that takes no longer
+            for plan in self.blocks.mixtures(plans, effort(self.problem, _EASED), self.policy):
+                plans.append(plan)
+                least = min(least, plan.step_seconds)
+                if plan.step_seconds > (1 + _EQUAL) * least:
+                    break
+        most = min((1 + _EQUAL) * least, everything.step_seconds)
+        fast = [p for p in plans if p.step_seconds <= most and p.saved_bytes <= everything.saved_bytes]
+        return min(fast, key=lambda p: (p.peak_bytes, p.step_seconds))
+
+    def candidates(self) -> list[RematPlan]:
+        """Plans of less and less memory, whatever the budget."""
+        cuts = PricedMinCut().frontier(self.problem, self.cheapest)
+        plans = [self.everything, *cuts, *self.ended(cuts)]
+        unlike = list({p.saved: p for p in plans}.values())
+        mixed = self.blocks.mixtures(unlike, effort(self.problem, _MIXED), self.policy)
+        segments = ChenSqrt().candidates(self.problem, self.blocks.crossing, effort(self.problem, _SEGMENTS))
+        return [*plans, *mixed, *segments]
+
+    def ended(self, cuts: Sequence[RematPlan]) -> Iterator[RematPlan]:
+        """Cuts that save besides what ends a block, all of it or what lowers the peak: a cut sees no use in that, and
+        the backward would compute many blocks again at once."""
+        yield assemble(self.problem, self.blocks.boundaries, self.policy)
+        for plan in cuts[1::2]:
+            yield assemble(self.problem, {*plan.saved, *self.blocks.boundaries}, self.policy)
+        for plan in sorted(cuts, key=lambda p: p.peak_bytes)[: effort(self.problem, _LOW)]:
+            for _ in range(effort(self.problem, _ENDS)):
+                at = self.blocks.block(plan.timeline.peak_step)
+                near = [n for n in self.blocks.mains if n not in plan.choices or plan.choices[n].action != SAVE]
+                near.sort(key=lambda n: (self.blocks.of[n] > at, abs(self.blocks.of[n] - at)))
+                tried = [assemble(self.problem, {*plan.saved, n}, self.policy) for n in near[:_NEAR]]
+                best = min(tried, key=lambda p: p.peak_bytes, default=plan)
+                if best.peak_bytes >= plan.peak_bytes:
+                    break
+                yield (plan := best)

@@ -112,6 +112,17 @@ class Unit:
         return all(v.kind in ("kernel", "reduction", "view") or v.group is not None for v in self.members)
 
 
+@dataclass(frozen=True)
+class Run:
+    """A pass from its first step to its last: the steps, the bytes of each of `CATEGORIES` and the host's while each
+    runs, its seconds, and what is alive behind the last with its category."""
+
+    steps: list[str]
+    held: list[list[int]]
+    seconds: list[float]
+    alive: dict[str, str]
+
+
 class Side:
     """One of the two passes: `values` in an order that runs; `there` are the storages that it is given and that die
     with their last reader, `kept` those that outlive it; `inside` is computed in the kernels that read it."""
@@ -125,12 +136,13 @@ class Side:
         inside: Collection[str] = (),
     ) -> None:
         self.problem, self.there, self.kept = problem, frozenset(there), frozenset(kept)
+        self.inside = frozenset(inside)
         self.units: dict[int, Unit] = {}
         self.unit_of: dict[str, int] = {}
         # a view is another name for memory, whoever reads it, and a tangent is there
         values = [v for v in values if v.kind != "view" and v.phase != "tangent"]
         values = [v for v in values if v.name not in inside]
-        reads = {v.name: sources(problem, v, inside) for v in values}
+        reads = {v.name: sources(problem, v, self.inside) for v in values}
         part = parts(problem, values, {name: read for name, (read, _) in reads.items()})
         number: dict[tuple[Key, int], int] = {}
         for at, v in enumerate(values):
@@ -181,11 +193,8 @@ class Side:
         v = self.problem[root]
         return v.nbytes if v.savable or v.is_given else 0
 
-    def run(
-        self, alive: Mapping[str, str], category: Mapping[str, str]
-    ) -> tuple[list[str], list[list[int]], list[float], dict[str, str]]:
-        """The steps, the bytes of each category (the last is the host's) while each runs, its seconds, and what is
-        alive behind the last; `alive` before the first, each storage with its category, as `category` has it of those
+    def run(self, alive: Mapping[str, str], category: Mapping[str, str]) -> Run:
+        """From what is `alive` before the first step, each storage with its category, as `category` has it of those
         that are made here (else temporary)."""
         reads = {i: list(u.reads) for i, u in self.units.items()}
         writes = {i: list(u.writes) for i, u in self.units.items()}
@@ -215,7 +224,7 @@ class Side:
             for n in (*dying, *(n for n in new if not left[n] and n not in self.kept)):
                 if n in alive:
                     held[alive.pop(n)] -= sizes[n]
-        return steps, rows, seconds, alive
+        return Run(steps, rows, seconds, alive)
 
 
 def unit_key(problem: Problem, v: Value) -> Key:
@@ -244,8 +253,10 @@ def inlined(problem: Problem, values: Sequence[Value]) -> frozenset[str]:
     return frozenset(instructions)
 
 
-def sources(problem: Problem, v: Value, inside: Collection[str]) -> tuple[dict[str, float], list[str]]:
+def sources(problem: Problem, v: Value, inside: frozenset[str]) -> tuple[dict[str, float], list[str]]:
     """What a value is computed from, with the bytes that are read of it, and what its kernel computes on the way."""
+    if inside.isdisjoint(problem[i].storage for i in v.inputs):
+        return directly(problem, v), []
     found: dict[str, float] = {}
     again: list[str] = []
     stack, seen = [v], {v.name}
@@ -259,12 +270,25 @@ def sources(problem: Problem, v: Value, inside: Collection[str]) -> tuple[dict[s
                     again.append(root.name)
                     stack.append(root)
                 continue
-            count = problem[i].elements
-            if reader.kind == "kernel":
-                count = min(count, reader.elements)
-            share = min(count / root.elements, 1.0) if root.elements else 1.0
-            found[i] = max(found.get(i, 0.0), share * root.nbytes)
+            found[i] = max(found.get(i, 0.0), part_of(problem, reader, i) * root.nbytes)
     return found, again
+
+
+def directly(problem: Problem, v: Value) -> dict[str, float]:
+    """The bytes that it reads of each of its inputs."""
+    known = problem.memo.setdefault(directly, {})
+    if v.name not in known:
+        known[v.name] = {i: part_of(problem, v, i) * problem[problem[i].storage].nbytes for i in v.inputs}
+    return known[v.name]
+
+
+def part_of(problem: Problem, reader: Value, name: str) -> float:
+    """The share of a storage that a value reads of it as `name`: a view may be a part, and a pointwise kernel reads no
+    more elements than it has."""
+    count, whole = problem[name].elements, problem[problem[name].storage].elements
+    if reader.kind == "kernel":
+        count = min(count, reader.elements)
+    return min(count / whole, 1.0) if whole else 1.0
 
 
 def parts(problem: Problem, values: Sequence[Value], reads: Mapping[str, Iterable[str]]) -> dict[str, int]:
@@ -297,30 +321,48 @@ def simulate(problem: Problem, actions: Mapping[str, str]) -> Timeline:
     saved in the backward; what a pass gives the caller lives to the end of that pass, and is the caller's from then on.
     """
     early = {n for n, a in actions.items() if a != RECOMPUTE and problem[n].phase == "either"}
-    loaded = {problem[n].storage for n, a in actions.items() if a == SAVE and not problem[problem[n].storage].is_given}
+    loaded = loaded_of(problem, actions)
     away = [problem[n] for n, a in actions.items() if a == OFFLOAD]
     hosted = dict.fromkeys((host_name(v) for v in away), HOST)
     outputs = {r for r in (problem[n].storage for n in problem.forward_outputs) if not problem[r].is_given}
-    gradients = {problem[n].storage for n in problem.backward_outputs if n in problem.by_name}
     category = {**dict.fromkeys(outputs, "outputs"), **dict.fromkeys(loaded - outputs, "saved"), **hosted}
 
     mine = [v for v in problem.values if v.phase == "forward" or v.name in early]
     there, sent = sending(problem, away), arrivals(problem, mine, away)
     for v in sorted(away, key=lambda v: -sent[v.name]):
         mine.insert(sent[v.name] + 1, there[host_name(v)])
-    forward = Side(there, mine, (), {*loaded, *outputs, *hosted})
-    first, before, took, alive = forward.run({}, category)
+    first = Side(there, mine, (), {*loaded, *outputs, *hosted}).run({}, category)
 
-    there = fetching(problem, away)
-    tangents = {v.name: "temporary" for v in problem.values if v.phase == "tangent"}
-    order_back = [there[n] for n in prefetched(problem, backward_order(problem, actions), away)]
-    given = {n: kind for n, kind in alive.items() if n in loaded or n in hosted}
-    backward = Side(there, order_back, {*loaded, *hosted, *tangents}, gradients, inlined(there, order_back))
-    then, behind, takes, _ = backward.run({**given, **tangents}, dict.fromkeys(gradients, "gradients"))
+    backward, tangents = backward_side(problem, actions), tangents_of(problem)
+    given = {n: kind for n, kind in first.alive.items() if n in loaded or n in hosted}
+    then = backward.run({**given, **tangents}, dict.fromkeys(backward.kept, "gradients"))
 
-    *held, host = zip(*before, *behind, strict=True) if first or then else ((),) * (len(CATEGORIES) + 1)
+    rows = [*first.held, *then.held]
+    *held, host = zip(*rows, strict=True) if rows else ((),) * (len(CATEGORIES) + 1)
     way = sum(map(problem.transfer_seconds, away)) if problem.device.link else 0.0
-    return Timeline((*first, *then), len(first), tuple(held), (*took, *takes), host, (way, way))
+    steps, seconds = (*first.steps, *then.steps), (*first.seconds, *then.seconds)
+    return Timeline(steps, len(first.steps), tuple(held), seconds, host, (way, way))
+
+
+def loaded_of(problem: Problem, actions: Mapping[str, str]) -> frozenset[str]:
+    """The storages that are saved."""
+    roots = {problem[n].storage for n, a in actions.items() if a == SAVE}
+    return frozenset(r for r in roots if not problem[r].is_given)
+
+
+def tangents_of(problem: Problem) -> dict[str, str]:
+    """What the backward begins with, with its category."""
+    return {v.name: "temporary" for v in problem.values if v.phase == "tangent"}
+
+
+def backward_side(problem: Problem, actions: Mapping[str, str]) -> Side:
+    """The backward that loads, recomputes or fetches what `actions` says."""
+    away = [problem[n] for n, a in actions.items() if a == OFFLOAD]
+    there = fetching(problem, away)
+    values = [there[n] for n in prefetched(problem, backward_order(problem, actions), away)]
+    given = loaded_of(problem, actions).union(map(host_name, away), tangents_of(problem))
+    gradients = {problem[n].storage for n in problem.backward_outputs if n in problem.by_name}
+    return Side(there, values, given, gradients, inlined(there, values))
 
 
 def prefetched(problem: Problem, order: list[str], away: Sequence[Value]) -> list[str]:

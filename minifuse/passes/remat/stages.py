@@ -10,8 +10,8 @@ import numpy as np
 from .baselines import runs_once
 from .mincut import INFINITE, again_price, save_price
 from .plan import RematPlan, closure
-from .problem import SAVE, Problem, Value
-from .simulate import Side, Unit, backward_order, inlined
+from .problem import Problem, Value
+from .simulate import Side, Unit, backward_order, backward_side, loaded_of, tangents_of
 
 # What is smaller than this share of the limit is saved where it may be, and does not count.
 TINY = 1e-4
@@ -171,13 +171,13 @@ class Stages:
         problem = self.problem
         outputs = {r for r in (problem[n].storage for n in problem.forward_outputs) if not problem[r].is_given}
         side = Side(problem, (v for v in problem.values if v.phase == "forward"), (), outputs)
-        steps, rows, _, _ = side.run({}, {})
+        run = side.run({}, {})
         end: dict[str, int] = {}
-        for t, name in enumerate(steps):
+        for t, name in enumerate(run.steps):
             unit = side.units[side.unit_of[name]]
             end.update(dict.fromkeys((*(v.name for v in unit.members), *unit.reads), t))
         whole = sum(n.nbytes for n in self.nodes.values())
-        for t, row in enumerate(rows):
+        for t, row in enumerate(run.held):
             if sum(row) + whole > limit:
                 done = frozenset(n for n in self.nodes if n not in outputs and end.get(n, t) < t)
                 if self.forward and self.forward[-1][1] == done:
@@ -250,12 +250,8 @@ class Stages:
 
 def backward_of(problem: Problem, actions: Mapping[str, str]) -> tuple[Side, list[int]]:
     """The backward that loads what `actions` says, and its kernels in their order."""
-    loaded = {problem[n].storage for n, a in actions.items() if a == SAVE and not problem[problem[n].storage].is_given}
-    gradients = {problem[n].storage for n in problem.backward_outputs if n in problem.by_name}
-    tangents = {v.name: "temporary" for v in problem.values if v.phase == "tangent"}
-    values = [problem[n] for n in backward_order(problem, actions)]
-    side = Side(problem, values, {*loaded, *tangents}, gradients, inlined(problem, values))
-    steps, *_ = side.run({**dict.fromkeys(loaded, "saved"), **tangents}, {})
+    side = backward_side(problem, actions)
+    steps = side.run({**dict.fromkeys(loaded_of(problem, actions), "saved"), **tangents_of(problem)}, {}).steps
     return side, [side.unit_of[s] for s in steps]
 
 

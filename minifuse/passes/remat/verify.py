@@ -32,8 +32,7 @@ def verify_plan(problem: Problem, plan: RematPlan) -> None:
     for name in problem.required:
         if name not in plan.choices:
             raise _broken(plan, name, "is read by the backward and neither saved nor recomputed")
-    limit = limit_of(problem)
-    if plan.peak_bytes > limit and problem.on_budget == "error":
+    if problem.on_budget == "error" and plan.peak_bytes > (limit := limit_of(problem)):
         raise RematError(
             f"{plan.policy}: the least peak of a step that was found is {bytes_text(plan.peak_bytes)}, the budget is "
             f"{bytes_text(int(limit))}; raise memory_budget, or take this plan with on_budget='best'"
