@@ -126,3 +126,19 @@ def test_lines_of_the_user_reach_the_plan() -> None:
         return x.cos() * 7  # this very line
 
     assert "return x.cos() * 7" in str(minifuse.capture(f, torch.randn(3)).plans["inference"].origins)
+
+
+def test_what_dynamo_captures_is_the_original_and_leaves_buffers_and_the_generator_as_they_were() -> None:
+    model = nn.Sequential(nn.Linear(8, 8), nn.BatchNorm1d(8), nn.Dropout(0.5))
+    x, state = torch.randn(4, 8), torch.get_rng_state()
+    before = [b.clone() for b in model.buffers()]
+    for fn in (model, torch.compile(model)):
+        (found,) = minifuse.captures(fn, x)
+        assert found.problem is not None and found.remat is not None and "backward" in found.plans
+    assert all(map(torch.equal, model.buffers(), before)) and torch.equal(torch.get_rng_state(), state)
+
+    def double(x: torch.Tensor) -> torch.Tensor:
+        return x * 2
+
+    (found,) = minifuse.captures(torch.compile(double), x)
+    assert found.problem is None and "inference" in found.plans
