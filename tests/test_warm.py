@@ -21,6 +21,7 @@ from minifuse import warm as warm_start
 from minifuse.ir.ops import TABLE
 from minifuse.passes import pipeline
 from minifuse.passes.fuse import forbid
+from minifuse.remat import Problem, RematPlan, resolve
 from minifuse.runtime.loading import disk_cache
 
 pytestmark = pytest.mark.skipif(not compat.CACHES, reason="AOT autograd's cache takes a compiler since torch 2.13")
@@ -188,8 +189,8 @@ def test_what_was_compiled_otherwise_is_not_taken(folder: str, options: dict[str
 class KeepAll:
     name = "keep_all"
 
-    def plan(self, problem: Any) -> Any:
-        return minifuse.passes.remat.resolve("save_all").plan(problem)  # type: ignore[attr-defined]
+    def plan(self, problem: Problem) -> RematPlan:
+        return resolve("save_all").plan(problem)
 
 
 @pytest.mark.parametrize(
