@@ -7,6 +7,8 @@
   is a mapping of its own, `malloc_stats` knows the largest sum of mappings that ever were alive. That is exact, sees
   each tensor however it is cached or pooled, and does not see the compiler's own small objects. The profiler's count
   would miss a pool that was filled before the step; the resident set would count the modules that a compiler imports.
+  What a plan of rematerialisation holds is compared with its prediction by the kernel's count (`held`), beyond what is
+  resident between steps.
 """
 
 from __future__ import annotations
@@ -37,6 +39,8 @@ import numpy as np
 import torch
 from rich.console import Console
 from rich.table import Table
+
+from minifuse.runtime.program import POOL
 
 from . import models
 
@@ -172,6 +176,28 @@ def counted(step: Callable[[], Any]) -> dict[str, int]:
     most = mapped()[1] - filled
     del ballast
     return {"peak": most - before, "resident": _resident() - resident}
+
+
+def held(step: Callable[[], Any], clear: Callable[[], Any]) -> int:
+    """The most bytes that a warm step holds beyond what the process does when nothing of it is left, the memory that
+    minifuse's pool keeps between steps included; over two steps. `clear` drops what a step leaves to its caller.
+
+    From the kernel's count of resident pages, so that pages given back one by one are not counted; what libraries and
+    the compiler keep for good is not the step's. Run it in a process with `COUNTED`, where large blocks that are freed
+    leave at once.
+    """
+    for _ in range(3):
+        step()
+    found = []
+    for _ in range(2):
+        clear()
+        gc.collect()
+        ctypes.CDLL(None).malloc_trim(0)
+        Path("/proc/self/clear_refs").write_text("5")  # the high-water mark begins anew
+        rest = _resident() - POOL.held_bytes
+        step()
+        found.append(_resident() - rest)
+    return max(found)
 
 
 def peak(path: str, backend: str, training: bool) -> dict[str, int] | None:

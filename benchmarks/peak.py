@@ -14,8 +14,7 @@ import sys
 from typing import Any
 
 from minifuse.ir.plan import Plan
-from minifuse.passes.join import peak
-from minifuse.passes.memory import ALIGN, arena_intervals, most_alive, pack
+from minifuse.passes.memory import ALIGN, arena_intervals, most_alive, pack, peak
 from minifuse.records import RECORDS
 
 from . import harness, models

@@ -4,11 +4,11 @@
                                [--seconds 10] [--plugins] [--torch] [--json FILE] [--check]
 
 A model is captured once; its training graph is then compiled under each plan that differs and timed on the inputs that
-the captured step had, by itself: forward, then backward. Memory is counted in a whole step of the model. A row is a
-plan:
+the captured step had, by itself: forward, then backward. Memory is counted in a whole step. Model and loss are compiled
+as one. A row is a plan:
 
 * `predicted` and `measured` peak: the most bytes that the step holds beyond model and inputs, by the plan's simulator
-  and by the C library's count (see `benchmarks.harness`); `planned` is what the compiled plans need.
+  and by the kernel's count of resident pages (see `harness.held`); `planned` is what the compiled plans need.
 * `step`: seconds as the model of the device predicts them and as measured (interleaved medians), each over save_all's.
 * `flops`: of what is recomputed, of all of the step's; `plan`: seconds that the policy took; `gap`: of the step that
   the plan may be from the best, where the policy proved a bound.
@@ -43,7 +43,7 @@ from minifuse.capturing import copied
 from minifuse.errors import RematError
 from minifuse.explain.curves import BUDGETS, limited
 from minifuse.options import Options
-from minifuse.passes.join import peak
+from minifuse.passes.memory import peak
 from minifuse.passes.remat.plan import gap
 from minifuse.passes.remat.policies import FunctionPolicy
 from minifuse.records import RECORDS
@@ -133,6 +133,17 @@ class Captured(Graph):
         return call
 
 
+class Loss(torch.nn.Module):
+    """A model and its loss as one, so that what is compiled is all of a step."""
+
+    def __init__(self, model: torch.nn.Module) -> None:
+        super().__init__()
+        self.model = model
+
+    def forward(self, *args: Any, **kwargs: Any) -> Tensor:
+        return models.loss_of(self.model(*args, **kwargs))
+
+
 class Bench:
     """A model's training graph, captured by one step, to be compiled under any plan."""
 
@@ -151,7 +162,7 @@ class Bench:
             graphs.append(Captured("bench", options, eager_strides(gm)))
             return run_aot(graphs[-1], gm, inputs)
 
-        models.loss_of(torch.compile(model.train(), backend=backend)(*args, **kwargs)).backward()
+        torch.compile(Loss(model.train()), backend=backend)(*args, **kwargs).backward()
         if len(problems) != 1 or len(graphs) != 1:
             raise ValueError(f"{path}: expected one graph with a backward, found {len(problems)} of {len(graphs)}")
         (self.graph,), (self.problem,) = graphs, problems
@@ -256,20 +267,24 @@ def same(one: Sequence[Any], two: Sequence[Any]) -> bool:
     return all(isinstance(a, Tensor) and isinstance(b, Tensor) and torch.equal(a, b) for a, b in pairs)
 
 
-def probe_peak(path: str, plan: str) -> dict[str, int]:
+def probe_peak(path: str, plan: str) -> int:
     """Bytes of a training step of the model under the plan in a file. Run it through `fresh` with `COUNTED`."""
     model, args, kwargs = models.load(path)
     options = {"remat": plan, "plan_cache": False}
-    run = torch.compile(model.train(), backend=functools.partial(minifuse_backend, options=options))
-    return harness.counted(functools.partial(step, model, run, args, kwargs))
+    run = torch.compile(Loss(model.train()), backend=functools.partial(minifuse_backend, options=options))
+    return held(model, run, args, kwargs)
 
 
-def step(model: Any, run: Callable[..., Any], args: Any, kwargs: Any) -> None:
+def held(model: torch.nn.Module, run: Callable[..., Any], args: Any, kwargs: Any) -> int:
+    """See `harness.held`."""
+    return harness.held(functools.partial(step, model, run, args, kwargs), functools.partial(model.zero_grad, True))
+
+
+def step(model: torch.nn.Module, run: Callable[..., Any], args: Any, kwargs: Any) -> None:
     """From no gradients to all, with the same random numbers each time."""
-    for p in model.parameters():
-        p.grad = None
+    model.zero_grad(set_to_none=True)
     torch.manual_seed(1)
-    models.loss_of(run(*args, **kwargs)).backward()
+    run(*args, **kwargs).backward()
 
 
 def probe_torch(path: str, budget: float) -> dict[str, float]:
@@ -281,10 +296,10 @@ def probe_torch(path: str, budget: float) -> dict[str, float]:
     def compiled(budget: float) -> Callable[[], None]:
         torch._dynamo.reset()
         torch._functorch.config.activation_memory_budget = budget
-        run = torch.compile(model, backend="aot_eager_decomp_partition")
+        run = torch.compile(Loss(model), backend="aot_eager_decomp_partition")
         return functools.partial(step, model, run, args, kwargs)
 
-    nbytes = harness.counted(compiled(budget))["peak"]
+    nbytes = harness.held(compiled(budget), functools.partial(model.zero_grad, True))
     found = [p.grad for p in model.parameters() if p.grad is not None]
     compiled(1.0)()
     want = [p.grad for p in model.parameters() if p.grad is not None]
@@ -299,7 +314,7 @@ def measure(entry: models.Entry, options: argparse.Namespace, names: list[str], 
             found = harness.fresh(probe, entry.path, names, budgets, options.seconds, folder, env=cache)
             files = {r["file"] for r in found["rows"].values() if "file" in r}
             peaks = {
-                k: harness.fresh(probe_peak, entry.path, f"{folder}/{k}.json", env={**cache, **harness.COUNTED})["peak"]
+                k: harness.fresh(probe_peak, entry.path, f"{folder}/{k}.json", env={**cache, **harness.COUNTED})
                 for k in files
             }
         except ProbeError as error:

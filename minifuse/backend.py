@@ -40,6 +40,7 @@ from .passes.lower.structural import STRUCTURAL
 from .passes.normalise import replace_random
 from .passes.pipeline import make_plan
 from .passes.remat import partition
+from .passes.remat.build import nbytes_of
 from .records import RECORDS, Record
 from .runtime import toolchain
 from .runtime.build import begin
@@ -107,6 +108,8 @@ class Graph:
         self.options = options
         self.strides = strides
         self.captured: dict[str, Any] = {}
+        self.gradients: dict[int, tuple[Any, ...]] = {}
+        self.tangent_bytes = 0
         self.remat: CompileContext | None = None
         self.kept = False
         self.unfinished: list[Callable[[], None]] = []
@@ -128,6 +131,7 @@ class Graph:
         if self.remat is not None and stage in ("forward", "backward"):
             ctx.stages["remat"] = self.remat.stages.get("remat")
             if stage == "forward":
+                ctx.tangents = self.tangent_bytes
                 ctx.seconds.update(self.remat.seconds)
             else:
                 ctx.decisions.extend(self.remat.decisions)
@@ -145,6 +149,7 @@ class Graph:
                 replace_random(joint.graph)
             joint.recompile()
         self.keep("joint", joint)
+        self.gradients = gradient_strides(joint, kw["num_fwd_outputs"], kw.get("static_lifetime_input_indices") or ())
         with ctx.phase("remat"):
             forward, backward, plan = partition(
                 joint,
@@ -159,6 +164,7 @@ class Graph:
                 **kw,
             )
         ctx.stages["remat"] = plan
+        self.tangent_bytes = sum(nbytes_of(n) for n in joint.graph.nodes if compat.is_tangent(n))
         return forward, backward
 
     def forward(self, gm: fx.GraphModule, inputs: Sequence[Any]) -> Boxed:
@@ -174,7 +180,8 @@ class Graph:
 
     def backward(self, gm: fx.GraphModule, inputs: Sequence[Any]) -> Boxed:
         """Compiled when it is first called: a forward that is never differentiated does not pay."""
-        return self.compile(gm, "backward", {}) if self.kept else Lazy(lambda: self.compile(gm, "backward", {}))
+        compiled = functools.partial(self.compile, gm, "backward", self.gradients)
+        return compiled() if self.kept else Lazy(compiled)
 
     def output_strides(self, gm: fx.GraphModule) -> dict[int, tuple[Any, ...]]:
         """Eager's strides of the outputs that the user sees, by position in the graph's outputs."""
@@ -362,6 +369,22 @@ def eager_strides(gm: fx.GraphModule) -> list[tuple[Any, ...] | None]:
         val = arg.meta.get("example_value") if isinstance(arg, fx.Node) else None
         strided = isinstance(val, torch.Tensor) and val.layout is torch.strided
         found.append(tuple(val.stride()) if strided else None)  # type: ignore[union-attr]
+    return found
+
+
+def gradient_strides(joint: fx.GraphModule, first: int, parameters: Sequence[int]) -> dict[int, tuple[Any, ...]]:
+    """The strides of dense parameters whose gradients the graph gives others: autograd would copy those when the
+    backward has ended and all are alive. By position in the backward's outputs."""
+    primals = joint.graph.find_nodes(op="placeholder")
+    found = {}
+    for k, gradient in enumerate(joint.graph.output_node().args[0][first:]):  # type: ignore[arg-type, index]
+        if k not in parameters or not isinstance(gradient, fx.Node):
+            continue
+        own, given = primals[k].meta.get("val"), gradient.meta.get("val")
+        if isinstance(own, torch.Tensor) and isinstance(given, torch.Tensor) and own.shape == given.shape:
+            dense = torch.empty_like(own, device="meta").stride() == own.stride()
+            if dense and any(n > 1 and a != b for n, a, b in zip(own.shape, own.stride(), given.stride(), strict=True)):
+                found[k] = own.stride()
     return found
 
 

@@ -416,7 +416,12 @@ def is_primal(node: fx.Node) -> bool:
 
 def is_tangent(node: fx.Node) -> bool:
     """Whether a placeholder is a gradient that arrives from outside. AOT names them so: torch 2.11 to 2.13."""
-    return node.op == "placeholder" and "tangents" in str(node.target)
+    return node.op == "placeholder" and is_tangent_name(str(node.target))
+
+
+def is_tangent_name(name: str) -> bool:
+    """Whether an input of a backward by its name is a gradient that arrives from outside."""
+    return "tangents" in name
 
 
 def has_effect_token(node: fx.Node) -> bool:

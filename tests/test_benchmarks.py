@@ -12,8 +12,8 @@ from torch import Tensor, nn
 
 from benchmarks import cpu, instructions, models, peak, planning, products, published
 from benchmarks.harness import Board
-from minifuse.passes.join import peak as live
 from minifuse.passes.memory import most_alive
+from minifuse.passes.memory import peak as live
 from minifuse.passes.remat import mincut
 from minifuse.runtime import toolchain
 from tests.judge import compiled, records

@@ -20,7 +20,7 @@ from minifuse.explain.saved import SHOWN, SavedTable, saved_table
 from minifuse.explain.timeline import COLUMNS, draw
 from minifuse.ir.decision import bytes_text
 from minifuse.ir.device import DEVICES
-from minifuse.passes.join import peak
+from minifuse.passes.memory import peak
 from minifuse.passes.remat.partition import decisions
 from minifuse.records import RECORDS
 from minifuse.remat import Timeline, assemble

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import math
 import re
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any
@@ -19,7 +20,7 @@ import torch
 from minifuse import compat
 from minifuse.ir.index import ZERO, Axis, Expr, Sym
 from minifuse.ir.plan import Again, Buffer, Extern, Free, Join, Launch, Opaque, Plan, TensorRef
-from minifuse.passes.memory import POOLED_BYTES, out_overload, unknown_at_start
+from minifuse.passes.memory import POOLED_BYTES, exchanged, needs, out_overload, unknown_at_start
 
 aten = torch.ops.aten
 DIRECT: dict[Any, str] = {aten.mm.out: "torch.mm", aten.addmm.out: "torch.addmm", aten.bmm.out: "torch.bmm",
@@ -44,6 +45,7 @@ class _Writer:
     unit_symbols: tuple[str, ...]
     run_of: dict[int, int]
     threads: tuple[int, ...] = ()
+    behind: int = 0
     lines: list[str] = field(default_factory=list)
     objects: dict[str, Any] = field(default_factory=dict)
     views: dict[TensorRef, int] = field(default_factory=dict)
@@ -124,14 +126,19 @@ class _Writer:
         if names:
             out.append(f"({', '.join(names)},) = args")
         out.append("args.clear()")
+        wants = needs(plan, self.behind)
+        if wants.beside:
+            out.append(f"expect({wants.peak}, {wants.given})")
         for name, symbol in plan.symbols.items():
             if name in used and name not in late:
                 out.append(f"sym_{name} = {self.source(symbol.source, name)}")
         key = tuple(sorted(n for n in used if n not in late))
         mark = len(out)
-        self.steps()
+        self.steps(wants.beside)
         body = out[mark:]
         del out[mark:]
+        if len(plan.steps) in wants.beside:
+            body.append(f"beside({wants.beside[len(plan.steps)]})")
         body.append(f"return ({', '.join(self.outputs())}{',' if len(plan.outputs) == 1 else ''})")
         if any("V[" in line for line in body):
             body.insert(0, "V = frame.views")
@@ -181,11 +188,13 @@ class _Writer:
             found |= more
         return found
 
-    def steps(self) -> None:
+    def steps(self, beside: Mapping[int, int]) -> None:
         plan, out = self.plan, self.lines
         done_runs: set[int] = set()
         made = set(plan.inputs) | {n for n, b in plan.buffers.items() if b.storage == "constant"}
         for i, step in enumerate(plan.steps):
+            if i in beside:
+                out.append(f"beside({beside[i]})")
             if isinstance(step, Free):
                 dead = [self.var(n) for n in step.buffers if plan.buffers[n].storage != "arena" and n in made]
                 if dead:
@@ -291,21 +300,24 @@ class _Writer:
                 return
             (name,) = step.writes
             made_by = self.adopt(call, plan.buffers[name], copies, step)
-            if self.exchanged(step, plan.buffers[name]):
+            if exchanged(step.target, plan.buffers[name]):
                 out.append(f"lend({self.size(plan.buffers[name].nbytes)})")
                 made_by = f"own({made_by})"
             out.append(f"{self.var(name)} = {made_by}{comment}")
             made.add(name)
         else:
+            whole = step.origin in self.opaques  # held by what takes it
+            large = [] if whole else [r for r in step.writes if exchanged(step.target, plan.buffers[r])]
+            out.extend(f"lend({self.size(plan.buffers[r].nbytes)})" for r in large)
             out.append(f"{self.var(step.origin)} = {call}{comment}")
             for i, result in enumerate(step.results):
                 if result is not None and result in plan.buffers:
                     item = self.adopt(f"{self.var(step.origin)}[{i}]", plan.buffers[result], copies, step)
-                    out.append(f"{self.var(result)} = {item}")
+                    out.append(f"{self.var(result)} = {f'own({item})' if result in large else item}")
                     made.add(result)
             for i, symbol in step.sizes:
                 out.append(f"sym_{symbol} = {self.var(step.origin)}[{i}]")
-            if step.origin not in self.opaques:
+            if not whole:
                 out.append(f"del {self.var(step.origin)}")
         for i, d, symbol in step.dims:
             out.append(f"sym_{symbol} = {self.var(step.results[i] or '')}.size({d})")
@@ -314,11 +326,6 @@ class _Writer:
             if result is not None and result in plan.buffers and self.is_late(plan.buffers[result], step):
                 name = self.var(result)
                 out.append(f"{name} = {self.adopt(name, plan.buffers[result], copies, step, known=True)}")
-
-    def exchanged(self, step: Extern, b: Buffer) -> bool:
-        """Whether a product allocates a large result: memory that the pool gives up for it and takes over. Else its
-        results and the pool's would each hold what both need at once at most."""
-        return step.target is compat.LINEAR and (not b.nbytes.is_const or b.nbytes.value >= POOLED_BYTES)
 
     @cached_property
     def opaques(self) -> set[str]:
@@ -374,7 +381,9 @@ def write_program(
     unit_symbols: tuple[str, ...],
     run_of: dict[int, int],
     threads: tuple[int, ...] = (),
+    behind: int = 0,
 ) -> HostProgram:
     """The host program of a placed plan. `run_of` maps a launch's step to the C run that holds it; launches without one
-    are interpreted. `threads` is how many each run has work for, where that is known."""
-    return _Writer(plan, binding, unit_symbols, run_of, threads).write()
+    are interpreted. `threads` is how many each run has work for, where that is known, `behind` the bytes that are
+    allocated when it has returned."""
+    return _Writer(plan, binding, unit_symbols, run_of, threads, behind).write()

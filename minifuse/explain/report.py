@@ -23,7 +23,7 @@ from minifuse.ir.lazy import Deferred
 from minifuse.ir.plan import Extern, Launch, Plan, launch_traffic, least_traffic
 from minifuse.ir.value import Cast, Op, Random, Reduce, Scan, Value
 from minifuse.passes.fuse.log import entries
-from minifuse.passes.join import peak
+from minifuse.passes.memory import peak
 from minifuse.passes.remat.plan import Choice, RematPlan
 from minifuse.passes.remat.problem import RECOMPUTE, SAVE
 from minifuse.records import RECORDS, Record

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 from minifuse.ir.decision import Decision, bytes_text
 from minifuse.ir.lazy import Deferred
 from minifuse.ir.plan import Plan
-from minifuse.passes.join import peak
+from minifuse.passes.memory import peak
 from minifuse.passes.remat.plan import RematPlan
 from minifuse.passes.remat.problem import OFFLOAD, RECOMPUTE, SAVE
 

@@ -32,7 +32,7 @@ from minifuse.ir.value import LANES, Load, Op, Value, index_axes, topological
 from minifuse.passes import schedule, schedule_triton
 from minifuse.passes.context import CompileContext
 from minifuse.passes.depth import Depths
-from minifuse.passes.join import peak
+from minifuse.passes.memory import peak
 from minifuse.passes.split import closed
 
 MOVED_BYTES = 1 << 16

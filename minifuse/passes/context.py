@@ -18,7 +18,8 @@ from minifuse.options import Options
 class CompileContext:
     """One compile of one graph. Passes read `options` and `device` and append to `decisions`; nothing else.
 
-    `stage` is "inference", "forward" or "backward"; `seconds` maps a phase to its duration.
+    `stage` is "inference", "forward" or "backward"; `seconds` maps a phase to its duration. `tangents` is the bytes
+    that autograd allocates behind a forward for its backward.
     """
 
     name: str
@@ -28,6 +29,7 @@ class CompileContext:
     seconds: dict[str, float] = field(default_factory=dict)
     stages: dict[str, Any] = field(default_factory=dict)
     device: devices.DeviceModel = devices.CPU
+    tangents: int = 0
 
     def record(self, rule: str, *subject: str, taken: bool, reason: str, where: str = "", **facts: Any) -> None:
         self.decisions.append(Decision(rule, subject, taken, reason, facts, where))

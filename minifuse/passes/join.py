@@ -22,7 +22,7 @@ from minifuse.passes.context import CompileContext
 
 from .fuse import fuse
 from .fuse.log import JOINED, given
-from .memory import ALIGN, LARGE_BYTES, PRODUCTS, has_real_out, held, lifetimes, most_alive, unknown_at_start
+from .memory import ALIGN, LARGE_BYTES, PRODUCTS, has_real_out, held, most_alive, peak, spans, unknown_at_start
 from .regions import Piece, copy_kernel, covers, pieces, strides_of
 
 MEMORY_ROUNDS = 3
@@ -331,7 +331,7 @@ class Trial:
         longer: dict[Candidate, int] = {}
         limit, _ = peak(before)
         for n in range(MEMORY_ROUNDS):
-            most, early = peak(self.fuse(taken))
+            most, early = before_whole(self.fuse(taken))
             if most <= limit + max(LARGE_BYTES, limit // 128) or not taken:
                 break
             blamed = [c for c in taken if c.buffer in early] if n < MEMORY_ROUNDS - 1 else []
@@ -400,30 +400,9 @@ def compare(
     return {c: saved.get(g, 0) for c, g in groups.items()}, {c: more.get(g, 0) for c, g in groups.items()}
 
 
-def first_owner(plan: Plan, name: str) -> str:
-    """The buffer whose memory this one has taken over, itself where it has a memory of its own."""
-    while (before := plan.buffers[name].reuses) is not None:
-        name = before
-    return name
-
-
-def peak(plan: Plan) -> tuple[int, set[str]]:
-    """The most bytes that are alive at once, and the joined buffers that are alive then before they are whole.
-
-    Counted are results and what dies with the call, from their first use to their last; symbols at their hints.
-    """
-    end = len(plan.steps)
-    spans = {n: (0, 0) for n in plan.donated if n in plan.buffers}
-    spans |= {n: (0 if n in spans else first, last) for n, (first, last) in lifetimes(plan).items()}
-    for name in [n for n in spans if plan.buffers[n].reuses is not None]:  # what is taken over is one memory
-        first, last = spans.pop(name)
-        owner = first_owner(plan, name)
-        spans[owner] = (min(first, spans.get(owner, (first,))[0]), max(last, spans.get(owner, (0, last))[1]))
+def before_whole(plan: Plan) -> tuple[int, set[str]]:
+    """The most bytes that are alive at once, and the joined buffers that are alive then before they are whole."""
+    found = spans(plan)
+    most, where = most_alive(found.values())
     whole = {step.buffer: k for k, step in enumerate(plan.steps) if isinstance(step, Join)}
-    returned = {first_owner(plan, o.buffer) for o in plan.outputs if isinstance(o, TensorRef)}
-    given = {n for n, b in plan.buffers.items() if b.storage in ("input", "constant")} - plan.donated
-    owned = [plan.buffers[n] for n in spans if n not in given]
-    sizes = {b.name: plan.hint(b.extent) * dtypes.itemsize(b.dtype) for b in owned}
-    alive = ((spans[n][0], end if n in returned else spans[n][1], size) for n, size in sizes.items())
-    most, where = most_alive(alive)
-    return most, {n for n, k in whole.items() if n in spans and spans[n][0] <= where < k}
+    return most, {n for n, k in whole.items() if n in found and found[n][0] <= where < k}

@@ -11,6 +11,7 @@ from collections import Counter
 from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from itertools import accumulate, chain
+from typing import Any
 
 import torch
 
@@ -23,10 +24,15 @@ from minifuse.ir.value import Load, Value
 from minifuse.passes.context import CompileContext
 from minifuse.passes.schedule import canonical
 
+from .scratch import Layout, scratch_bytes
+
 aten = torch.ops.aten
 
 PRODUCTS = frozenset({aten.mm.default, aten.addmm.default, aten.bmm.default, aten.baddbmm.default})
 """Matrix products: they write rows that lie apart as they write them together."""
+
+EXCHANGED = frozenset({compat.LINEAR, aten.convolution.default, aten.convolution_backward.default})
+"""Operators whose large results the pool takes over, each a memory of its own."""
 
 ALIGN = 64
 # A buffer of this size has a block of its own, which returns to the pool when its last reader has run: one
@@ -34,6 +40,8 @@ ALIGN = 64
 LARGE_BYTES = 1 << 18
 # Below this a block is torch's allocator's, which keeps such pieces warm itself; from it on, the pool's.
 POOLED_BYTES = 1 << 20
+# What a call holds beside the pool is told to it in such parts of what it holds at most.
+BESIDE_PARTS = 32
 
 
 @dataclass(frozen=True)
@@ -251,15 +259,111 @@ def lifetimes(plan: Plan) -> dict[str, tuple[int, int]]:
     return span
 
 
-def most_alive(spans: Iterable[tuple[int, int, int]]) -> tuple[int, int]:
-    """The most bytes that are alive at once, of spans of a first and a last step and bytes, and the first such step."""
+def first_owner(plan: Plan, name: str) -> str:
+    """The buffer whose memory this one has taken over, itself where it has a memory of its own."""
+    while (before := plan.buffers[name].reuses) is not None:
+        name = before
+    return name
+
+
+def spans(plan: Plan) -> dict[str, tuple[int, int, int]]:
+    """The first and the last step and the bytes of what a call holds: its results, to its end if they are returned,
+    what dies with it, and the scratch of operators. Symbols are at their hints."""
+    end = len(plan.steps)
+    found = {n: (0, 0) for n in plan.donated if n in plan.buffers}
+    found |= {n: (0 if n in found else first, last) for n, (first, last) in lifetimes(plan).items()}
+    for name in [n for n in found if plan.buffers[n].reuses is not None]:  # what is taken over is one memory
+        first, last = found.pop(name)
+        owner = first_owner(plan, name)
+        found[owner] = (min(first, found.get(owner, (first,))[0]), max(last, found.get(owner, (0, last))[1]))
+    returned = {first_owner(plan, o.buffer) for o in plan.outputs if isinstance(o, TensorRef)}
+    given = {n for n, b in plan.buffers.items() if b.storage in ("input", "constant")} - plan.donated
+    held = {n: (first, end if n in returned else last, nbytes_of(plan, n))
+            for n, (first, last) in found.items() if n not in given}  # fmt: skip
+    for k, step in enumerate(plan.steps):
+        if isinstance(step, Extern) and (nbytes := scratch_of(plan, step)):
+            held[f"scratch of {step.origin}"] = (k, k, nbytes)
+    return held
+
+
+def nbytes_of(plan: Plan, name: str) -> int:
+    b = plan.buffers[name]
+    return plan.hint(b.extent) * dtypes.itemsize(b.dtype)
+
+
+def scratch_of(plan: Plan, step: Extern) -> int:
+    """The bytes of an operator's own copies: see `scratch_bytes`."""
+    if not step.results or not step.reads or plan.buffers[step.reads[0]].device.type != "cpu":
+        return 0
+
+    def layout(x: TensorRef | str) -> Layout:
+        b = plan.buffers[x if isinstance(x, str) else x.buffer]
+        shape, stride = (b.shape, b.stride) if isinstance(x, str) else (x.shape, x.stride)
+        return Layout(tuple(map(plan.hint, shape)), tuple(map(plan.hint, stride)), dtypes.itemsize(b.dtype))
+
+    return scratch_bytes(step.target, step.args, step.results[0], layout)
+
+
+def peak(plan: Plan) -> tuple[int, int]:
+    """The most bytes that a call holds at once (see `spans`), and the first step at which it does."""
+    return most_alive(spans(plan).values())
+
+
+@dataclass(frozen=True)
+class Needs:
+    """What a call holds at most, what of its inputs is the pool's, and, at each step from which it differs, what is not
+    the pool's: bytes. The latter in parts of `peak`, so that it changes at few steps."""
+
+    peak: int
+    given: int
+    beside: dict[int, int]
+
+
+def exchanged(target: Any, b: Buffer) -> bool:
+    """Whether an operator allocates a large result: memory that the pool gives up for it and takes over. Else its
+    results and the pool's would each hold what both need at once at most."""
+    large = not b.nbytes.is_const or b.nbytes.value >= POOLED_BYTES
+    return target in EXCHANGED and b.device.type == "cpu" and large
+
+
+def needs(plan: Plan, behind: int = 0) -> Needs:
+    """What a call will hold, for the pool to make room: tangents, what is too small for it, what operators allocate and
+    keep, their scratch, and what is allocated `behind` the call, is not the pool's."""
+    held = spans(plan)
+    held["behind"] = (len(plan.steps), len(plan.steps), behind)
+    made_by = {name: step.target for step in plan.externs for name in step.writes}
+
+    def pooled(name: str) -> bool:
+        b = plan.buffers.get(name)
+        if b is None or b.storage == "extern" and not exchanged(made_by[name], b):
+            return False
+        return b.storage == "arena" or held[name][2] >= POOLED_BYTES and not compat.is_tangent_name(name)
+
+    ours = set(filter(pooled, held))
+    most, _ = most_alive(held.values())
+    part = max(most // BESIDE_PARTS, POOLED_BYTES)
+    beside: dict[int, int] = {}
+    before = 0
+    for step, nbytes in alive(span for n, span in held.items() if n not in ours):
+        level = (nbytes + part // 2) // part * part
+        if level != before:
+            before = beside[step] = level
+    return Needs(most, sum(held[n][2] for n in ours & plan.donated), beside)
+
+
+def alive(spans: Iterable[tuple[int, int, int]]) -> list[tuple[int, int]]:
+    """The steps at which what is alive changes, of spans of a first and a last step and bytes, and the bytes then."""
     change: dict[int, int] = {}
     for first, end, nbytes in spans:
         change[first] = change.get(first, 0) + nbytes
         change[end + 1] = change.get(end + 1, 0) - nbytes
     steps = sorted(change)
-    live = accumulate(change[step] for step in steps)
-    most, where = max(zip(live, (-step for step in steps), strict=True), default=(0, 0))
+    return list(zip(steps, accumulate(change[step] for step in steps), strict=True))
+
+
+def most_alive(spans: Iterable[tuple[int, int, int]]) -> tuple[int, int]:
+    """The most bytes that are alive at once, of spans of a first and a last step and bytes, and the first such step."""
+    most, where = max(((nbytes, -step) for step, nbytes in alive(spans)), default=(0, 0))
     return most, -where
 
 

@@ -2,13 +2,17 @@
 
 Fresh pages cost more than the arithmetic on them (`clone` of 64 MB takes 18.8 ms, `copy_` into warm memory 2.8),
 so memory is kept and handed out again. It comes from the system in segments of the size asked; a segment is split
-into pieces when less is wanted of it, and free neighbours coalesce. CPU only; on CUDA, PyTorch's caching allocator
-does the same.
+into pieces when less is wanted of it, and free neighbours coalesce. What lies idle beyond what was once in use goes
+back: a segment whole, of one in use the pages of its free pieces. CPU only; on CUDA, PyTorch's caching allocator does
+the same.
 """
 
 from __future__ import annotations
 
+import ctypes
 import itertools
+import mmap
+import sys
 import time
 import weakref
 from bisect import bisect_left, insort
@@ -30,10 +34,11 @@ from minifuse.passes.memory import POOLED_BYTES
 SMALL = POOLED_BYTES
 # Segments unused for this many seconds go back to the system when the pool next asks it for memory.
 MAX_AGE = 30.0
-# Beyond what was in use at most, one part in so many may be held.
+# Beyond what was in use at most, here and beside the pool, one part in so many may be held.
 SLACK = 32
 # The bytes of a piece are a multiple of this, so that nearly equal requests find each other's pieces.
 PAGE = 4096
+LIBC = ctypes.CDLL(None) if sys.platform == "linux" else None
 # A rest of so many bytes is worth a piece of its own. Tensors have 16 times as much, so that a smaller rest serves
 # arenas alone and is waste of 1/16 at most; arenas smaller than this do not split what a tensor may want.
 KEEP = SMALL // 16
@@ -51,12 +56,13 @@ class _Tenant(np.ndarray):
 class _Piece:
     """A 64-byte aligned part of a segment, `offset` bytes into it, between its neighbours `below` and `above`.
 
-    `memo` is for what a user of the memory wants to find again with it, by user; it goes when the piece changes.
+    Of one that is free the first `warm` bytes have memory behind them. `memo` is for what a user of the memory wants
+    to find again with it, by user; it goes when the piece changes.
     """
 
     __slots__ = (
         "_memo", "_tensor", "above", "address", "array", "below", "free", "offset", "returned", "segment", "since",
-        "size",
+        "size", "warm",
     )  # fmt: skip
 
     def __init__(self, segment: torch.Tensor, array: np.ndarray, returned: deque[_Piece]) -> None:
@@ -69,6 +75,7 @@ class _Piece:
         self.above: _Piece | None = None
         self.free = False
         self.since = 0.0
+        self.warm = segment.nbytes
         self.resize(segment.nbytes)
 
     def resize(self, size: int) -> None:
@@ -100,6 +107,8 @@ class _Piece:
         rest.offset = self.offset + size
         rest.resize(self.size - size)
         rest.since = self.since
+        rest.warm = max(self.warm - size, 0)
+        self.warm = min(self.warm, size)
         rest.below, rest.above, self.above = self, self.above, rest
         if rest.above is not None:
             rest.above.below = rest
@@ -108,11 +117,25 @@ class _Piece:
 
     def absorb(self, above: _Piece) -> None:
         """Take the neighbour's memory over; both are free."""
+        self.warm += above.warm
         self.above = above.above
         if self.above is not None:
             self.above.below = self
         self.since = max(self.since, above.since)
         self.resize(self.size + above.size)
+
+    def cool(self, nbytes: int) -> int:
+        """Give the last pages of what is warm back to the system, of so many bytes; how many went. The address stays,
+        and has memory again when it is written to."""
+        keep = max(self.warm - nbytes, 0)
+        begin = -(-(self.address + keep) // mmap.PAGESIZE) * mmap.PAGESIZE
+        length = (self.address + self.warm) // mmap.PAGESIZE * mmap.PAGESIZE - begin
+        if LIBC is None or length <= 0:
+            return 0
+        if LIBC.madvise(ctypes.c_void_p(begin), ctypes.c_size_t(length), mmap.MADV_DONTNEED):
+            return 0
+        went, self.warm = self.warm - keep, keep
+        return went
 
     def give_back(self) -> None:
         # Runs in finalisers, on any thread, perhaps inside the pool's own code: it takes no lock and changes nothing
@@ -183,6 +206,7 @@ class Pool:
         self._sizes: list[int] = []  # the keys of `_free`, ascending
         self._kept: set[int] = set()  # segments of these sizes are not split
         self._held = self._used = self._most = 0
+        self._total = self._beside = 0  # the most that calls held, and what the last holds beside the pool
         self._torn = False
 
     @property
@@ -239,8 +263,8 @@ class Pool:
         return flat.set_(flat.untyped_storage(), 0, shape, stride)
 
     def lend(self, nbytes: int) -> None:
-        """Give a free segment of about this size back to the system, where there is one: an operator is about to
-        allocate as much for its result, which `own` brings back."""
+        """Give a free segment of about this size back to the system, where there is one, or what else lies idle where
+        too much would: an operator is about to allocate as much for its result, which `own` brings back."""
         if nbytes < SMALL:
             return
         size = -(-nbytes // PAGE) * PAGE
@@ -252,8 +276,28 @@ class Pool:
             piece = next((p for s in near for p in self._free[s].values() if p.whole), None)
             if piece is not None:
                 self._remove(piece)
-                self._held -= piece.size
+                self._held -= piece.warm
+            if self._held + size > self._bound():
+                self._shrink(MAX_AGE, self._bound() - self._used - size)
             self._torn = False
+
+    def expect(self, peak: int, given: int) -> None:
+        """A call begins that holds `peak` bytes at most, the pool's and others, `given` of them the pool's already."""
+        self._beside = 0
+        with self._lock:
+            self._begin()
+            self._settle()
+            self._total = max(self._total, self._used - given + peak)
+            self._torn = False
+
+    def beside(self, nbytes: int) -> None:
+        """A call holds so many bytes that are not the pool's from here on: what lies idle makes room for them."""
+        self._beside = nbytes
+        if self._held > self._bound():
+            with self._lock:
+                self._begin()
+                self._settle()
+                self._torn = False
 
     def own(self, x: torch.Tensor) -> torch.Tensor:
         """A result that nobody else holds, as a tensor over the same memory, which is the pool's from here on."""
@@ -278,9 +322,11 @@ class Pool:
         with self._lock:
             self._begin()
             self._settle()
-            given = self._shrink(max_age, limit_bytes)
+            before = self._held
+            self._shrink(max_age, limit_bytes)
+            given = before - self._held
             self._torn = False
-        return sum(piece.size for piece in given)
+        return given
 
     def _take(self, nbytes: int) -> _Piece:
         size = -(-max(nbytes, 1) // PAGE) * PAGE
@@ -293,6 +339,11 @@ class Pool:
                 self._used += piece.size
                 if self._used > self._most:
                     self._most = self._used
+                if piece.warm < piece.size:
+                    self._held += piece.size - piece.warm
+                    piece.warm = piece.size
+                    if self._held > self._bound():
+                        self._shrink(MAX_AGE, self._bound() - self._used)
             self._torn = False
         return piece
 
@@ -312,28 +363,36 @@ class Pool:
         return None
 
     def _settle(self) -> None:
-        """Put the pieces given back among the free ones, each as one with its free neighbours. Segments that were
-        split when others were wanted go back to the system once they are free."""
-        whole, returned = False, self._returned
+        """Put the pieces given back among the free ones, each as one with its free neighbours."""
+        returned = self._returned
         while returned:
             piece = returned.popleft()
             self._used -= piece.size
             below, above = piece.below, piece.above
             if above is not None and above.free:
-                self._remove(above)
-                piece.absorb(above)
+                piece = self._join(piece, above)
             if below is not None and below.free:
-                self._remove(below)
-                below.absorb(piece)
-                piece = below
+                piece = self._join(below, piece)
             self._insert(piece)
-            whole = whole or (piece.below is None and piece.above is None)
-        if whole and self._held > self._bound():
+        if self._held > self._bound():
             self._shrink(MAX_AGE, self._bound() - self._used)
 
+    def _join(self, below: _Piece, above: _Piece) -> _Piece:
+        """Two free neighbours as one, which has what is warm in front: else the upper one's goes."""
+        for piece in (below, above):
+            if piece.free:
+                self._remove(piece)
+        if below.warm < below.size and above.warm:
+            self._held -= above.warm
+            above.cool(above.warm)
+            above.warm = 0
+        below.absorb(above)
+        return below
+
     def _bound(self) -> int:
-        """The bytes that may be held: near what was once in use together."""
-        return self._most + self._most // SLACK
+        """The bytes that may be held: near what was once in use together, here and beside the pool."""
+        most = self._most + self._most // SLACK
+        return min(most, self._total + self._total // SLACK - self._beside) if self._beside else most
 
     def _insert(self, piece: _Piece) -> None:
         piece.free = True
@@ -388,14 +447,16 @@ class Pool:
         self._held += size
         return _Piece(segment, segment.numpy(), self._returned)
 
-    def _shrink(self, max_age: float, limit_bytes: int) -> list[_Piece]:
-        """Drop free segments as `trim` says; returns them."""
-        whole = [p for same in self._free.values() for p in same.values() if p.below is None and p.above is None]
-        now, dropped = time.monotonic(), []
-        for piece in sorted(whole, key=lambda p: p.since):
-            if now - piece.since < max_age and self._held - self._used <= limit_bytes:
+    def _shrink(self, max_age: float, limit_bytes: int) -> None:
+        """Give free memory back as `trim` says: segments, and the pages of pieces of those in use."""
+        now = time.monotonic()
+        for piece in sorted((p for same in self._free.values() for p in same.values()), key=lambda p: p.since):
+            over = self._held - self._used - limit_bytes
+            aged = now - piece.since >= max_age
+            if not aged and over <= 0:
                 break
-            self._remove(piece)
-            self._held -= piece.size
-            dropped.append(piece)
-        return dropped
+            if piece.whole and (aged or 2 * over >= piece.warm):
+                self._remove(piece)
+                self._held -= piece.warm
+            else:
+                self._held -= piece.cool(piece.warm if aged else over)

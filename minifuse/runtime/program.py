@@ -129,7 +129,8 @@ class Program:
         namespace: dict[str, Any] = {
             "torch": torch, "math": math, "enter": self.enter, "leave": self.leave, "view": compat.reinterpret_tensor,
             "empty": compat.empty_strided_cpu, "new": new, "adopt": adopt, "lend": POOL.lend, "own": POOL.own,
-            "fail": self.fail, "threads": threads, "interpret": self.interpret, **host.objects,
+            "expect": POOL.expect, "beside": POOL.beside, "fail": self.fail, "threads": threads,
+            "interpret": self.interpret, **host.objects,
         }  # fmt: skip
         namespace.update({f"run{i}": f for i, f in enumerate(functions)})
         namespace.update({f"b_{name}": value for name, value in constants.items()})

@@ -25,8 +25,7 @@ from minifuse.passes import batch as batching
 from minifuse.passes import schedule
 from minifuse.passes.batch import batch
 from minifuse.passes.context import CompileContext
-from minifuse.passes.join import peak
-from minifuse.passes.memory import place
+from minifuse.passes.memory import peak, place
 from minifuse.records import RECORDS
 from tests.judge import compiled, same
 

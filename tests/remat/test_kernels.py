@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 import minifuse
 from minifuse.ir.plan import launch_traffic
-from minifuse.passes.join import peak
+from minifuse.passes.memory import peak
 
 
 class Block(nn.Module):

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from minifuse.errors import RematError
 from minifuse.ir.device import DEVICES
-from minifuse.passes.join import peak
+from minifuse.passes.memory import peak
 from minifuse.passes.remat.transfers import arrivals, departures
 from minifuse.remat import OFFLOAD, SAVE, Problem, RematPlan, assemble, resolve, verify_plan
 from tests.judge import records

@@ -17,6 +17,7 @@ from minifuse.ir import device as devices
 from minifuse.ir import dtypes, ops
 from minifuse.passes.fuse import Landed
 from minifuse.passes.lower.nodes import module_path, mutated_arguments, source_line
+from minifuse.passes.scratch import Layout, scratch_bytes
 
 from .problem import Problem, Value
 
@@ -157,6 +158,19 @@ def elements_of(n: fx.Node) -> int:
     return sum(prod(shape_of(t)) for t in tensors(n.meta.get("val")))
 
 
+def scratch_of(n: fx.Node) -> int:
+    """The bytes of an operator's own copies: see `scratch_bytes`."""
+
+    def layout(x: fx.Node | torch.Tensor) -> Layout:
+        t = x.meta["val"] if isinstance(x, fx.Node) else x
+        return Layout(shape_of(t), tuple(map(compat.size_hint, t.stride())), dtypes.itemsize(t.dtype))
+
+    results = tensors(n.meta.get("val"))
+    if not results or results[0].device.type != "cpu":
+        return 0
+    return scratch_bytes(n.target, n.args, results[0], layout)
+
+
 def user_tags(graph: JointGraph) -> dict[fx.Node, str | None]:
     """What `torch.utils.checkpoint` asked for, by node, and what has to be saved beside that.
 
@@ -266,6 +280,7 @@ def build_problem(
                 op=op_name(n, whole=True) if n.op == "call_function" else "",
                 elements=elements_of(n),
                 module=module_path(n),
+                scratch=scratch_of(n) if kind == "extern" else 0,
             )
         )
     return Problem(

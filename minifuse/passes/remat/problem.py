@@ -37,7 +37,7 @@ class Value:
     forward overwrites; `binds` marks an operator that defines a data-dependent size. `stored` says that the forward
     writes it to memory whether it is saved or not: an extern made it or reads it, or it is an output. `op` is its
     operator (`aten.bmm`), `elements` how many it has (0: not known). `where` is the user's line, `module` the path
-    of the module around it, where Dynamo captured one.
+    of the module around it, where Dynamo captured one. `scratch` is the bytes that its operator takes while it runs.
     """
 
     name: str
@@ -61,6 +61,7 @@ class Value:
     op: str = ""
     elements: int = 0
     module: str = ""
+    scratch: int = 0
 
     def __post_init__(self) -> None:
         for field, valid in (("phase", PHASES), ("kind", KINDS), ("tag", (None, *TAGS))):

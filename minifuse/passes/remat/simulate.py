@@ -33,8 +33,9 @@ class Timeline:
 
     `steps` names the last value of each kernel or operator, the first `forward` of them in the forward. `held` has a
     row of bytes a category of `CATEGORIES`: what the backward loads, what the caller is given of the forward and of
-    the backward, and the rest, tangents among it. Inputs and parameters are the caller's and count nothing. `host` is
-    the bytes that are offloaded, `transfers` the seconds of the ways there, in the forward, and back.
+    the backward, and the rest, tangents and operators' scratch among it. Inputs and parameters are the caller's and
+    count nothing. `host` is the bytes that are offloaded, `transfers` the seconds of the ways there, in the forward,
+    and back.
     """
 
     steps: tuple[str, ...] = ()
@@ -105,6 +106,11 @@ class Unit:
     succs: set[int] = field(default_factory=set)
     reads: dict[str, None] = field(default_factory=dict)
     writes: dict[str, None] = field(default_factory=dict)
+
+    @property
+    def scratch(self) -> int:
+        """Bytes beyond what it reads and writes."""
+        return max(v.scratch for v in self.members)
 
     @property
     def is_kernel(self) -> bool:
@@ -219,7 +225,9 @@ class Side:
                     over.remove(found)
                     held[alive.pop(found)] -= sizes[found]
             steps.append(unit.members[-1].name)
+            held["temporary"] += unit.scratch
             rows.append([held[c] for c in (*CATEGORIES, HOST)])
+            held["temporary"] -= unit.scratch
             seconds.append(self.seconds(unit))
             for n in (*dying, *(n for n in new if not left[n] and n not in self.kept)):
                 if n in alive:

@@ -139,7 +139,7 @@ class Stages:
         for t, i in enumerate(ids):
             unit = side.units[i]
             fresh = self.written(side, unit, [n for n in unit.reads if last[n] == t and n in side.unit_of])
-            during = int(own[t]) + sum(fresh)
+            during = int(own[t]) + sum(fresh) + unit.scratch
             over = frozenset(fresh) if unit.is_kernel else frozenset[int]()
             reads = [n for n in unit.reads if n in self.nodes]
             if reads or t == len(ids) - 1:
