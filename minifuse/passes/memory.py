@@ -328,7 +328,9 @@ def exchanged(target: Any, b: Buffer) -> bool:
 
 def needs(plan: Plan, behind: int = 0) -> Needs:
     """What a call will hold, for the pool to make room: tangents, what is too small for it, what operators allocate and
-    keep, their scratch, and what is allocated `behind` the call, is not the pool's."""
+    keep, their scratch, and what is allocated `behind` the call, is not the pool's. Nothing on a GPU is."""
+    if any(b.device.type != "cpu" for b in plan.buffers.values()):
+        return Needs(0, 0, {})
     held = spans(plan)
     held["behind"] = (len(plan.steps), len(plan.steps), behind)
     made_by = {name: step.target for step in plan.externs for name in step.writes}
