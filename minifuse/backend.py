@@ -381,7 +381,8 @@ def gradient_strides(joint: fx.GraphModule, first: int, parameters: Sequence[int
         if k not in parameters or not isinstance(gradient, fx.Node):
             continue
         own, given = primals[k].meta.get("val"), gradient.meta.get("val")
-        if isinstance(own, torch.Tensor) and isinstance(given, torch.Tensor) and own.shape == given.shape:
+        strided = all(isinstance(x, torch.Tensor) and x.layout is torch.strided for x in (own, given))
+        if strided and own.shape == given.shape:
             dense = torch.empty_like(own, device="meta").stride() == own.stride()
             if dense and any(n > 1 and a != b for n, a, b in zip(own.shape, own.stride(), given.stride(), strict=True)):
                 found[k] = own.stride()
