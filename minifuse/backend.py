@@ -381,8 +381,9 @@ def gradient_strides(joint: fx.GraphModule, first: int, parameters: Sequence[int
         if k not in parameters or not isinstance(gradient, fx.Node):
             continue
         own, given = primals[k].meta.get("val"), gradient.meta.get("val")
-        strided = all(isinstance(x, torch.Tensor) and x.layout is torch.strided for x in (own, given))
-        if strided and own.shape == given.shape:
+        if not isinstance(own, torch.Tensor) or not isinstance(given, torch.Tensor):
+            continue
+        if own.layout is given.layout is torch.strided and own.shape == given.shape:
             dense = torch.empty_like(own, device="meta").stride() == own.stride()
             if dense and any(n > 1 and a != b for n, a, b in zip(own.shape, own.stride(), given.stride(), strict=True)):
                 found[k] = own.stride()
