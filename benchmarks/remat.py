@@ -172,7 +172,7 @@ class Bench:
         graph = Graph("bench", replace(self.graph.options, remat=Fixed(plan)), [])
         forward, backward = graph.partition(copied(self.graph.joint), [], **self.graph.asked)
         first = self.graph.asked["num_fwd_outputs"]
-        runs = [graph.compile(gm, stage, {}) for gm, stage in ((forward, "forward"), (backward, "backward"))]
+        runs = [graph.compile(forward, "forward", {}), graph.compile(backward, "backward", graph.gradients)]
         needs = max(peak(r.stages["memory"])[0] for r in [*RECORDS][-2:])
         primals, tangents = self.graph.primals, self.graph.tangents
 

@@ -13,7 +13,7 @@ import sys
 import threading
 import time
 import warnings
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from contextlib import AbstractContextManager
 from typing import Any
 
@@ -149,7 +149,9 @@ class Graph:
                 replace_random(joint.graph)
             joint.recompile()
         self.keep("joint", joint)
-        self.gradients = gradient_strides(joint, kw["num_fwd_outputs"], kw.get("static_lifetime_input_indices") or ())
+        self.gradients = gradient_strides(
+            joint, kw["num_fwd_outputs"], {*(kw.get("static_lifetime_input_indices") or ())}
+        )
         with ctx.phase("remat"):
             forward, backward, plan = partition(
                 joint,
@@ -372,7 +374,7 @@ def eager_strides(gm: fx.GraphModule) -> list[tuple[Any, ...] | None]:
     return found
 
 
-def gradient_strides(joint: fx.GraphModule, first: int, parameters: Sequence[int]) -> dict[int, tuple[Any, ...]]:
+def gradient_strides(joint: fx.GraphModule, first: int, parameters: Collection[int]) -> dict[int, tuple[Any, ...]]:
     """The strides of dense parameters whose gradients the graph gives others: autograd would copy those when the
     backward has ended and all are alive. By position in the backward's outputs."""
     primals = joint.graph.find_nodes(op="placeholder")

@@ -353,19 +353,19 @@ def needs(plan: Plan, behind: int = 0) -> Needs:
     return Needs(most, sum(held[n][2] for n in ours & plan.donated), beside)
 
 
-def alive(spans: Iterable[tuple[int, int, int]]) -> list[tuple[int, int]]:
+def alive(lives: Iterable[tuple[int, int, int]]) -> list[tuple[int, int]]:
     """The steps at which what is alive changes, of spans of a first and a last step and bytes, and the bytes then."""
     change: dict[int, int] = {}
-    for first, end, nbytes in spans:
+    for first, end, nbytes in lives:
         change[first] = change.get(first, 0) + nbytes
         change[end + 1] = change.get(end + 1, 0) - nbytes
     steps = sorted(change)
     return list(zip(steps, accumulate(change[step] for step in steps), strict=True))
 
 
-def most_alive(spans: Iterable[tuple[int, int, int]]) -> tuple[int, int]:
+def most_alive(lives: Iterable[tuple[int, int, int]]) -> tuple[int, int]:
     """The most bytes that are alive at once, of spans of a first and a last step and bytes, and the first such step."""
-    most, where = max(((nbytes, -step) for step, nbytes in alive(spans)), default=(0, 0))
+    most, where = max(((nbytes, -step) for step, nbytes in alive(lives)), default=(0, 0))
     return most, -where
 
 
