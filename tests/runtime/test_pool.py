@@ -269,6 +269,17 @@ def test_free_parts_of_a_segment_in_use_go_back_to_the_system() -> None:
     del whole
 
 
+def test_without_pages_to_give_back_parts_stay_and_segments_go(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("minifuse.runtime.pool.LIBC", None)
+    pool = Pool()
+    _bytes(pool, 8 << 20)
+    lower, upper = _bytes(pool, 2 << 20), _bytes(pool, 6 << 20)
+    del lower
+    assert pool.trim() == 0 and pool.held_bytes == 8 << 20
+    del upper
+    assert pool.trim() == 8 << 20 and pool.held_bytes == 0
+
+
 def test_room_is_made_for_an_operator_s_result_of_another_size() -> None:
     pool = Pool()
     used, free, other = (_bytes(pool, 4 * SMALL) for _ in range(3))
