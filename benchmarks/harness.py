@@ -67,8 +67,14 @@ class Sample:
         return f"{self.median * scale:.3g} {unit} ±{50 * (self.high - self.low) / self.median:.0f}%"
 
 
-def interleaved(cases: Mapping[str, Callable[[], Any]], rounds: int, warmup: int = 2) -> dict[str, Sample]:
-    """Time each case once a round, in an order that rotates, after `warmup` runs of each."""
+def interleaved(
+    cases: Mapping[str, Callable[[], Any]],
+    rounds: int,
+    warmup: int = 2,
+    ready: Callable[[Callable[[], Any]], Any] | None = None,
+) -> dict[str, Sample]:
+    """Time each case once a round, in an order that rotates, after `warmup` runs of each; `ready` is called with a case
+    before each run that is timed."""
     for _ in range(warmup):
         for run in cases.values():
             run()
@@ -79,6 +85,8 @@ def interleaved(cases: Mapping[str, Callable[[], Any]], rounds: int, warmup: int
     try:
         for i in range(rounds):
             for name in names[i % len(names) :] + names[: i % len(names)]:
+                if ready is not None:
+                    ready(cases[name])
                 start = time.perf_counter()
                 cases[name]()
                 seconds[name].append(time.perf_counter() - start)

@@ -9,7 +9,8 @@ as one. A row is a plan:
 
 * `predicted` and `measured` peak: the most bytes that the step holds beyond model and inputs, by the plan's simulator
   and by the kernel's count of resident pages (see `harness.held`); `planned` is what the compiled plans need.
-* `step`: seconds as the model of the device predicts them and as measured (interleaved medians), each over save_all's.
+* `step`: seconds as the model of the device predicts them and as measured (interleaved medians,
+  each plan in memory of its own), each over save_all's.
 * `flops`: of what is recomputed, of all of the step's; `plan`: seconds that the policy took; `gap`: of the step that
   the plan may be from the best, where the policy proved a bound.
 * `equal`: whether every gradient, dropout included, has the bits of save_all's.
@@ -23,6 +24,7 @@ marked `over`.
 from __future__ import annotations
 
 import argparse
+import ctypes
 import functools
 import importlib
 import json
@@ -49,6 +51,7 @@ from minifuse.passes.remat.policies import FunctionPolicy
 from minifuse.records import RECORDS
 from minifuse.remat import POLICIES, Problem, RematPlan, RematPolicy, eager_peak, limit_of, verify_plan
 from minifuse.runtime.cache import default_dir
+from minifuse.runtime.pool import POOL
 
 from . import harness, models
 from .harness import Board, Column, ProbeError, Target
@@ -172,7 +175,7 @@ class Bench:
         graph = Graph("bench", replace(self.graph.options, remat=Fixed(plan)), [])
         forward, backward = graph.partition(copied(self.graph.joint), [], **self.graph.asked)
         first = self.graph.asked["num_fwd_outputs"]
-        runs = [graph.compile(forward, "forward", {}), graph.compile(backward, "backward", graph.gradients)]
+        runs = [graph.compile(forward, "forward", {}), graph.compile(backward, "backward", {})]
         needs = max(peak(r.stages["memory"])[0] for r in [*RECORDS][-2:])
         primals, tangents = self.graph.primals, self.graph.tangents
 
@@ -253,12 +256,21 @@ def probe(path: str, names: list[str], budgets: list[float], seconds: float, fol
             "budget": "within" if found["within"] else "over",
             "equal": float(equal[key]),
         }
-    times = harness.interleaved(steps, ROUNDS, warmup=1)
+    times = harness.interleaved(steps, ROUNDS, warmup=1, ready=alone)
     for row in rows.values():
         if "key" in row:
             row["step"] = times[row["key"]].median
             row["step_ratio"] = times[row["key"]].median / times["save_all"].median
     return {"rows": rows, "eager": eager_peak(problem)}
+
+
+def alone(run: Callable[[], Any]) -> None:
+    """Two runs of a plan in memory of its own: another's blocks fit it badly, and where its pages happen to lie is
+    another matter in each round."""
+    POOL.trim()
+    ctypes.CDLL(None).malloc_trim(0)
+    run()
+    run()
 
 
 def same(one: Sequence[Any], two: Sequence[Any]) -> bool:

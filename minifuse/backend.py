@@ -13,7 +13,7 @@ import sys
 import threading
 import time
 import warnings
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager
 from typing import Any
 
@@ -37,7 +37,7 @@ from .passes.lower.externs import expected
 from .passes.lower.nodes import source_line
 from .passes.lower.pointwise import ROWS
 from .passes.lower.structural import STRUCTURAL
-from .passes.normalise import replace_random
+from .passes.normalise import lay_out_gradients, replace_random
 from .passes.pipeline import make_plan
 from .passes.remat import partition
 from .passes.remat.build import nbytes_of
@@ -108,7 +108,6 @@ class Graph:
         self.options = options
         self.strides = strides
         self.captured: dict[str, Any] = {}
-        self.gradients: dict[int, tuple[Any, ...]] = {}
         self.tangent_bytes = 0
         self.remat: CompileContext | None = None
         self.kept = False
@@ -147,11 +146,9 @@ class Graph:
             merge_equal(joint.graph)
             if self.options.rng == "fast":
                 replace_random(joint.graph)
+            lay_out_gradients(joint.graph, kw["num_fwd_outputs"], {*(kw.get("static_lifetime_input_indices") or ())})
             joint.recompile()
         self.keep("joint", joint)
-        self.gradients = gradient_strides(
-            joint, kw["num_fwd_outputs"], {*(kw.get("static_lifetime_input_indices") or ())}
-        )
         with ctx.phase("remat"):
             forward, backward, plan = partition(
                 joint,
@@ -182,7 +179,7 @@ class Graph:
 
     def backward(self, gm: fx.GraphModule, inputs: Sequence[Any]) -> Boxed:
         """Compiled when it is first called: a forward that is never differentiated does not pay."""
-        compiled = functools.partial(self.compile, gm, "backward", self.gradients)
+        compiled = functools.partial(self.compile, gm, "backward", {})
         return compiled() if self.kept else Lazy(compiled)
 
     def output_strides(self, gm: fx.GraphModule) -> dict[int, tuple[Any, ...]]:
@@ -371,24 +368,6 @@ def eager_strides(gm: fx.GraphModule) -> list[tuple[Any, ...] | None]:
         val = arg.meta.get("example_value") if isinstance(arg, fx.Node) else None
         strided = isinstance(val, torch.Tensor) and val.layout is torch.strided
         found.append(tuple(val.stride()) if strided else None)  # type: ignore[union-attr]
-    return found
-
-
-def gradient_strides(joint: fx.GraphModule, first: int, parameters: Collection[int]) -> dict[int, tuple[Any, ...]]:
-    """The strides of dense parameters whose gradients the graph gives others: autograd would copy those when the
-    backward has ended and all are alive. By position in the backward's outputs."""
-    primals = joint.graph.find_nodes(op="placeholder")
-    found = {}
-    for k, gradient in enumerate(joint.graph.output_node().args[0][first:]):  # type: ignore[arg-type, index]
-        if k not in parameters or not isinstance(gradient, fx.Node):
-            continue
-        own, given = primals[k].meta.get("val"), gradient.meta.get("val")
-        if not isinstance(own, torch.Tensor) or not isinstance(given, torch.Tensor):
-            continue
-        if own.layout is given.layout is torch.strided and own.shape == given.shape:
-            dense = torch.empty_like(own, device="meta").stride() == own.stride()
-            if dense and any(n > 1 and a != b for n, a, b in zip(own.shape, own.stride(), given.stride(), strict=True)):
-                found[k] = own.stride()
     return found
 
 

@@ -1,9 +1,10 @@
-"""Normalisation of captured graphs: random operators become a seed and a pure function of it."""
+"""Normalisation of captured graphs: random operators become a seed and a pure function of it, and gradients get their
+parameters' strides."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from typing import Any
 
 import torch
@@ -129,3 +130,48 @@ def _call(graph: fx.Graph, source: fx.Node, val: Any, target: Any, *args: Any, *
         if key in source.meta and not (key == "recompute" and target is prims.seed):
             new.meta[key] = source.meta[key]
     return new
+
+
+def lay_out_gradients(graph: fx.Graph, first: int, parameters: Collection[int]) -> int:
+    """Rewrite a joint graph in place so that gradients have the strides of their parameters, where those are dense.
+
+    Autograd would copy the others when the backward has ended and all of them are alive; here each is copied when it
+    is made, by a kernel like any other. `first` is how many outputs are the forward's, `parameters` has the indices of
+    primals. Returns how many are copied.
+    """
+    primals = graph.find_nodes(op="placeholder")
+    output = graph.output_node()
+    results = list(output.args[0])  # type: ignore[arg-type]
+    count = 0
+    for k, gradient in enumerate(results[first:]):
+        if k not in parameters or not isinstance(gradient, fx.Node):
+            continue
+        own, given = primals[k].meta.get("val"), gradient.meta.get("val")
+        if isinstance(own, torch.Tensor) and isinstance(given, torch.Tensor) and _laid_out_otherwise(own, given):
+            strides = own.stride()
+            dims = sorted(range(own.dim()), key=lambda d: (-strides[d], own.shape[d] != 1))
+            back = sorted(range(own.dim()), key=dims.__getitem__)
+            with graph.inserting_after(gradient):
+                new = _call(graph, gradient, given.permute(dims), aten.permute.default, gradient, dims)
+            for target, arguments, kwargs in (
+                (aten.clone.default, (), {"memory_format": torch.contiguous_format}),
+                (aten.permute.default, (back,), {}),
+            ):
+                with graph.inserting_after(new):
+                    new = _call(graph, gradient, target(new.meta["val"], *arguments, **kwargs), target, new, *arguments,
+                                **kwargs)  # fmt: skip
+            results[first + k] = new
+            count += 1
+    output.args = (type(output.args[0])(results),)  # type: ignore[call-arg, misc, assignment]
+    return count
+
+
+def _laid_out_otherwise(own: torch.Tensor, given: torch.Tensor) -> bool:
+    """Whether a parameter is dense and its gradient, of the same sizes, lies in another order."""
+    if own.layout is not torch.strided or given.layout is not torch.strided or own.shape != given.shape:
+        return False
+    if not all(isinstance(n, int) for n in (*own.shape, *own.stride())):
+        return False
+    if torch.empty_like(own, device="meta").stride() != own.stride():
+        return False
+    return any(n > 1 and a != b for n, a, b in zip(own.shape, own.stride(), given.stride(), strict=True))
