@@ -51,7 +51,7 @@ from minifuse.passes.remat.policies import FunctionPolicy
 from minifuse.records import RECORDS
 from minifuse.remat import POLICIES, Problem, RematPlan, RematPolicy, eager_peak, limit_of, verify_plan
 from minifuse.runtime.cache import default_dir
-from minifuse.runtime.pool import POOL
+from minifuse.runtime.program import POOL
 
 from . import harness, models
 from .harness import Board, Column, ProbeError, Target

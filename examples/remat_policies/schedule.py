@@ -14,7 +14,7 @@ from typing import Any
 
 import numpy as np
 
-from minifuse.remat import POLICIES, SAVE, Problem, RematPlan, Value, assemble, limit_of, runs_once, within
+from minifuse.remat import POLICIES, Problem, RematPlan, Value, assemble, limit_of, runs_once, within
 
 
 @dataclass(frozen=True)
@@ -192,7 +192,7 @@ def _kernel(problem: Problem, v: Value) -> str | int:
 def _names(problem: Problem, everything: RematPlan, values: Iterable[Value], at: Mapping[str, int]) -> list[str]:
     """What has memory of its own: what is saved, what another step reads, what may run only once, and reductions, which
     are small beside what they spare."""
-    saved = {problem[n].storage for n, c in everything.choices.items() if c.action == SAVE}
+    saved = {problem[n].storage for n in everything.saved}
     crossing = {r for v in values for r in (problem[i].storage for i in v.inputs) if at.get(r) != at.get(v.name)}
     return [
         v.name

@@ -140,8 +140,8 @@ def lay_out_gradients(graph: fx.Graph, first: int, parameters: Collection[int]) 
     primals. Returns how many are copied.
     """
     primals = graph.find_nodes(op="placeholder")
-    output = graph.output_node()
-    results = list(output.args[0])  # type: ignore[arg-type]
+    output: Any = graph.output_node()
+    results = list(output.args[0])
     count = 0
     for k, gradient in enumerate(results[first:]):
         if k not in parameters or not isinstance(gradient, fx.Node):
@@ -162,7 +162,7 @@ def lay_out_gradients(graph: fx.Graph, first: int, parameters: Collection[int]) 
                                 **kwargs)  # fmt: skip
             results[first + k] = new
             count += 1
-    output.args = (type(output.args[0])(results),)  # type: ignore[call-arg, misc, assignment]
+    output.args = (type(output.args[0])(results),)
     return count
 
 

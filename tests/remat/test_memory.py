@@ -73,10 +73,10 @@ class Experts(nn.Module):
     def __init__(self) -> None:
         super().__init__()
         self.up = nn.Parameter(torch.randn(4, 32, 64))
-        self.down = nn.Parameter(torch.randn(4, 64, 32))
+        self.down = nn.Parameter(torch.randn(4, 32, 64))  # of which einsum's gradient is transposed
 
     def forward(self, x: Tensor) -> Tensor:
-        return torch.einsum("ebh,ehd->ebd", torch.einsum("ebd,edh->ebh", x, self.up).relu(), self.down)
+        return torch.einsum("ebh,edh->ebd", torch.einsum("ebd,edh->ebh", x, self.up).relu(), self.down)
 
 
 @pytest.mark.parametrize("accumulate", [False, True])
@@ -97,6 +97,14 @@ def test_gradients_have_the_layout_of_their_parameters_and_are_not_copied(accumu
         assert p.grad is not None and p.grad.stride() == p.stride()
         torch.testing.assert_close(p.grad, want[name] * (2 if accumulate else 1))
         assert accumulate or p.grad.data_ptr() == given[name]
+
+
+def test_the_copy_of_a_gradient_is_an_operator_like_any_other() -> None:
+    problem = problem_of(Experts(), torch.randn(4, 16, 32))
+    (copy,) = (v for v in problem.values if v.phase == "backward" and v.op == "aten.clone")
+    assert copy.name in {problem[n].storage for n in problem.backward_outputs}
+    steps = resolve("save_all").plan(problem).timeline.steps
+    assert steps.index(copy.name) < len(steps) - 1  # not at the end, where all gradients are alive
 
 
 def test_a_call_says_what_it_holds_beside_the_pool() -> None:

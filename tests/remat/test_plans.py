@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import pickle
 import random
 from dataclasses import replace
 from pathlib import Path
@@ -13,7 +14,7 @@ import torch
 from benchmarks import published
 from minifuse.errors import MinifuseError, RematError
 from minifuse.ir.device import CPU
-from minifuse.passes.remat.budget import limit_of
+from minifuse.passes.remat.budget import eager_peak, limit_of
 from minifuse.passes.remat.mincut import minimum_cut
 from minifuse.passes.remat.partition import ask
 from minifuse.passes.remat.plan import assemble, closure
@@ -157,7 +158,8 @@ def test_problem_and_plan_survive_json():
     for policy in POLICIES.values():
         plan = policy.plan(problem)
         again = RematPlan.from_json(plan.to_json())
-        assert again == plan
+        assert again == plan == pickle.loads(pickle.dumps(plan))
+        assert again.actions == plan.actions and "nothing" not in plan.choices
         verify_plan(problem, again)
 
 
@@ -462,6 +464,16 @@ def test_a_chain_of_layers_takes_the_square_root_of_its_memory_for_one_more_forw
         assert everything.peak_bytes >= n * published.GIB
         assert plan.peak_bytes <= 3 * n**0.5 * published.GIB
         assert plan.extra_flops <= sum(v.flops for v in problem.values if v.phase == "forward")
+
+
+def test_a_long_graph_gives_up_no_more_time_than_its_budget_asks_for():
+    """Of few plans that are tried some are about the limit."""
+    problem = published.chain(1600)
+    plans = [resolve("default").plan(replace(problem, memory_budget=b)) for b in (1.0, 0.8, 0.6, 0.4)]
+    assert plans[0].peak_bytes > plans[1].peak_bytes > plans[2].peak_bytes > plans[3].peak_bytes
+    assert plans[0].step_seconds < plans[1].step_seconds < plans[2].step_seconds < plans[3].step_seconds
+    for plan, share in zip(plans[1:], (0.8, 0.6, 0.4), strict=True):
+        assert 0.85 * share <= plan.peak_bytes / eager_peak(problem) <= share
 
 
 def test_a_knapsack_is_filled_with_what_takes_longest_to_recompute():

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -15,8 +16,8 @@ from .problem import Problem, Value
 
 # Blocks that are asked for; one ends where at most this share of its bytes crosses into the next.
 _BLOCKS, _CROSSING = 48, 1 / 4
-# Memory is counted in so many parts of the limit; limits are tried one below the other at this ratio.
-_PARTS, _RATIO = 2048, 0.95
+# Memory is counted in so many parts of the limit; so many limits are tried, one below the other at this ratio.
+_PARTS, _RATIO, _LIMITS = 2048, 0.95, 24
 
 
 @dataclass(frozen=True)
@@ -105,24 +106,32 @@ class Blocks:
             seconds[b] += took
         return Figures(saved, work, seconds)
 
-    def mixtures(self, plans: Sequence[RematPlan], most: int, policy: str) -> Iterator[RematPlan]:
-        """The fastest mixture at each of falling limits, `most` of them, from the largest peak of the plans on."""
+    def mixtures(
+        self, plans: Sequence[RematPlan], most: int, policy: str, limit: float | None = None
+    ) -> Iterator[RematPlan]:
+        """The fastest mixture at each of falling limits, from the largest peak of the plans on, `most` of them; where a
+        limit is given, those at and below it."""
+        found = self.choices(plans)
+        if limit is not None:
+            every = list(found)
+            found = iter(every[min(sum(bound > limit for bound, _ in every), max(len(every) - most, 0)) :])
+        for _, chosen in itertools.islice(found, most):
+            saved = (n for k in {*chosen} for n in plans[k].saved if n in self.of and chosen[self.of[n]] == k)
+            status = f"{len({*chosen})} plans in {self.count} blocks"
+            yield assemble(self.problem, {*saved, *self.always}, policy, status=status)
+
+    def choices(self, plans: Sequence[RematPlan]) -> Iterator[tuple[float, tuple[int, ...]]]:
+        """Falling limits, and which plan each block follows in the fastest mixture within; as far as that changes."""
         figures = [self.figures(p) for p in plans]
-        limit, seen = float(max(p.peak_bytes for p in plans)), set[tuple[int, ...]]()
-        for _ in range(most if limit else 0):  # of tensors without elements there is nothing to share
-            chosen = self.mix(figures, limit)
-            limit *= _RATIO
+        seen = set[tuple[int, ...]]()
+        for bound in max(p.peak_bytes for p in plans) * _RATIO ** np.arange(_LIMITS):
+            # of tensors without elements there is nothing to share
+            chosen = self.mix(figures, bound) if bound else None
             if chosen is None:
                 return
             if chosen not in seen:
                 seen.add(chosen)
-                saved = (n for k in {*chosen} for n in plans[k].saved if n in self.of and chosen[self.of[n]] == k)
-                yield assemble(
-                    self.problem,
-                    {*saved, *self.always},
-                    policy,
-                    status=f"{len({*chosen})} plans in {self.count} blocks",
-                )
+                yield float(bound), chosen
 
     def mix(self, figures: Sequence[Figures], limit: float) -> tuple[int, ...] | None:
         """Which plan each block follows at a limit of bytes; None where no mixture is within it."""

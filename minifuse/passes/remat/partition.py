@@ -119,7 +119,7 @@ def _apply(
     once = {v.name for v in problem.values if v.phase == "forward"}
     _drop_dead(forward, lambda n: n.name in once)
     _drop_dead(backward, lambda n: n.name not in once)
-    actions = {n: c.action for n, c in plan.choices.items()}
+    actions = plan.actions
     order = backward_order(problem, actions)
     rank: dict[str, float] = {name: i for i, name in enumerate(order)}
     if plan.offloaded:
@@ -173,7 +173,7 @@ def _offload(
 
 def _is_saved(plan: RematPlan, n: fx.Node) -> bool:
     """Whether the backward takes it from the forward: from memory, or from the host's."""
-    return plan.choices[n.name].action != RECOMPUTE
+    return plan.actions[n.name] != RECOMPUTE
 
 
 def _drop_dead(module: fx.GraphModule, mine: Callable[[fx.Node], bool]) -> None:

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import difflib
+import functools
 import json
-from collections.abc import Collection, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
 from dataclasses import asdict, dataclass, field, fields
 from functools import cached_property
 from typing import Any, Protocol, runtime_checkable
@@ -32,6 +33,34 @@ class Choice:
     recompute_seconds: float
 
 
+class Choices(Mapping[str, Choice]):
+    """The choice for each value of `actions`, in their order: `make` gives its numbers and its words when it is asked
+    for. A search makes many plans and reads of most what they do and no more."""
+
+    def __init__(self, actions: Mapping[str, str], make: Callable[[str], Choice]) -> None:
+        self.actions, self._make = actions, make
+        self._made: dict[str, Choice] = {}
+
+    def __getitem__(self, name: str) -> Choice:
+        if name not in self._made:
+            if name not in self.actions:
+                raise KeyError(name)
+            self._made[name] = self._make(name)
+        return self._made[name]
+
+    def __contains__(self, name: object) -> bool:
+        return name in self.actions
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self.actions)
+
+    def __len__(self) -> int:
+        return len(self.actions)
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return dict, ({**self},)
+
+
 @dataclass(frozen=True)
 class RematPlan:
     """A policy's answer.
@@ -56,17 +85,24 @@ class RematPlan:
     solve_seconds: float = field(default=0.0, compare=False)
     timeline: Timeline = field(default_factory=Timeline, repr=False)
 
+    @property
+    def actions(self) -> Mapping[str, str]:
+        """The action of each choice."""
+        if isinstance(self.choices, Choices):
+            return self.choices.actions
+        return {n: c.action for n, c in self.choices.items()}
+
     @cached_property
     def saved(self) -> tuple[str, ...]:
-        return tuple(n for n, c in self.choices.items() if c.action == SAVE)
+        return tuple(n for n, action in self.actions.items() if action == SAVE)
 
     @cached_property
     def recomputed(self) -> tuple[str, ...]:
-        return tuple(n for n, c in self.choices.items() if c.action == RECOMPUTE)
+        return tuple(n for n, action in self.actions.items() if action == RECOMPUTE)
 
     @cached_property
     def offloaded(self) -> tuple[str, ...]:
-        return tuple(n for n, c in self.choices.items() if c.action == OFFLOAD)
+        return tuple(n for n, action in self.actions.items() if action == OFFLOAD)
 
     @property
     def step_seconds(self) -> float:
@@ -193,16 +229,11 @@ def assemble(
             hint = f" (did you mean {close[0]!r}?)" if close else ""
             raise RematError(f"{policy}: cannot save {name!r}{hint}; expected the names of values of the problem")
     actions = closure(problem, saved, offloaded)
-    choices = {}
-    for name, action in actions.items():
-        v = problem[name]
-        costs = problem.save_seconds(v), problem.recompute_seconds(v)
-        choices[name] = Choice(name, action, _reason(problem, v, actions), 0 if v.is_given else v.nbytes, *costs)
     again = [problem[n] for n, a in actions.items() if a == RECOMPUTE and problem[n].phase == "forward"]
     timeline = simulate(problem, actions)
     return RematPlan(
         policy,
-        choices,
+        Choices(actions, functools.partial(_choice, problem, actions)),
         saved_bytes=problem.saved_bytes(n for n, a in actions.items() if a == SAVE),
         extra_flops=sum(v.flops * (1 if v.kind == "extern" else v.copies) for v in again),
         extra_traffic=sum(v.traffic for v in again),
@@ -214,6 +245,12 @@ def assemble(
         solve_seconds=solve_seconds,
         timeline=timeline,
     )
+
+
+def _choice(problem: Problem, actions: Mapping[str, str], name: str) -> Choice:
+    v = problem[name]
+    costs = problem.save_seconds(v), problem.recompute_seconds(v)
+    return Choice(name, actions[name], _reason(problem, v, actions), 0 if v.is_given else v.nbytes, *costs)
 
 
 def _reason(problem: Problem, v: Value, actions: Mapping[str, str]) -> str:

@@ -126,6 +126,16 @@ class Problem:
     def position(self) -> Mapping[str, int]:
         return {v.name: i for i, v in enumerate(self.values)}
 
+    @cached_property
+    def root(self) -> Mapping[str, str]:
+        """The storage of each value."""
+        return {v.name: v.storage for v in self.values}
+
+    @cached_property
+    def sizes(self) -> Mapping[str, int]:
+        """The bytes of each storage; none of a tuple: its items are what has memory."""
+        return {v.name: v.nbytes if v.savable or v.is_given else 0 for v in self.values}
+
     def __getitem__(self, name: str) -> Value:
         return self.by_name[name]
 

@@ -40,7 +40,7 @@ class Search:
         plan = self.fastest()
         if plan.peak_bytes <= limit:
             return plan
-        return within(self.problem, limit, [plan, *self.candidates()], self.policy)
+        return within(self.problem, limit, [plan, *self.candidates(limit)], self.policy)
 
     @cached_property
     def everything(self) -> RematPlan:
@@ -72,12 +72,13 @@ class Search:
         fast = [p for p in plans if p.step_seconds <= most and p.saved_bytes <= everything.saved_bytes]
         return min(fast, key=lambda p: (p.peak_bytes, p.step_seconds))
 
-    def candidates(self) -> list[RematPlan]:
-        """Plans of less and less memory, whatever the budget."""
+    def candidates(self, limit: float) -> list[RematPlan]:
+        """Plans of less and less memory, whatever the limit; of a long graph's mixtures, those about the limit."""
         cuts = PricedMinCut().frontier(self.problem, self.cheapest)
         plans = [self.everything, *cuts, *self.ended(cuts)]
         unlike = list({p.saved: p for p in plans}.values())
-        mixed = self.blocks.mixtures(unlike, effort(self.problem, _MIXED), self.policy)
+        few = effort(self.problem, _MIXED)
+        mixed = self.blocks.mixtures(unlike, few, self.policy, None if few == _MIXED else limit)
         segments = ChenSqrt().candidates(self.problem, self.blocks.crossing, effort(self.problem, _SEGMENTS))
         return [*plans, *mixed, *segments]
 
@@ -90,9 +91,11 @@ class Search:
         for plan in sorted(cuts, key=lambda p: p.peak_bytes)[: effort(self.problem, _LOW)]:
             for _ in range(effort(self.problem, _ENDS)):
                 at = self.blocks.block(plan.timeline.peak_step)
-                near = [n for n in self.blocks.mains if n not in plan.choices or plan.choices[n].action != SAVE]
+                near = [n for n in self.blocks.mains if plan.actions.get(n) != SAVE]
                 near.sort(key=lambda n: (self.blocks.of[n] > at, abs(self.blocks.of[n] - at)))
-                tried = [assemble(self.problem, {*plan.saved, n}, self.policy) for n in near[:_NEAR]]
+                tried = [
+                    assemble(self.problem, {*plan.saved, n}, self.policy) for n in near[: effort(self.problem, _NEAR)]
+                ]
                 best = min(tried, key=lambda p: p.peak_bytes, default=plan)
                 if best.peak_bytes >= plan.peak_bytes:
                     break

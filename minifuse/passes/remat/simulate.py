@@ -3,6 +3,7 @@ that are alive while each does, and its seconds."""
 
 from __future__ import annotations
 
+import copy
 from collections import Counter
 from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
@@ -141,15 +142,16 @@ class Side:
         kept: Collection[str],
         inside: Collection[str] = (),
     ) -> None:
-        self.problem, self.there, self.kept = problem, frozenset(there), frozenset(kept)
-        self.inside = frozenset(inside)
+        self.problem, self.there, self.inside = problem, frozenset(there), frozenset(inside)
+        self.kept = frozenset[str]()
         self.units: dict[int, Unit] = {}
         self.unit_of: dict[str, int] = {}
         # a view is another name for memory, whoever reads it, and a tangent is there
-        values = [v for v in values if v.kind != "view" and v.phase != "tangent"]
-        values = [v for v in values if v.name not in inside]
+        values = [v for v in values if v.kind != "view" and v.phase != "tangent" and v.name not in self.inside]
         reads = {v.name: sources(problem, v, self.inside) for v in values}
-        part = parts(problem, values, {name: read for name, (read, _) in reads.items()})
+        root = problem.root
+        made = {name: [r for i in read if (r := root[i]) in reads] for name, (read, _) in reads.items()}
+        part = parts(problem, values, made)
         number: dict[tuple[Key, int], int] = {}
         for at, v in enumerate(values):
             key = unit_key(problem, v)
@@ -163,51 +165,61 @@ class Side:
                 unit.again.update(dict.fromkeys(again))
                 for name, nbytes in read.items():
                     self.link(i, unit, name, nbytes)
-                if v.name in self.kept:
-                    unit.writes[v.name] = None
+        self.keep(kept)
+
+    def keep(self, kept: Collection[str]) -> None:
+        """`kept` outlive the pass, and are written by the units that make them."""
+        self.kept |= frozenset(kept)
+        for at in {self.unit_of[n] for n in self.kept if n in self.unit_of}:
+            unit = self.units[at]
+            mine = (v.name for v in unit.members if v.name in self.kept)
+            self.units[at] = replace(unit, writes={**unit.writes, **dict.fromkeys(mine)})
+
+    def keeping(self, kept: Collection[str]) -> Side:
+        """The pass with `kept` besides, of which the units and what they read are the same."""
+        side = copy.copy(self)
+        side.units = {**self.units}
+        side.keep(kept)
+        return side
 
     def link(self, i: int, unit: Unit, name: str, nbytes: float) -> None:
         """A unit runs after that of what it reads, and what it reads is in memory where another made it."""
-        root = self.problem[name].storage
+        root = self.problem.root[name]
         maker = self.unit_of.get(root)
-        if maker != i:
-            unit.loads[name] = max(unit.loads.get(name, 0.0), nbytes)
-        if maker is None and root in self.there:
-            unit.reads[root] = None
-        elif maker is not None and maker != i:
+        if maker == i:
+            return
+        unit.loads[name] = max(unit.loads.get(name, 0.0), nbytes)
+        if maker is not None:
             unit.preds.add(maker)
             self.units[maker].succs.add(i)
             unit.reads[root] = None
             self.units[maker].writes[root] = None
+        elif root in self.there:
+            unit.reads[root] = None
 
     def seconds(self, unit: Unit) -> float:
         """What it computes or what it moves, whichever takes longer; a transfer that goes beside the rest, nothing."""
-        problem, device = self.problem, self.problem.device
+        problem, device, sizes = self.problem, self.problem.device, self.problem.sizes
         if unit.members[0].op in TRANSFERS:
             return 0.0 if device.link else problem.transfer_seconds(unit.members[0])
         read: dict[str, float] = {}
         for name, nbytes in unit.loads.items():
-            root = problem[name].storage
-            read[root] = min(read.get(root, 0.0) + nbytes, self.nbytes(root))
-        moving = (sum(read.values()) + sum(map(self.nbytes, unit.writes))) / device.dram
+            root = problem.root[name]
+            read[root] = min(read.get(root, 0.0) + nbytes, sizes[root])
+        moving = (sum(read.values()) + sum(map(sizes.__getitem__, unit.writes))) / device.dram
         flops = sum(v.flops for v in unit.members) + sum(problem[n].flops for n in unit.again)
         rate = device.flops if any(v.kind == "extern" for v in unit.members) else device.vector
         return device.launch + max(flops / rate, moving)
-
-    def nbytes(self, root: str) -> int:
-        """None of a tuple: its items are what has memory."""
-        v = self.problem[root]
-        return v.nbytes if v.savable or v.is_given else 0
 
     def run(self, alive: Mapping[str, str], category: Mapping[str, str]) -> Run:
         """From what is `alive` before the first step, each storage with its category, as `category` has it of those
         that are made here (else temporary)."""
         reads = {i: list(u.reads) for i, u in self.units.items()}
         writes = {i: list(u.writes) for i, u in self.units.items()}
-        sizes = {n: self.nbytes(n) for names in (*reads.values(), *writes.values(), alive) for n in names}
+        sizes = self.problem.sizes
         left = Counter(n for names in reads.values() for n in names)
         alive, steps, rows, seconds = dict(alive), [], [], []
-        held = Counter[str]()
+        held = dict.fromkeys((*CATEGORIES, HOST), 0)
         for name, kind in alive.items():
             held[kind] += sizes[name]
         for i in order(self.units, reads, writes, sizes, lambda n: n not in self.kept):
@@ -218,16 +230,17 @@ class Side:
             for n in new:
                 alive[n] = category.get(n, "temporary")
                 held[alive[n]] += sizes[n]
-            over = [n for n in dying if n in self.unit_of] if unit.is_kernel else []
+            over = [n for n in dying if n in self.unit_of] if new and unit.is_kernel else []
             for n in new:  # a result takes the place of what dies as it is written
                 found = next((o for o in over if sizes[o] == sizes[n]), None)
                 if found is not None:
                     over.remove(found)
                     held[alive.pop(found)] -= sizes[found]
             steps.append(unit.members[-1].name)
-            held["temporary"] += unit.scratch
-            rows.append([held[c] for c in (*CATEGORIES, HOST)])
-            held["temporary"] -= unit.scratch
+            scratch = unit.scratch
+            held["temporary"] += scratch
+            rows.append([*held.values()])
+            held["temporary"] -= scratch
             seconds.append(self.seconds(unit))
             for n in (*dying, *(n for n in new if not left[n] and n not in self.kept)):
                 if n in alive:
@@ -237,24 +250,29 @@ class Side:
 
 def unit_key(problem: Problem, v: Value) -> Key:
     """What tells its unit: the results of one operator are one, and so are the values of one kernel."""
-    while v.kind == "item":
-        v = problem[v.inputs[0]]
-    return v.name if v.group is None else ("kernel", v.group)
+    known = problem.memo.setdefault(unit_key, {})
+    if v.name not in known:
+        maker = v
+        while maker.kind == "item":
+            maker = problem[maker.inputs[0]]
+        known[v.name] = maker.name if maker.group is None else ("kernel", maker.group)
+    return known[v.name]
 
 
 def inlined(problem: Problem, values: Sequence[Value]) -> frozenset[str]:
     """What the backward computes again within each of the kernels that read it: pointwise values that no operator
     reads, where storing and loading them would take longer than computing them once a kernel."""
-    taken = {problem[i].storage for v in values if v.kind == "extern" for i in v.inputs}
+    root = problem.root
+    taken = {root[i] for v in values if v.kind == "extern" for i in v.inputs}
     readers: dict[str, set[Key]] = {}
     for v in values:
         for i in v.inputs if v.kind != "view" else ():
-            readers.setdefault(problem[i].storage, set()).add(unit_key(problem, v))
+            readers.setdefault(root[i], set()).add(unit_key(problem, v))
     device = problem.device
     instructions: dict[str, float] = {}  # of a value and of what is computed within its kernel for it
     for v in values:
         if v.phase == "forward" and v.kind in ("kernel", "symbol") and v.name not in taken:
-            took = v.flops + sum(instructions.get(problem[i].storage, 0.0) for i in v.inputs)
+            took = v.flops + sum(instructions.get(root[i], 0.0) for i in v.inputs)
             copies = max(len(readers.get(v.name, ())), 1)
             if (copies - 1) * took / device.vector <= (1 + copies) * v.nbytes / device.dram:
                 instructions[v.name] = took
@@ -263,7 +281,7 @@ def inlined(problem: Problem, values: Sequence[Value]) -> frozenset[str]:
 
 def sources(problem: Problem, v: Value, inside: frozenset[str]) -> tuple[dict[str, float], list[str]]:
     """What a value is computed from, with the bytes that are read of it, and what its kernel computes on the way."""
-    if inside.isdisjoint(problem[i].storage for i in v.inputs):
+    if not inside or inside.isdisjoint(map(problem.root.__getitem__, v.inputs)):
         return directly(problem, v), []
     found: dict[str, float] = {}
     again: list[str] = []
@@ -299,17 +317,19 @@ def part_of(problem: Problem, reader: Value, name: str) -> float:
     return min(count / whole, 1.0) if whole else 1.0
 
 
-def parts(problem: Problem, values: Sequence[Value], reads: Mapping[str, Iterable[str]]) -> dict[str, int]:
-    """Where kernels would need each other, the part of its kernel that each of their values is in.
+def parts(problem: Problem, values: Sequence[Value], made: Mapping[str, Sequence[str]]) -> dict[str, int]:
+    """Where kernels would need each other, the part of its kernel that each of their values is in; `made` has what each
+    reads of the others.
 
     Fusion computed a value in each of several kernels, and one alone is named. A part more begins with each way from
     one of such kernels into another.
     """
     number: dict[Key, int] = {}
     unit = {v.name: number.setdefault(unit_key(problem, v), len(number)) for v in values}
-    made = {v.name: [problem[i].storage for i in reads[v.name] if problem[i].storage in unit] for v in values}
-    ends = {(unit[r], unit[n]) for n, roots in made.items() for r in roots if unit[r] != unit[n]}
-    rows, columns = np.array(sorted(ends), dtype=np.int64).reshape(-1, 2).T
+    rows, columns = list[int](), list[int]()
+    for name, roots in made.items():
+        rows += map(unit.__getitem__, roots)
+        columns += [unit[name]] * len(roots)
     graph = sparse.csr_matrix((np.ones(len(rows), np.int8), (rows, columns)), shape=(len(number), len(number)))
     _, labels = csgraph.connected_components(graph, connection="strong")
     many = np.bincount(labels)[labels] > 1
@@ -335,11 +355,7 @@ def simulate(problem: Problem, actions: Mapping[str, str]) -> Timeline:
     outputs = {r for r in (problem[n].storage for n in problem.forward_outputs) if not problem[r].is_given}
     category = {**dict.fromkeys(outputs, "outputs"), **dict.fromkeys(loaded - outputs, "saved"), **hosted}
 
-    mine = [v for v in problem.values if v.phase == "forward" or v.name in early]
-    there, sent = sending(problem, away), arrivals(problem, mine, away)
-    for v in sorted(away, key=lambda v: -sent[v.name]):
-        mine.insert(sent[v.name] + 1, there[host_name(v)])
-    first = Side(there, mine, (), {*loaded, *outputs, *hosted}).run({}, category)
+    first = forward_side(problem, early, away).keeping(category).run({}, category)
 
     backward, tangents = backward_side(problem, actions), tangents_of(problem)
     given = {n: kind for n, kind in first.alive.items() if n in loaded or n in hosted}
@@ -350,6 +366,21 @@ def simulate(problem: Problem, actions: Mapping[str, str]) -> Timeline:
     way = sum(map(problem.transfer_seconds, away)) if problem.device.link else 0.0
     steps, seconds = (*first.steps, *then.steps), (*first.seconds, *then.seconds)
     return Timeline(steps, len(first.steps), tuple(held), seconds, host, (way, way))
+
+
+def forward_side(problem: Problem, early: Collection[str], away: Sequence[Value]) -> Side:
+    """The forward that computes `early` of what either pass may, and sends `away` to the host; that of a plan which
+    does neither is made once."""
+    if not early and not away and forward_side in problem.memo:
+        return problem.memo[forward_side]
+    mine = [v for v in problem.values if v.phase == "forward" or v.name in early]
+    there, sent = sending(problem, away), arrivals(problem, mine, away)
+    for v in sorted(away, key=lambda v: -sent[v.name]):
+        mine.insert(sent[v.name] + 1, there[host_name(v)])
+    side = Side(there, mine, (), ())
+    if not early and not away:
+        problem.memo[forward_side] = side
+    return side
 
 
 def loaded_of(problem: Problem, actions: Mapping[str, str]) -> frozenset[str]:

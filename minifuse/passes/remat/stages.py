@@ -135,7 +135,7 @@ class Stages:
         made = {n: step[i] for i, u in side.units.items() for n in u.writes}
         for n, end in last.items():
             if n in made or self.problem[n].phase == "tangent":
-                own[made.get(n, -1) + 1 : end + 1] += side.nbytes(n)
+                own[made.get(n, -1) + 1 : end + 1] += side.problem.sizes[n]
         for t, i in enumerate(ids):
             unit = side.units[i]
             fresh = self.written(side, unit, [n for n in unit.reads if last[n] == t and n in side.unit_of])
@@ -157,9 +157,9 @@ class Stages:
     @staticmethod
     def written(side: Side, unit: Unit, dying: list[str]) -> list[int]:
         """Sizes of what a kernel writes, less those that take the place of what it is the last to read."""
-        over = [side.nbytes(n) for n in dying] if unit.is_kernel else []
+        over = [side.problem.sizes[n] for n in dying] if unit.is_kernel else []
         fresh = []
-        for size in map(side.nbytes, unit.writes):
+        for size in map(side.problem.sizes.__getitem__, unit.writes):
             if size in over:
                 over.remove(size)
             else:
@@ -258,7 +258,7 @@ def backward_of(problem: Problem, actions: Mapping[str, str]) -> tuple[Side, lis
 def in_order_of(side: Side, ids: list[int], problem: Problem, plan: RematPlan) -> list[int]:
     """The kernels of a backward, `ids` in order, in the order that another plan runs them; what it does not run goes to
     its first reader."""
-    other, theirs = backward_of(problem, {n: c.action for n, c in plan.choices.items()})
+    other, theirs = backward_of(problem, plan.actions)
     step = {i: t for t, i in enumerate(theirs)}
     place: dict[int, int] = {}
     for i in reversed(ids):
