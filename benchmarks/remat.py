@@ -26,6 +26,7 @@ from __future__ import annotations
 import argparse
 import ctypes
 import functools
+import gc
 import importlib
 import json
 import sys
@@ -279,12 +280,21 @@ def same(one: Sequence[Any], two: Sequence[Any]) -> bool:
     return all(isinstance(a, Tensor) and isinstance(b, Tensor) and torch.equal(a, b) for a, b in pairs)
 
 
-def probe_peak(path: str, plan: str) -> int:
-    """Bytes of a training step of the model under the plan in a file. Run it through `fresh` with `COUNTED`."""
+def probe_peaks(path: str, plans: Sequence[str]) -> list[int]:
+    """Bytes of a training step of the model under each plan: the path of a file, or a policy's name. Run it through
+    `fresh` with `COUNTED`."""
     model, args, kwargs = models.load(path)
-    options = {"remat": plan, "plan_cache": False}
-    run = torch.compile(Loss(model.train()), backend=functools.partial(minifuse_backend, options=options))
-    return held(model, run, args, kwargs)
+    found = []
+    for plan in plans:
+        options = {"remat": plan, "plan_cache": False}
+        run = torch.compile(Loss(model.train()), backend=functools.partial(minifuse_backend, options=options))
+        found.append(held(model, run, args, kwargs))
+        model.zero_grad(set_to_none=True)  # gradients may lie in memory of the pool, which gives back what is free
+        del run
+        torch._dynamo.reset()
+        gc.collect()
+        POOL.trim()
+    return found
 
 
 def held(model: torch.nn.Module, run: Callable[..., Any], args: Any, kwargs: Any) -> int:
@@ -324,11 +334,10 @@ def measure(entry: models.Entry, options: argparse.Namespace, names: list[str], 
         cache = {"MINIFUSE_CACHE_DIR": default_dir()}  # rates are measured once, where nothing else runs
         try:
             found = harness.fresh(probe, entry.path, names, budgets, options.seconds, folder, env=cache)
-            files = {r["file"] for r in found["rows"].values() if "file" in r}
-            peaks = {
-                k: harness.fresh(probe_peak, entry.path, f"{folder}/{k}.json", env={**cache, **harness.COUNTED})
-                for k in files
-            }
+            files = sorted({r["file"] for r in found["rows"].values() if "file" in r})
+            plans = [f"{folder}/{k}.json" for k in files]
+            counted = harness.fresh(probe_peaks, entry.path, plans, env={**cache, **harness.COUNTED})
+            peaks = dict(zip(files, counted, strict=True))
         except ProbeError as error:
             table.fail(entry.name, error)
             return table

@@ -318,13 +318,16 @@ class Pool:
 
     def trim(self, max_age: float = 0.0, limit_bytes: int = 0) -> int:
         """Give free segments back to the system: those unused for `max_age` seconds, and the oldest of the others
-        while more than `limit_bytes` lie unused. Returns the bytes given back."""
+        while more than `limit_bytes` lie unused. Until more is in use together the pool holds
+        no more than it does now. Returns the bytes given back."""
         with self._lock:
             self._begin()
             self._settle()
             before = self._held
             self._shrink(max_age, limit_bytes)
             given = before - self._held
+            self._most = min(self._most, self._held)
+            self._total = min(self._total, self._held)
             self._torn = False
         return given
 

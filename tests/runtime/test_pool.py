@@ -197,6 +197,17 @@ def test_trim_gives_unused_segments_back_and_leaves_used_ones() -> None:
     held.release()
 
 
+def test_trim_forgets_what_was_in_use_together() -> None:
+    pool = Pool()
+    for lease in [pool.lease(32 << 20), pool.lease(32 << 20)]:
+        lease.release()
+    pool.trim()
+    pool.lease(8 << 20).release()
+    lease = pool.lease(16 << 20)
+    assert pool.held_bytes == 16 << 20  # where 64 MiB may lie idle, the 8 would have
+    lease.release()
+
+
 def test_an_operators_result_takes_the_place_of_a_free_segment() -> None:
     pool = Pool()
     for _ in range(3):
