@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import os
 import pickle
 import random
+import subprocess
+import sys
 from dataclasses import replace
 from pathlib import Path
 
@@ -474,6 +477,27 @@ def test_a_long_graph_gives_up_no_more_time_than_its_budget_asks_for():
     assert plans[0].step_seconds < plans[1].step_seconds < plans[2].step_seconds < plans[3].step_seconds
     for plan, share in zip(plans[1:], (0.8, 0.6, 0.4), strict=True):
         assert 0.85 * share <= plan.peak_bytes / eager_peak(problem) <= share
+
+
+def test_what_ends_a_block_does_not_depend_on_the_order_of_a_set(tmp_path: Path):
+    """Two values of one size cross from each block into the next."""
+    values = []
+    for i in range(1, 13):
+        inputs = (f"a{i - 1}", f"b{i - 1}") if i > 1 else ("mm",)
+        values.append(value(f"wide{i}", *inputs, kind="extern", nbytes=3 * MB))
+        values += [value(f"{kind}{i}", f"wide{i}", kind="extern") for kind in "ab"]
+    path = tmp_path / "problem.json"
+    path.write_text(chain(*values, required=tuple(v.name for v in values)).to_json())
+    script = (
+        "import sys; from pathlib import Path; from minifuse.remat import Problem;"
+        "from minifuse.passes.remat.blocks import Blocks;"
+        "print(Blocks(Problem.from_json(Path(sys.argv[1]).read_text())).mains)"
+    )
+    found = set()
+    for seed in ("1", "2"):
+        env = {**os.environ, "PYTHONHASHSEED": seed}
+        found.add(subprocess.run([sys.executable, "-c", script, path], env=env, check=True, capture_output=True).stdout)
+    assert len(found) == 1 and b"b6" in found.pop()
 
 
 def test_a_knapsack_is_filled_with_what_takes_longest_to_recompute():

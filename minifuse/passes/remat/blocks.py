@@ -63,7 +63,8 @@ class Blocks:
         whole = sum(v.nbytes for v in forward if v.storage == v.name and v.savable)
         found, held = [], 0
         places = ChenSqrt.ends(self.problem, forward, self.crossing, whole / _BLOCKS)
-        largest = (max(names, key=lambda n: self.problem[n].nbytes) for at in places if (names := self.crossing[at]))
+        sizes, position = self.problem.sizes, self.problem.position
+        largest = (max(names, key=lambda n: (sizes[n], position[n])) for at in places if (names := self.crossing[at]))
         self.mains = tuple(dict.fromkeys(largest))
         for at, v in enumerate(forward):
             held += v.nbytes if v.storage == v.name and v.savable else 0
