@@ -73,7 +73,7 @@ def measure(table: Board, entry: models.Entry, training: bool, backends: list[st
         )
     eager, own = peaks["eager"], peaks[backend]
     if eager and own:
-        table.add(row, eager_peak=eager["peak"], peak=own["peak"], peak_ratio=own["peak"] / eager["peak"])
+        table.add(row, eager_peak=eager, peak=own, peak_ratio=own / eager)
 
 
 def main() -> int:

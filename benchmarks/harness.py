@@ -3,12 +3,10 @@
 * **Step time** is the median of interleaved rounds: every backend runs once a round, so that a slow phase of the
   machine falls on all; the spread is the distance of the quartiles.
 * **Cold compile** is the first call in a fresh process with empty caches, after an eager step has warmed the libraries.
-* **Peak memory** of a warm step is counted by the C library: in a fresh process in which every block of 128 KB or more
-  is a mapping of its own, `malloc_stats` knows the largest sum of mappings that ever were alive. That is exact, sees
-  each tensor however it is cached or pooled, and does not see the compiler's own small objects. The profiler's count
-  would miss a pool that was filled before the step; the resident set would count the modules that a compiler imports.
-  What a plan of rematerialisation holds is compared with its prediction by the kernel's count (`held`), beyond what is
-  resident between steps.
+* **Peak memory** of a warm step is the kernel's count of resident pages, beyond what is resident when nothing of a step
+  is left, in a fresh process where every block of 128 KB or more is a mapping of its own (`held`). It sees each tensor
+  however it is cached or pooled, and pages that are given back one by one. The profiler's count would miss a pool that
+  was filled before the step.
 """
 
 from __future__ import annotations
@@ -28,14 +26,12 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from importlib import metadata
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 from rich.console import Console
 from rich.table import Table
@@ -151,39 +147,16 @@ def probe_cold_compile(path: str, backend: str, training: bool, layers: bool = F
     return time.perf_counter() - start
 
 
-MAPPED_FROM = 128 * 1024
-"""Bytes: blocks from this size on are counted by `probe_peak`."""
-COUNTED = {"MALLOC_MMAP_THRESHOLD_": str(MAPPED_FROM), "MALLOC_MMAP_MAX_": "1000000"}
-"""The environment of a process that counts them."""
+COUNTED = {"MALLOC_MMAP_THRESHOLD_": str(128 * 1024), "MALLOC_MMAP_MAX_": "1000000"}
+"""The environment of a process whose steps are counted by `held`: a block of 128 KB or more is a mapping of its own."""
 
 
-def probe_peak(path: str, backend: str, training: bool) -> dict[str, int] | None:
-    """Largest bytes alive in a warm step beyond the model and its inputs, over two steps; None without glibc.
-
-    Run it through `peak`, which gives the process the allocator settings that make the count exact. The first two steps
-    compile and are not counted (Dynamo alone allocates 32 MB to time its guards); what they leave behind is, less their
-    garbage. The C library's high-water mark cannot be set back, so memory that is never touched fills the gap below it.
-    `resident` is the growth of the resident set's peak, compiler included.
-    """
-    if platform.libc_ver()[0] != "glibc":
+def probe_peak(path: str, backend: str, training: bool) -> int | None:
+    """Bytes of a warm step of a model: see `held`. None where the system does not count them. Run it through `peak`."""
+    if not os.access("/proc/self/clear_refs", os.W_OK) or platform.libc_ver()[0] != "glibc":
         return None
-    return counted(models.stepper(path, backend, training))
-
-
-def counted(step: Callable[[], Any]) -> dict[str, int]:
-    """What `probe_peak` gives, of any step that has not run yet."""
-    before, resident = mapped()[0], _resident()
-    for _ in range(2):
-        step()
-    gc.collect()  # a compile's garbage goes when the collector next runs: sometimes here, sometimes a step later
-    now, most = mapped()
-    ballast = np.empty(most - now, np.uint8)
-    filled = mapped()[0] - now
-    for _ in range(2):
-        step()
-    most = mapped()[1] - filled
-    del ballast
-    return {"peak": most - before, "resident": _resident() - resident}
+    step = models.stepper(path, backend, training)
+    return held(step, step.clear)
 
 
 def held(step: Callable[[], Any], clear: Callable[[], Any]) -> int:
@@ -208,56 +181,9 @@ def held(step: Callable[[], Any], clear: Callable[[], Any]) -> int:
     return max(found)
 
 
-def peak(path: str, backend: str, training: bool) -> dict[str, int] | None:
+def peak(path: str, backend: str, training: bool) -> int | None:
     """`probe_peak` in a fresh process."""
     return fresh(probe_peak, path, backend, training, env=COUNTED)
-
-
-class _MallInfo(ctypes.Structure):
-    """glibc's `struct mallinfo2`; `hblkhd` is the bytes now in mappings."""
-
-    _fields_ = tuple(
-        (name, ctypes.c_size_t)
-        for name in (
-            "arena",
-            "ordblks",
-            "smblks",
-            "hblks",
-            "hblkhd",
-            "usmblks",
-            "fsmblks",
-            "uordblks",
-            "fordblks",
-            "keep",
-        )
-    )
-
-
-def mapped() -> tuple[int, int]:
-    """Bytes that malloc holds in mappings now, and the most it ever held."""
-    libc = ctypes.CDLL(None)
-    libc.mallinfo2.restype = _MallInfo
-    now = libc.mallinfo2().hblkhd
-    with tempfile.TemporaryFile() as written, _stderr_to(written.fileno()):
-        libc.malloc_stats()
-        written.seek(0)
-        text = written.read().decode()
-    found = re.search(r"max mmap bytes\s*=\s*(\d+)", text)
-    if found is None:
-        raise ProbeError(f"malloc_stats printed no 'max mmap bytes':\n{text}")
-    return now, int(found[1])
-
-
-@contextmanager
-def _stderr_to(descriptor: int) -> Iterator[None]:
-    sys.stderr.flush()
-    saved = os.dup(2)
-    os.dup2(descriptor, 2)
-    try:
-        yield
-    finally:
-        os.dup2(saved, 2)
-        os.close(saved)
 
 
 def _resident() -> int:

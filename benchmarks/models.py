@@ -10,7 +10,7 @@ from __future__ import annotations
 import argparse
 import importlib
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -241,7 +241,22 @@ def compile_layers(model: nn.Module, backend: str) -> int:
     return sum(compile_layers(layer, backend) for layer in layers)
 
 
-def stepper(path: str, backend: str, training: bool, layers: bool = False) -> Callable[[], Any]:
+@dataclass(frozen=True)
+class Step:
+    """A step of a model, as a function without arguments. `clear` drops the gradients that it leaves."""
+
+    run: Callable[[], Any]
+    parameters: Sequence[nn.Parameter]
+
+    def __call__(self) -> Any:
+        return self.run()
+
+    def clear(self) -> None:
+        for p in self.parameters:
+            p.grad = None
+
+
+def stepper(path: str, backend: str, training: bool, layers: bool = False) -> Step:
     """One step of a model as a function without arguments: forward and backward, or forward without gradients.
 
     `backend` is `eager`, `dynamo` (captured, then run as it is) or a name of `torch.compile`'s. Gradients are dropped
@@ -258,8 +273,7 @@ def stepper(path: str, backend: str, training: bool, layers: bool = False) -> Ca
     parameters = list(model.parameters())
 
     def train() -> Any:
-        for p in parameters:
-            p.grad = None
+        step.clear()
         loss = loss_of(forward(*args, **kwargs))
         loss.backward()
         return loss
@@ -268,7 +282,8 @@ def stepper(path: str, backend: str, training: bool, layers: bool = False) -> Ca
     def infer() -> Any:
         return forward(*args, **kwargs)
 
-    return train if training else infer
+    step = Step(train if training else infer, parameters)
+    return step
 
 
 def main() -> None:

@@ -11,7 +11,6 @@ packed into, over the most of them that are alive at once.
 from __future__ import annotations
 
 import sys
-from typing import Any
 
 from minifuse.ir.plan import Plan
 from minifuse.passes.memory import ALIGN, arena_intervals, most_alive, pack, peak
@@ -55,12 +54,11 @@ def packing(plan: Plan) -> float:
 
 def measure(table: Board, entry: models.Entry, training: bool) -> None:
     row = f"{entry.name} {'training' if training else 'inference'}"
-    found: dict[str, Any] = {b: harness.peak(entry.path, b, training) for b in ("eager", "inductor", "minifuse")}
-    peaks = {name: figures["peak"] for name, figures in found.items() if figures}
+    peaks = [harness.peak(entry.path, b, training) for b in ("eager", "inductor", "minifuse")]
     plans = harness.fresh(probe_plans, entry.path, training)
     table.add(row, **plans)
-    if len(peaks) == len(found):
-        eager, inductor, ours = peaks.values()
+    eager, inductor, ours = peaks
+    if eager and inductor and ours:
         table.add(row, eager_peak=eager, inductor_peak=inductor, peak=ours)
         table.add(row, of_eager_ratio=ours / eager, of_inductor_ratio=ours / inductor)
         if plans["live_peak"] >= 1e6:  # of less the compiler's own objects would be compared

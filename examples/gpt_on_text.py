@@ -187,7 +187,7 @@ def main() -> None:
         with console.status("measuring peak memory in fresh processes"):
             for name in names:
                 found = harness.peak("examples.gpt_on_text:model_and_batch", name, True)
-                peaks |= {name: found["peak"]} if found else {}
+                peaks |= {name: found} if found else {}
     console.print(summary(trainers, peaks))
     explain(console, options.backend)
 

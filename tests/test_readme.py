@@ -150,6 +150,11 @@ def test_the_page_of_options_is_current() -> None:
     assert (ROOT / "docs" / "options.md").read_text() == maker("make_options").page(), "run python docs/make_options.py"
 
 
+def test_the_page_of_rematerialisation_is_made_from_the_stored_results() -> None:
+    page = (ROOT / "docs" / "rematerialisation.md").read_text()
+    assert page == maker("make_remat").page(), "run python docs/make_remat.py"
+
+
 def test_the_page_of_fusion_lists_the_rules_that_there_are() -> None:
     assert (ROOT / "docs" / "fusion.md").read_text() == maker("make_fusion").page(), "run python docs/make_fusion.py"
 

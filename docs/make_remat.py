@@ -1,0 +1,102 @@
+"""Writes docs/rematerialisation.md from `benchmarks/results/remat/*.json`: `python docs/make_remat.py`."""
+
+from __future__ import annotations
+
+import json
+import statistics
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+PAGE = Path(__file__).with_name("rematerialisation.md")
+RESULTS = Path(__file__).parent.parent / "benchmarks" / "results" / "remat"
+HEAD = """# Rematerialisation, measured
+
+Every row is a training step, model and loss compiled as one, under one plan. Bytes are MB (10^6) at the peak of a step
+beyond model and inputs: as the policy's simulator predicts them, as the compiled plans need them, and as the kernel
+counts resident pages (`benchmarks/harness.py`, `held`). A step's time is over `save_all`'s, predicted and measured
+(interleaved medians, each plan in memory of its own). `equal` is the share of gradients that have the bits of
+`save_all`'s, dropout included; of torch's rows, of its budget 1. `gap` is how far from the best a plan may be, of a
+step's time, where its policy proved a bound. Budgets are shares of eager's peak as predicted; `over` marks a plan that
+is above, the best that the policy found. `torch` is its `activation_memory_budget` (backend
+`aot_eager_decomp_partition`): its kernels are eager's and have no times here.
+
+A row without a budget stands for all of them: the policy gave one plan. This page is written by
+`python docs/make_remat.py`; each section names the command that measured it.
+"""
+COLUMNS = ("model", "policy", "budget", "predicted", "planned", "measured", "step predicted", "step", "flops again",
+           "planning", "gap", "equal")  # fmt: skip
+WITHIN = 1.05
+
+
+def merged(rows: Mapping[str, dict[str, Any]]) -> Iterator[tuple[str, str, dict[str, Any]]]:
+    """Policy, budget and figures; a policy that has one plan for all budgets gives one row, without a budget."""
+    by_policy: dict[str, dict[str, dict[str, Any]]] = {}
+    for name, row in rows.items():
+        policy, _, budget = name.rpartition(" ")
+        by_policy.setdefault(policy, {})[budget] = row
+    for policy, budgets in by_policy.items():
+        plans = {(r.get("predicted peak"), r.get("saved"), r.get("predicted step ratio")) for r in budgets.values()}
+        for budget, row in list(budgets.items())[: 1 if len(plans) == 1 and policy != "torch" else None]:
+            alike = len(plans) == 1 and len(budgets) > 1 and policy != "torch"
+            yield policy, "" if alike else budget, {**row, "budget": "" if alike else row.get("budget", "")}
+
+
+def line(model: str, policy: str, budget: str, row: Mapping[str, Any]) -> str:
+    def shown(name: str, form: str, scale: float = 1.0) -> str:
+        return form.format(row[name] / scale) if row.get(name) is not None else ""
+
+    mark = " over" if row.get("budget") == "over" else ""
+    cells = (
+        model,
+        f"`{policy}`",
+        f"{budget}{mark}",
+        shown("predicted peak", "{:.1f}", 1e6),
+        shown("planned peak", "{:.1f}", 1e6),
+        shown("measured peak", "{:.1f}", 1e6),
+        shown("predicted step ratio", "{:.2f}"),
+        shown("step ratio", "{:.2f}"),
+        shown("flops", "{:.1%}"),
+        shown("plan", "{:.2f} s"),
+        shown("gap", "{:.1%}"),
+        shown("equal", "{:.0%}"),
+    )
+    return f"| {' | '.join(cells)} |"
+
+
+def section(path: Path) -> str:
+    boards: dict[str, dict[str, Any]] = json.loads(path.read_text())
+    first = next(iter(boards.values()))
+    versions = ", ".join(f"{package} {version}" for package, version in first["versions"].items())
+    lines = [
+        f"\n## {path.stem.capitalize()}\n",
+        f"{COMMANDS[path.stem]} on {first['machine']['processor']}, {first['machine']['threads']} threads; {versions}.",
+    ]
+    rows = [(m, *found) for m, board in boards.items() for found in merged(board["rows"])]
+    ours = [row for _, policy, _, row in rows if policy != "torch"]
+    off = [max(r["measured of predicted"], r["predicted of measured"]) for r in ours if "measured of predicted" in r]
+    lines.append(
+        f"\nOf {len(off)} plans the measured peak is within {WITHIN - 1:.0%} of the predicted one in "
+        f"{sum(x <= WITHIN for x in off)}; the median is {statistics.median(off) - 1:.1%} off, the worst "
+        f"{max(off) - 1:.0%}. Gradients equal to `save_all`'s, all bits of all: {sum(r['equal'] == 1 for r in ours)} "
+        f"of {len(ours)} plans.\n"
+    )
+    lines += [f"| {' | '.join(COLUMNS)} |", f"|---|---|---|{'---:|' * (len(COLUMNS) - 3)}"]
+    lines += [line(*row) for row in rows]
+    errors = [f"{m} {case}: {e.splitlines()[-1]}" for m, b in boards.items() for case, e in b["errors"].items() if e]
+    return "\n".join([*lines, *(["", *errors] if errors else [])]) + "\n"
+
+
+COMMANDS = {
+    "models": "`python -m benchmarks.remat --policies save_all,default,mincut,chen_sqrt --budgets 1,.6,.3 --torch`",
+    "policies": "`python -m benchmarks.remat --models dit,unet,bert,llama --plugins --budgets 1,.6,.3 --seconds 5`",
+}
+
+
+def page() -> str:
+    """The text of docs/rematerialisation.md."""
+    return HEAD + "".join(section(path) for path in sorted(RESULTS.glob("*.json")))
+
+
+if __name__ == "__main__":
+    PAGE.write_text(page())
