@@ -336,6 +336,23 @@ class Graph:
         given = storage == "constant" or storage == "input" and name not in self.plan.donated
         return not given and name not in self.kept
 
+    def first_use(self, g: Group, but: Group) -> int | None:
+        """The rank of the first step that waits for a group: its own where none does, None where another alone does."""
+        if g.succs == {but.id}:
+            return None
+        return min((self.rank[s] for s in g.succs if s != but.id), default=self.rank[g.id])
+
+    def freed_between(self, first: Group, last: Group) -> int:
+        """Bytes that operators free which read the first of two groups and run before the second."""
+        rank, total = self.rank, 0
+        for i in first.succs:
+            step = self.steps[i]
+            if isinstance(step, Extern) and rank[i] < rank[last.id]:
+                dying = (n for n in dict.fromkeys(step.reads) if self.mortal(n) and n not in first.writes)
+                freed = sum(self.bytes[n] for n in dying if all(rank[r] <= rank[i] for r in self.readers[n]))
+                total += max(freed - sum(self.bytes[n] for n in step.writes), 0)
+        return total
+
     def needed(self, name: str, me: int) -> bool:
         """Whether something besides a group reads a buffer."""
         return name in self.kept or bool(self.readers.get(name, set()) - {me})

@@ -418,18 +418,18 @@ def _spills(c: Candidate) -> Facts | None:
 
 def lengthens(c: Candidate) -> Facts | None:
     """One kernel runs when both can and when the earlier of the two is needed: what the earlier one reads waits for the
-    later one's inputs, what the later one writes waits for its own readers. Bytes that wait over more than a few steps
-    must be paid for by others that die earlier."""
+    later one's inputs, and so does what operators that read its results would free; what the later one writes waits for
+    its own readers. Bytes that wait over more than a few steps must be paid for by others that die earlier."""
     graph, both = c.graph, {c.a.id, c.b.id}
     first, last = graph.in_order(c.a, c.b)
     distance = graph.rank[last.id] - graph.rank[first.id]
     if distance > NEAR_STEPS:
         held = [n for n in first.reads if n not in last.reads and graph.readers[n] <= both and graph.mortal(n)]
         gone = sum(graph.bytes[n] for n in first.writes if graph.only_between(n, first, last))
-        waits = sum(graph.bytes[n] for n in held) - gone
+        waits = sum(graph.bytes[n] for n in held) - gone + graph.freed_between(first, last)
         if waits >= LONG_BYTES:
             return {"waiting_bytes": waits, "steps": distance}
-    needs = first_use(c, first, last), first_use(c, last, first)
+    needs = graph.first_use(first, last), graph.first_use(last, first)
     if needs[0] is None or needs[1] is None or abs(needs[0] - needs[1]) <= NEAR_STEPS:
         return None
     late, other = (last, first) if needs[1] > needs[0] else (first, last)
@@ -438,14 +438,6 @@ def lengthens(c: Candidate) -> Facts | None:
     if waits <= dies or waits < LONG_BYTES:
         return None
     return {"waiting_bytes": waits - dies, "steps": abs(needs[0] - needs[1])}
-
-
-def first_use(c: Candidate, g: Group, but: Group) -> int | None:
-    """The rank of the first step that waits for a group: its own where none does, None where the other alone does."""
-    rank = c.graph.rank
-    if g.succs == {but.id}:
-        return None
-    return min((rank[s] for s in g.succs if s != but.id), default=rank[g.id])
 
 
 RULES: tuple[Rule, ...] = (
