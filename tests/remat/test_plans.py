@@ -269,6 +269,15 @@ def test_nothing_is_recomputed_from_an_input_that_the_forward_overwrites():
         verify_plan(problem, assemble(problem, set(), "wrong"))
 
 
+def test_a_budget_below_the_gradients_is_refused_with_their_bytes():
+    problem = chain(value("a", "mm"), required=("a",), budget=1.5 * MB)
+    plan = resolve("default").plan(problem)
+    with pytest.raises(RematError, match=r"the budget is 1\.5 MB; raise memory_budget"):
+        verify_plan(problem, plan)
+    with pytest.raises(RematError, match=r"the budget is 500 kB; the gradients alone are 1 MB; raise memory_budget"):
+        verify_plan(replace(problem, memory_budget=MB / 2), plan)
+
+
 def test_a_problem_without_a_plan_says_which_value_has_none():
     problem = chain(value("token", "mm", has_effect=True, savable=False), required=("token",))
     with pytest.raises(RematError, match=r"no plan: token cannot be saved and may run only once \(effect\)"):

@@ -65,3 +65,13 @@ def over(plan: RematPlan, limit: float) -> RematPlan:
     """A plan that is the best found, and says that it is not within the limit."""
     words = f"over budget: no plan was found below {bytes_text(plan.peak_bytes)} of {bytes_text(int(limit))}"
     return replace(plan, status=words)
+
+
+def unavoidable(problem: Problem, limit: float) -> str:
+    """What says that no plan at all is within a limit, where that is known: the gradients alone are more. Else empty.
+
+    They are all alive when the backward ends.
+    """
+    returned = {problem.root[n] for n in problem.backward_outputs if n in problem.by_name}
+    nbytes = problem.saved_bytes(returned)
+    return f"; the gradients alone are {bytes_text(nbytes)}" if nbytes > limit else ""

@@ -5,7 +5,7 @@ from __future__ import annotations
 from minifuse.errors import RematError
 from minifuse.ir.decision import bytes_text
 
-from .budget import limit_of
+from .budget import limit_of, unavoidable
 from .plan import Choice, RematPlan
 from .problem import ACTIONS, OFFLOAD, SAVE, Problem, Value
 
@@ -35,7 +35,8 @@ def verify_plan(problem: Problem, plan: RematPlan) -> None:
     if problem.on_budget == "error" and plan.peak_bytes > (limit := limit_of(problem)):
         raise RematError(
             f"{plan.policy}: the least peak of a step that was found is {bytes_text(plan.peak_bytes)}, the budget is "
-            f"{bytes_text(int(limit))}; raise memory_budget, or take this plan with on_budget='best'"
+            f"{bytes_text(int(limit))}{unavoidable(problem, limit)}; raise memory_budget, or take this plan with "
+            "on_budget='best'"
         )
     nbytes = problem.saved_bytes(plan.saved)
     if nbytes != plan.saved_bytes:
