@@ -9,6 +9,7 @@ as one. A row is a plan:
 
 * `predicted` and `measured` peak: the most bytes that the step holds beyond model and inputs, by the plan's simulator
   and by the kernel's count of resident pages (see `harness.held`); `planned` is what the compiled plans need.
+  What is planned for a budget below 1 is run with it: the pool keeps less idle memory then.
 * `step`: seconds as the model of the device predicts them and as measured (interleaved medians,
   each plan in memory of its own), each over save_all's.
 * `flops`: of what is recomputed, of all of the step's; `plan`: seconds that the policy took; `gap`: of the step that
@@ -171,9 +172,10 @@ class Bench:
             raise ValueError(f"{path}: expected one graph with a backward, found {len(problems)} of {len(graphs)}")
         (self.graph,), (self.problem,) = graphs, problems
 
-    def compile(self, plan: RematPlan) -> tuple[Callable[[], list[Any]], int]:
+    def compile(self, plan: RematPlan, budget: float = 1.0) -> tuple[Callable[[], list[Any]], int]:
         """A step under a plan, which gives its gradients, and the bytes that its programs need."""
-        graph = Graph("bench", replace(self.graph.options, remat=Fixed(plan)), [])
+        options = replace(self.graph.options, remat=Fixed(plan), memory_budget=budget, on_budget="best")
+        graph = Graph("bench", options, [])
         forward, backward = graph.partition(copied(self.graph.joint), [], **self.graph.asked)
         first = self.graph.asked["num_fwd_outputs"]
         runs = [graph.compile(forward, "forward", {}), graph.compile(backward, "backward", {})]
@@ -208,7 +210,7 @@ def plans_of(
                 break
             row = f"{name} {budget:g}"
             within = plan.peak_bytes <= limit_of(asked)
-            yield {"row": row, "plan": plan, "took": took, "within": within}
+            yield {"row": row, "plan": plan, "budget": budget, "took": took, "within": within}
 
 
 def policy_of(name: str) -> RematPolicy:
@@ -229,16 +231,16 @@ def probe(path: str, names: list[str], budgets: list[float], seconds: float, fol
     made: dict[Any, str] = {}
     equal: dict[str, bool] = {}
     steps["save_all"], needs["save_all"] = bench.compile(everything)
-    made[everything.saved, ()] = "save_all"
+    made[everything.saved, (), False] = "save_all"
     want = steps["save_all"]()
     for found in plans_of(problem, names, budgets, seconds):
         if "error" in found:
             rows[found["row"]] = {"error": found["error"]}
             continue
         plan: RematPlan = found["plan"]
-        key = made.setdefault((plan.saved, plan.offloaded), found["row"])
+        key = made.setdefault((plan.saved, plan.offloaded, found["budget"] < 1), found["row"])
         if key not in steps:
-            steps[key], needs[key] = bench.compile(plan)
+            steps[key], needs[key] = bench.compile(plan, found["budget"])
         if key not in equal:
             equal[key] = same(want, steps[key]())
             Path(folder, f"{len(equal) - 1}.json").write_text(plan.to_json())
@@ -246,6 +248,7 @@ def probe(path: str, names: list[str], budgets: list[float], seconds: float, fol
         rows[found["row"]] = {
             "key": key,
             "file": list(equal).index(key),
+            "limited": found["budget"] < 1,
             "predicted_peak": int(held.max(initial=0)),
             "planned_peak": needs[key],
             "predicted_step_ratio": plan.step_seconds / everything.step_seconds,
@@ -280,13 +283,14 @@ def same(one: Sequence[Any], two: Sequence[Any]) -> bool:
     return all(isinstance(a, Tensor) and isinstance(b, Tensor) and torch.equal(a, b) for a, b in pairs)
 
 
-def probe_peaks(path: str, plans: Sequence[str]) -> list[int]:
-    """Bytes of a training step of the model under each plan: the path of a file, or a policy's name. Run it through
-    `fresh` with `COUNTED`."""
+def probe_peaks(path: str, plans: Sequence[tuple[str, bool]]) -> list[int]:
+    """Bytes of a training step of the model under each plan, the path of a file or a policy's name, and whether it was
+    made for a budget. Run it through `fresh` with `COUNTED`."""
     model, args, kwargs = models.load(path)
     found = []
-    for plan in plans:
-        options = {"remat": plan, "plan_cache": False}
+    for plan, budgeted in plans:
+        budget = {"memory_budget": 0.0, "on_budget": "best"} if budgeted else {}
+        options = {"remat": plan, "plan_cache": False, **budget}
         run = torch.compile(Loss(model.train()), backend=functools.partial(minifuse_backend, options=options))
         found.append(held(model, run, args, kwargs))
         model.zero_grad(set_to_none=True)  # gradients may lie in memory of the pool, which gives back what is free
@@ -334,8 +338,8 @@ def measure(entry: models.Entry, options: argparse.Namespace, names: list[str], 
         cache = {"MINIFUSE_CACHE_DIR": default_dir()}  # rates are measured once, where nothing else runs
         try:
             found = harness.fresh(probe, entry.path, names, budgets, options.seconds, folder, env=cache)
-            files = sorted({r["file"] for r in found["rows"].values() if "file" in r})
-            plans = [f"{folder}/{k}.json" for k in files]
+            files = {r["file"]: r.pop("limited") for r in found["rows"].values() if "file" in r}
+            plans = [(f"{folder}/{k}.json", limited) for k, limited in files.items()]
             counted = harness.fresh(probe_peaks, entry.path, plans, env={**cache, **harness.COUNTED})
             peaks = dict(zip(files, counted, strict=True))
         except ProbeError as error:

@@ -21,7 +21,7 @@ WHOLE = 20_600
 # scans, scatters, joins, batches and the lowering of all of core ATen take it past that.
 CORE = 17_770
 # Lines of code a folder may have; the policies of rematerialisation, `explain` and the command line are no core.
-BUDGETS = {"ir": 2_850, "passes": 9_880, "codegen": 3_460, "runtime": 1_770, "explain": 1_100}
+BUDGETS = {"ir": 2_850, "passes": 9_880, "codegen": 3_460, "runtime": 1_780, "explain": 1_100}
 POLICIES = set(
     """baselines policies blocks search mincut priced chen korthikanti knapsack default budget rotor
     checkmate stages milp""".split()

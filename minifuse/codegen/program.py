@@ -46,6 +46,7 @@ class _Writer:
     run_of: dict[int, int]
     threads: tuple[int, ...] = ()
     behind: int = 0
+    limited: bool = False
     lines: list[str] = field(default_factory=list)
     objects: dict[str, Any] = field(default_factory=dict)
     views: dict[TensorRef, int] = field(default_factory=dict)
@@ -127,8 +128,8 @@ class _Writer:
             out.append(f"({', '.join(names)},) = args")
         out.append("args.clear()")
         wants = needs(plan, self.behind)
-        if wants.beside:
-            out.append(f"expect({wants.peak}, {wants.given})")
+        if wants.beside or (self.limited and wants.peak >= POOLED_BYTES):
+            out.append(f"expect({wants.peak}, {wants.given}, {self.limited})")
         for name, symbol in plan.symbols.items():
             if name in used and name not in late:
                 out.append(f"sym_{name} = {self.source(symbol.source, name)}")
@@ -382,8 +383,9 @@ def write_program(
     run_of: dict[int, int],
     threads: tuple[int, ...] = (),
     behind: int = 0,
+    limited: bool = False,
 ) -> HostProgram:
     """The host program of a placed plan. `run_of` maps a launch's step to the C run that holds it; launches without one
     are interpreted. `threads` is how many each run has work for, where that is known, `behind` the bytes that are
-    allocated when it has returned."""
-    return _Writer(plan, binding, unit_symbols, run_of, threads, behind).write()
+    allocated when it has returned; `limited` says that a step is to stay within a budget of memory."""
+    return _Writer(plan, binding, unit_symbols, run_of, threads, behind, limited).write()

@@ -84,7 +84,8 @@ def write_hosts(jobs: Jobs, unit: Unit, runs: Sequence[list[Run]]) -> list[HostP
     for (plan, ctx), mine in zip(jobs, runs, strict=True):
         run_of = {i: k for k, run in enumerate(mine) for i, _, _ in run}
         own = slice(at, at + len(mine))
-        host = write_program(plan, unit.binding[own], unit.symbols, run_of, unit.threads[own], ctx.tangents)
+        limited = ctx.options.memory_budget != 1
+        host = write_program(plan, unit.binding[own], unit.symbols, run_of, unit.threads[own], ctx.tangents, limited)
         ctx.stages["unit"], ctx.stages["program"] = unit, host
         found.append(host)
         at += len(mine)

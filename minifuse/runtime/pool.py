@@ -34,8 +34,9 @@ from minifuse.passes.memory import POOLED_BYTES
 SMALL = POOLED_BYTES
 # Segments unused for this many seconds go back to the system when the pool next asks it for memory.
 MAX_AGE = 30.0
-# Beyond what was in use at most, here and beside the pool, one part in so many may be held.
-SLACK = 32
+# Beyond what was in use at most, here and beside the pool, one part in so many may be held: fewer bytes where a step is
+# asked to keep within a limit. Pages that go back and come again cost a millisecond a megabyte where memory is virtual.
+SLACK, EASY = 128, 8
 # The bytes of a piece are a multiple of this, so that nearly equal requests find each other's pieces.
 PAGE = 4096
 LIBC = ctypes.CDLL(None) if sys.platform == "linux" else None
@@ -207,6 +208,7 @@ class Pool:
         self._kept: set[int] = set()  # segments of these sizes are not split
         self._held = self._used = self._most = 0
         self._total = self._beside = 0  # the most that calls held, and what the last holds beside the pool
+        self._slack = EASY
         self._torn = False
 
     @property
@@ -281,9 +283,10 @@ class Pool:
                 self._shrink(MAX_AGE, self._bound() - self._used - size)
             self._torn = False
 
-    def expect(self, peak: int, given: int) -> None:
-        """A call begins that holds `peak` bytes at most, the pool's and others, `given` of them the pool's already."""
-        self._beside = 0
+    def expect(self, peak: int, given: int, limited: bool = True) -> None:
+        """A call begins that holds `peak` bytes at most, the pool's and others, `given` of them the pool's already.
+        `limited`: it is to hold little more, at the price of fresh pages."""
+        self._beside, self._slack = 0, SLACK if limited else EASY
         with self._lock:
             self._begin()
             self._settle()
@@ -394,8 +397,8 @@ class Pool:
 
     def _bound(self) -> int:
         """The bytes that may be held: near what was once in use together, here and beside the pool."""
-        most = self._most + self._most // SLACK
-        return min(most, self._total + self._total // SLACK - self._beside) if self._beside else most
+        most = self._most + self._most // self._slack
+        return min(most, self._total + self._total // self._slack - self._beside) if self._beside else most
 
     def _insert(self, piece: _Piece) -> None:
         piece.free = True

@@ -12,7 +12,7 @@ import threading
 import pytest
 import torch
 
-from minifuse.runtime.pool import KEEP, PAGE, SLACK, SMALL, Lease, Pool
+from minifuse.runtime.pool import EASY, KEEP, PAGE, SLACK, SMALL, Lease, Pool
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16, torch.int64, torch.bool, torch.complex64]
 LITTLE = [((0,), (1,)), ((0, 5), (5, 1)), ((10**7, 0), (1, 1)), ((), ()), ((3,), (1,))]
@@ -297,6 +297,11 @@ def test_room_is_made_for_an_operator_s_result_of_another_size() -> None:
     del free, other
     pool.lend(5 * SMALL)
     result = pool.own(torch.empty(5 * SMALL, dtype=torch.uint8))
+    assert pool.held_bytes <= 12 * SMALL * (EASY + 1) // EASY
+    pool.expect(peak=12 * SMALL, given=4 * SMALL, limited=True)
+    del result
+    pool.lend(6 * SMALL)
+    result = pool.own(torch.empty(6 * SMALL, dtype=torch.uint8))
     assert pool.held_bytes <= 12 * SMALL * (SLACK + 1) // SLACK
     del used, result
 
@@ -486,7 +491,7 @@ def test_a_piece_may_come_back_inside_the_pool_s_own_code() -> None:
 
 def test_segments_that_others_were_wanted_for_are_not_split_again() -> None:
     pool = Pool()
-    bound = (6 << 20) * (SLACK + 1) // SLACK
+    bound = (6 << 20) * (EASY + 1) // EASY
 
     def step() -> int:
         with pool.lease(4 << 20):
