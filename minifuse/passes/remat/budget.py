@@ -37,8 +37,8 @@ def within(problem: Problem, limit: float, plans: Iterable[RematPlan], policy: s
 
     The plans that no other beats in both are a frontier; between the two around the limit, more and more of what the
     larger saves is saved, the end of the forward first, since what is recomputed early in the backward stands beside
-    everything that is still saved. Neither depends on the limit: where `plans` do not either, a smaller limit never gives
-    a higher peak.
+    everything that is still saved. Neither depends on the limit: where `plans` do not either, a smaller limit never
+    gives a higher peak.
     """
     plans = list(plans)
     seconds = {id(p): p.step_seconds for p in plans}

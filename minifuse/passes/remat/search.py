@@ -73,7 +73,7 @@ class Search:
         return min(fast, key=lambda p: (p.peak_bytes, p.step_seconds))
 
     def candidates(self, limit: float) -> list[RematPlan]:
-        """Plans of less and less memory, whatever the limit; of a long graph's mixtures, those at the limit and next."""
+        """Plans of less and less memory, whatever the limit; of a long graph's mixtures, those at the limit."""
         cuts = PricedMinCut().frontier(self.problem, self.cheapest)
         plans = [self.everything, *cuts, *self.ended(cuts)]
         unlike = list({p.saved: p for p in plans}.values())
