@@ -18,10 +18,11 @@ counts resident pages (`benchmarks/harness.py`, `held`). A step's time is over `
 (interleaved medians, each plan in memory of its own). `equal` is the share of gradients that have the bits of
 `save_all`'s, dropout included; of torch's rows, of its budget 1. `gap` is how far from the best a plan may be, of a
 step's time, where its policy proved a bound. Budgets are shares of eager's peak as predicted; `over` marks a plan that
-is above, the best that the policy found. `torch` is its `activation_memory_budget` (backend
+is above, the best that the policy found. A plan is run with the budget that it was made for: without one an eighth more
+than was in use may lie idle, with one a 128th, which fresh pages pay for. `torch` is its `activation_memory_budget` (backend
 `aot_eager_decomp_partition`): its kernels are eager's and have no times here.
 
-A row without a budget stands for all of them: the policy gave one plan. This page is written by
+This page is written by
 `python docs/make_remat.py`; each section names the command that measured it.
 """
 COLUMNS = ("model", "policy", "budget", "predicted", "planned", "measured", "step predicted", "step", "flops again",
@@ -30,16 +31,14 @@ WITHIN = 1.05
 
 
 def merged(rows: Mapping[str, dict[str, Any]]) -> Iterator[tuple[str, str, dict[str, Any]]]:
-    """Policy, budget and figures; a policy that has one plan for all budgets gives one row, without a budget."""
-    by_policy: dict[str, dict[str, dict[str, Any]]] = {}
+    """Policy, budgets and figures; budgets for which a policy gave one plan, run in one way, have one row."""
+    found: dict[tuple[Any, ...], tuple[list[str], dict[str, Any]]] = {}
     for name, row in rows.items():
         policy, _, budget = name.rpartition(" ")
-        by_policy.setdefault(policy, {})[budget] = row
-    for policy, budgets in by_policy.items():
-        plans = {(r.get("predicted peak"), r.get("saved"), r.get("predicted step ratio")) for r in budgets.values()}
-        for budget, row in list(budgets.items())[: 1 if len(plans) == 1 and policy != "torch" else None]:
-            alike = len(plans) == 1 and len(budgets) > 1 and policy != "torch"
-            yield policy, "" if alike else budget, {**row, "budget": "" if alike else row.get("budget", "")}
+        figures = ("predicted peak", "saved", "predicted step ratio", "measured peak", "step ratio")
+        found.setdefault((policy, *map(row.get, figures)), ([], row))[0].append(budget)
+    for (policy, *_), (budgets, row) in found.items():
+        yield policy, ", ".join(budgets), {**row, "budget": row.get("budget") if len(budgets) == 1 else ""}
 
 
 def line(model: str, policy: str, budget: str, row: Mapping[str, Any]) -> str:
@@ -83,6 +82,10 @@ def section(path: Path) -> str:
     )
     lines += [f"| {' | '.join(COLUMNS)} |", f"|---|---|---|{'---:|' * (len(COLUMNS) - 3)}"]
     lines += [line(*row) for row in rows]
+    notes: dict[str, list[str]] = {}
+    for m, board in boards.items():
+        notes.setdefault(board.get("note", ""), []).append(m)
+    lines += [f"\n{', '.join(models)}: {note}" for note, models in notes.items() if note]
     errors = [f"{m} {case}: {e.splitlines()[-1]}" for m, b in boards.items() for case, e in b["errors"].items() if e]
     return "\n".join([*lines, *(["", *errors] if errors else [])]) + "\n"
 

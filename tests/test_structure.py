@@ -19,9 +19,9 @@ LONGEST_FILE = 500
 WHOLE = 20_600
 # The design aims at 9,000 for the core; the two targets, the capture surface, an allocator and vector maths of our own,
 # scans, scatters, joins, batches and the lowering of all of core ATen take it past that.
-CORE = 17_770
+CORE = 17_780
 # Lines of code a folder may have; the policies of rematerialisation, `explain` and the command line are no core.
-BUDGETS = {"ir": 2_850, "passes": 9_880, "codegen": 3_460, "runtime": 1_780, "explain": 1_100}
+BUDGETS = {"ir": 2_850, "passes": 9_890, "codegen": 3_460, "runtime": 1_780, "explain": 1_100}
 POLICIES = set(
     """baselines policies blocks search mincut priced chen korthikanti knapsack default budget rotor
     checkmate stages milp""".split()

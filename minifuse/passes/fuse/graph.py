@@ -21,6 +21,8 @@ from .unify import Unified
 
 # Groups looked at between two before they count as too far apart to tell.
 LOOKED_AT = 2_000
+# Groups looked at that wait for a fusion.
+WAITING = 32
 # Bytes that an element of a row takes while a kernel holds it between its passes.
 ROW_ITEM = 4
 # The version of a group that is in the graph no more.
@@ -343,15 +345,23 @@ class Graph:
         return min((self.rank[s] for s in g.succs if s != but.id), default=self.rank[g.id])
 
     def freed_between(self, first: Group, last: Group) -> int:
-        """Bytes that operators free which read the first of two groups and run before the second."""
-        rank, total = self.rank, 0
-        for i in first.succs:
-            step = self.steps[i]
-            if isinstance(step, Extern) and rank[i] < rank[last.id]:
-                dying = (n for n in dict.fromkeys(step.reads) if self.mortal(n) and n not in first.writes)
-                freed = sum(self.bytes[n] for n in dying if all(rank[r] <= rank[i] for r in self.readers[n]))
-                total += max(freed - sum(self.bytes[n] for n in step.writes), 0)
-        return total
+        """Bytes that are free when the second of two groups runs, less those that are in use, since what depends on the
+        first has run; the nearest of that, where it is much."""
+        rank, end = self.rank, self.rank[last.id]
+        ran, found = [first.id], {first.id}
+        for i in ran:
+            if len(ran) > WAITING:
+                break
+            more = sorted(s for s in self.groups[i].succs - found if rank[s] < end)
+            found.update(more)
+            ran += more
+        uses = [self.steps[i] if self.groups[i].fixed else self.groups[i] for i in ran if i != first.id]
+        made = {*first.writes, *(n for u in uses for n in u.writes)}  # type: ignore[union-attr]
+        read = dict.fromkeys(n for u in uses for n in u.reads if n not in made and self.mortal(n))  # type: ignore[union-attr]
+        freed = sum(self.bytes[n] for n in read if all(rank[r] < end for r in self.readers[n]))
+        left = made - {*first.writes}
+        held = sum(self.bytes[n] for n in left if n in self.kept or not self.readers.get(n, set()) <= found)
+        return max(freed - held, 0)
 
     def needed(self, name: str, me: int) -> bool:
         """Whether something besides a group reads a buffer."""
