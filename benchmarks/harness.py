@@ -155,13 +155,12 @@ def probe_peak(path: str, backend: str, training: bool) -> int | None:
     """Bytes of a warm step of a model: see `held`. None where the system does not count them. Run it through `peak`."""
     if not os.access("/proc/self/clear_refs", os.W_OK) or platform.libc_ver()[0] != "glibc":
         return None
-    step = models.stepper(path, backend, training)
-    return held(step, step.clear)
+    return held(models.stepper(path, backend, training))
 
 
-def held(step: Callable[[], Any], clear: Callable[[], Any]) -> int:
+def held(step: models.Step) -> int:
     """The most bytes that a warm step holds beyond what the process does when nothing of it is left, the memory that
-    minifuse's pool keeps between steps included; over two steps. `clear` drops what a step leaves to its caller.
+    minifuse's pool keeps between steps included; over two steps.
 
     From the kernel's count of resident pages, so that pages given back one by one are not counted; what libraries and
     the compiler keep for good is not the step's. Run it in a process with `COUNTED`, where large blocks that are freed
@@ -171,14 +170,21 @@ def held(step: Callable[[], Any], clear: Callable[[], Any]) -> int:
         step()
     found = []
     for _ in range(2):
-        clear()
-        gc.collect()
-        ctypes.CDLL(None).malloc_trim(0)
+        step.clear()
+        give_back(pooled=False)
         Path("/proc/self/clear_refs").write_text("5")  # the high-water mark begins anew
         rest = _resident() - POOL.held_bytes
         step()
         found.append(_resident() - rest)
     return max(found)
+
+
+def give_back(pooled: bool = True) -> None:
+    """Give the system what lies idle in the C library, and in minifuse's pool."""
+    gc.collect()
+    if pooled:
+        POOL.trim()
+    ctypes.CDLL(None).malloc_trim(0)
 
 
 def peak(path: str, backend: str, training: bool) -> int | None:

@@ -25,9 +25,7 @@ marked `over`.
 from __future__ import annotations
 
 import argparse
-import ctypes
 import functools
-import gc
 import importlib
 import json
 import sys
@@ -53,7 +51,6 @@ from minifuse.passes.remat.policies import FunctionPolicy
 from minifuse.records import RECORDS
 from minifuse.remat import POLICIES, Problem, RematPlan, RematPolicy, eager_peak, limit_of, verify_plan
 from minifuse.runtime.cache import default_dir
-from minifuse.runtime.program import POOL
 
 from . import harness, models
 from .harness import Board, Column, ProbeError, Target
@@ -271,8 +268,7 @@ def probe(path: str, names: list[str], budgets: list[float], seconds: float, fol
 def alone(run: Callable[[], Any]) -> None:
     """Two runs of a plan in memory of its own: another's blocks fit it badly, and where its pages happen to lie is
     another matter in each round."""
-    POOL.trim()
-    ctypes.CDLL(None).malloc_trim(0)
+    harness.give_back()
     run()
     run()
 
@@ -292,25 +288,25 @@ def probe_peaks(path: str, plans: Sequence[tuple[str, bool]]) -> list[int]:
         budget = {"memory_budget": 0.0, "on_budget": "best"} if budgeted else {}
         options = {"remat": plan, "plan_cache": False, **budget}
         run = torch.compile(Loss(model.train()), backend=functools.partial(minifuse_backend, options=options))
-        found.append(held(model, run, args, kwargs))
-        model.zero_grad(set_to_none=True)  # gradients may lie in memory of the pool, which gives back what is free
-        del run
+        step = stepper(model, run, args, kwargs)
+        found.append(harness.held(step))
+        step.clear()  # gradients may lie in memory of the pool, which gives back what is free
+        del run, step
         torch._dynamo.reset()
-        gc.collect()
-        POOL.trim()
+        harness.give_back()
     return found
 
 
-def held(model: torch.nn.Module, run: Callable[..., Any], args: Any, kwargs: Any) -> int:
-    """See `harness.held`."""
-    return harness.held(functools.partial(step, model, run, args, kwargs), functools.partial(model.zero_grad, True))
-
-
-def step(model: torch.nn.Module, run: Callable[..., Any], args: Any, kwargs: Any) -> None:
+def stepper(model: torch.nn.Module, run: Callable[..., Any], args: Any, kwargs: Any) -> models.Step:
     """From no gradients to all, with the same random numbers each time."""
-    model.zero_grad(set_to_none=True)
-    torch.manual_seed(1)
-    run(*args, **kwargs).backward()
+
+    def train() -> None:
+        step.clear()
+        torch.manual_seed(1)
+        run(*args, **kwargs).backward()
+
+    step = models.Step(train, list(model.parameters()))
+    return step
 
 
 def probe_torch(path: str, budget: float) -> dict[str, float]:
@@ -319,13 +315,13 @@ def probe_torch(path: str, budget: float) -> dict[str, float]:
     model, args, kwargs = models.load(path)
     model.train()
 
-    def compiled(budget: float) -> Callable[[], None]:
+    def compiled(budget: float) -> models.Step:
         torch._dynamo.reset()
         torch._functorch.config.activation_memory_budget = budget
         run = torch.compile(Loss(model), backend="aot_eager_decomp_partition")
-        return functools.partial(step, model, run, args, kwargs)
+        return stepper(model, run, args, kwargs)
 
-    nbytes = harness.held(compiled(budget), functools.partial(model.zero_grad, True))
+    nbytes = harness.held(compiled(budget))
     found = [p.grad for p in model.parameters() if p.grad is not None]
     compiled(1.0)()
     want = [p.grad for p in model.parameters() if p.grad is not None]

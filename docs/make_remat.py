@@ -1,4 +1,4 @@
-"""Writes docs/rematerialisation.md from `benchmarks/results/remat/*.json`: `python docs/make_remat.py`."""
+"""Writes docs/rematerialisation.md from `benchmarks/results/remat/models.json`: `python docs/make_remat.py`."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 PAGE = Path(__file__).with_name("rematerialisation.md")
-RESULTS = Path(__file__).parent.parent / "benchmarks" / "results" / "remat"
+RESULTS = Path(__file__).parent.parent / "benchmarks" / "results" / "remat" / "models.json"
 HEAD = """# Rematerialisation, measured
 
 Every row is a training step, model and loss compiled as one, under one plan. Bytes are MB (10^6) at the peak of a step
@@ -22,11 +22,12 @@ is above, the best that the policy found. A plan is run with the budget that it 
 than was in use may lie idle, with one a 128th, at the price of fresh pages. `torch` is its `activation_memory_budget`
 (backend `aot_eager_decomp_partition`): its kernels are eager's and have no times here.
 
-This page is written by `python docs/make_remat.py`; each section names the command that measured it.
+This page is written by `python docs/make_remat.py`; with the command that measured it.
 """
 COLUMNS = ("model", "policy", "budget", "predicted", "planned", "measured", "step predicted", "step", "flops again",
            "planning", "gap", "equal")  # fmt: skip
 WITHIN = 1.05
+COMMAND = "`python -m benchmarks.remat --policies save_all,default,mincut,chen_sqrt --budgets 1,.6,.3 --torch`"
 
 
 def merged(rows: Mapping[str, dict[str, Any]]) -> Iterator[tuple[str, str, dict[str, Any]]]:
@@ -68,7 +69,7 @@ def section(path: Path) -> str:
     versions = ", ".join(f"{package} {version}" for package, version in first["versions"].items())
     lines = [
         f"\n## {path.stem.capitalize()}\n",
-        f"{COMMANDS[path.stem]} on {first['machine']['processor']}, {first['machine']['threads']} threads; {versions}.",
+        f"{COMMAND} on {first['machine']['processor']}, {first['machine']['threads']} threads; {versions}.",
     ]
     rows = [(m, *found) for m, board in boards.items() for found in merged(board["rows"])]
     ours = [row for _, policy, _, row in rows if policy != "torch"]
@@ -97,15 +98,9 @@ def section(path: Path) -> str:
     return "\n".join([*lines, *(["", *errors] if errors else [])]) + "\n"
 
 
-COMMANDS = {
-    "models": "`python -m benchmarks.remat --policies save_all,default,mincut,chen_sqrt --budgets 1,.6,.3 --torch`",
-    "policies": "`python -m benchmarks.remat --models dit,unet,bert,llama --plugins --budgets 1,.6,.3 --seconds 5`",
-}
-
-
 def page() -> str:
     """The text of docs/rematerialisation.md."""
-    return HEAD + "".join(section(path) for path in sorted(RESULTS.glob("*.json")))
+    return HEAD + section(RESULTS)
 
 
 if __name__ == "__main__":

@@ -132,17 +132,16 @@ def _call(graph: fx.Graph, source: fx.Node, val: Any, target: Any, *args: Any, *
     return new
 
 
-def lay_out_gradients(graph: fx.Graph, first: int, parameters: Collection[int]) -> int:
+def lay_out_gradients(graph: fx.Graph, first: int, parameters: Collection[int]) -> None:
     """Rewrite a joint graph in place so that gradients have the strides of their parameters, where those are dense.
 
     Autograd would copy the others when the backward has ended and all of them are alive; here each is copied when it
     is made, by a kernel like any other. `first` is how many outputs are the forward's, `parameters` has the indices of
-    primals. Returns how many are copied.
+    primals.
     """
     primals = graph.find_nodes(op="placeholder")
     output: Any = graph.output_node()
     results = list(output.args[0])
-    count = 0
     for k, gradient in enumerate(results[first:]):
         if k not in parameters or not isinstance(gradient, fx.Node):
             continue
@@ -151,19 +150,12 @@ def lay_out_gradients(graph: fx.Graph, first: int, parameters: Collection[int]) 
             strides = own.stride()
             dims = sorted(range(own.dim()), key=lambda d: (-strides[d], own.shape[d] != 1))
             back = sorted(range(own.dim()), key=dims.__getitem__)
-            with graph.inserting_after(gradient):
-                new = _call(graph, gradient, given.permute(dims), aten.permute.default, gradient, dims)
-            for target, arguments, kwargs in (
-                (aten.clone.default, (), {"memory_format": torch.contiguous_format}),
-                (aten.permute.default, (back,), {}),
-            ):
-                with graph.inserting_after(new):
-                    new = _call(graph, gradient, target(new.meta["val"], *arguments, **kwargs), target, new, *arguments,
-                                **kwargs)  # fmt: skip
-            results[first + k] = new
-            count += 1
+            with graph.inserting_before(gradient.next):
+                turned = _call(graph, gradient, given.permute(dims), aten.permute.default, gradient, dims)
+                laid = turned.meta["val"].contiguous()
+                copy = _call(graph, gradient, laid, aten.clone.default, turned, memory_format=torch.contiguous_format)
+                results[first + k] = _call(graph, gradient, laid.permute(back), aten.permute.default, copy, back)
     output.args = (type(output.args[0])(results),)
-    return count
 
 
 def _laid_out_otherwise(own: torch.Tensor, given: torch.Tensor) -> bool:

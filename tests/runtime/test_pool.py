@@ -310,13 +310,13 @@ def test_what_lies_idle_makes_room_for_what_a_call_holds_beside_the_pool() -> No
     pool = Pool()
     given, idle = (_bytes(pool, 4 * SMALL) for _ in range(2))
     del idle
-    pool.expect(peak=16 * SMALL, given=4 * SMALL)
+    pool.expect(peak=16 * SMALL, given=4 * SMALL, limited=True)
     pool.beside(8 * SMALL)  # and 8 in the pool are the peak
     assert pool.held_bytes == 8 * SMALL
-    pool.expect(peak=4 * SMALL, given=0)  # of another graph: what the first needs stays
+    pool.expect(peak=4 * SMALL, given=0, limited=True)  # of another graph: what the first needs stays
     pool.beside(2 * SMALL)
     assert pool.held_bytes == 8 * SMALL
-    pool.expect(peak=16 * SMALL, given=4 * SMALL)
+    pool.expect(peak=16 * SMALL, given=4 * SMALL, limited=True)
     pool.beside(11 * SMALL)
     assert pool.held_bytes == 4 * SMALL
     new = _bytes(pool, 4 * SMALL)

@@ -6,7 +6,7 @@ import heapq
 from collections.abc import Collection
 from copy import copy
 from math import prod
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from minifuse.ir import dtypes
 from minifuse.ir.device import DeviceModel
@@ -22,7 +22,7 @@ from .unify import Unified
 # Groups looked at between two before they count as too far apart to tell.
 LOOKED_AT = 2_000
 # Groups looked at that wait for a fusion.
-WAITING = 32
+WAITING = 12
 # Bytes that an element of a row takes while a kernel holds it between its passes.
 ROW_ITEM = 4
 # The version of a group that is in the graph no more.
@@ -355,12 +355,11 @@ class Graph:
             more = sorted(s for s in self.groups[i].succs - found if rank[s] < end)
             found.update(more)
             ran += more
-        uses = [self.steps[i] if self.groups[i].fixed else self.groups[i] for i in ran if i != first.id]
-        made = {*first.writes, *(n for u in uses for n in u.writes)}  # type: ignore[union-attr]
-        read = dict.fromkeys(n for u in uses for n in u.reads if n not in made and self.mortal(n))  # type: ignore[union-attr]
+        uses: list[Any] = [self.steps[i] if self.groups[i].fixed else self.groups[i] for i in ran[1:]]
+        made = {n for u in uses for n in u.writes}
+        read = {n for u in uses for n in u.reads if n not in made and n not in first.writes and self.mortal(n)}
         freed = sum(self.bytes[n] for n in read if all(rank[r] < end for r in self.readers[n]))
-        left = made - {*first.writes}
-        held = sum(self.bytes[n] for n in left if n in self.kept or not self.readers.get(n, set()) <= found)
+        held = sum(self.bytes[n] for n in made if n in self.kept or not self.readers.get(n, set()) <= found)
         return max(freed - held, 0)
 
     def needed(self, name: str, me: int) -> bool:

@@ -211,6 +211,17 @@ class Side:
         rate = device.flops if any(v.kind == "extern" for v in unit.members) else device.vector
         return device.launch + max(flops / rate, moving)
 
+    def taken_over(self, unit: Unit, new: Iterable[str], dying: Iterable[str]) -> dict[str, str]:
+        """The results of a kernel that take the place of what dies as they are written, and whose."""
+        sizes, found = self.problem.sizes, dict[str, str]()
+        over = [n for n in dying if n in self.unit_of]
+        for n in new if over and unit.is_kernel else ():
+            place = next((o for o in over if sizes[o] == sizes[n]), None)
+            if place is not None:
+                over.remove(place)
+                found[n] = place
+        return found
+
     def run(self, alive: Mapping[str, str], category: Mapping[str, str]) -> Run:
         """From what is `alive` before the first step, each storage with its category, as `category` has it of those
         that are made here (else temporary)."""
@@ -230,12 +241,8 @@ class Side:
             for n in new:
                 alive[n] = category.get(n, "temporary")
                 held[alive[n]] += sizes[n]
-            over = [n for n in dying if n in self.unit_of] if new and unit.is_kernel else []
-            for n in new:  # a result takes the place of what dies as it is written
-                found = next((o for o in over if sizes[o] == sizes[n]), None)
-                if found is not None:
-                    over.remove(found)
-                    held[alive.pop(found)] -= sizes[found]
+            for n in self.taken_over(unit, new, dying).values():
+                held[alive.pop(n)] -= sizes[n]
             steps.append(unit.members[-1].name)
             scratch = unit.scratch
             held["temporary"] += scratch

@@ -11,7 +11,7 @@ from .baselines import runs_once
 from .mincut import INFINITE, again_price, save_price
 from .plan import RematPlan, closure
 from .problem import Problem, Value
-from .simulate import Side, Unit, backward_order, backward_side, loaded_of, tangents_of
+from .simulate import Side, backward_order, backward_side, loaded_of, tangents_of
 
 # What is smaller than this share of the limit is saved where it may be, and does not count.
 TINY = 1e-4
@@ -135,10 +135,11 @@ class Stages:
         made = {n: step[i] for i, u in side.units.items() for n in u.writes}
         for n, end in last.items():
             if n in made or self.problem[n].phase == "tangent":
-                own[made.get(n, -1) + 1 : end + 1] += side.problem.sizes[n]
+                own[made.get(n, -1) + 1 : end + 1] += self.problem.sizes[n]
         for t, i in enumerate(ids):
             unit = side.units[i]
-            fresh = self.written(side, unit, [n for n in unit.reads if last[n] == t and n in side.unit_of])
+            taken = side.taken_over(unit, unit.writes, [n for n in unit.reads if last[n] == t])
+            fresh = [self.problem.sizes[n] for n in unit.writes if n not in taken]
             during = int(own[t]) + sum(fresh) + unit.scratch
             over = frozenset(fresh) if unit.is_kernel else frozenset[int]()
             reads = [n for n in unit.reads if n in self.nodes]
@@ -153,18 +154,6 @@ class Stages:
                 self.ahead = max(self.ahead, during)
             for v in unit.members:
                 self.of[v.name] = max(0, len(self.stages) - 1)
-
-    @staticmethod
-    def written(side: Side, unit: Unit, dying: list[str]) -> list[int]:
-        """Sizes of what a kernel writes, less those that take the place of what it is the last to read."""
-        over = [side.problem.sizes[n] for n in dying] if unit.is_kernel else []
-        fresh = []
-        for size in map(side.problem.sizes.__getitem__, unit.writes):
-            if size in over:
-                over.remove(size)
-            else:
-                fresh.append(size)
-        return fresh
 
     def run_forward(self, limit: float) -> None:
         """What the forward holds whatever is saved, and what else it is done with, where both may be too much."""
