@@ -217,11 +217,13 @@ class Target:
 
 @dataclass(frozen=True)
 class Column:
-    """One figure a row: its heading, how it is shown, and the target it is held to."""
+    """One figure a row: its heading, how it is shown, and the target it is held to; without `shown`, for the JSON
+    alone."""
 
     name: str
     show: Callable[[Any], str] = str
     target: Target | None = None
+    shown: bool = True
 
 
 def ratio(value: float) -> str:
@@ -283,11 +285,12 @@ class Board:
     def print(self, console: Console) -> None:
         table = Table(title=self.title, title_justify="left")
         table.add_column("case")
-        for column in self.columns:
+        columns = [c for c in self.columns if c.shown]
+        for column in columns:
             table.add_column(f"{column.name}\n{column.target or ''}", justify="right")
         for name, row in self.rows.items():
             targets = self._targets(name)
-            table.add_row(name, *(self._cell(c, row.get(c.name), targets.get(c.name)) for c in self.columns))
+            table.add_row(name, *(self._cell(c, row.get(c.name), targets.get(c.name)) for c in columns))
         console.print(table)
         for name, error in self.errors.items():
             console.print(f"{name}: {error}", markup=False)
