@@ -12,7 +12,7 @@ import re
 import subprocess
 import tempfile
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -40,6 +40,17 @@ class Instruction:
     store: int = 0
     barrier: bool = False
     after: bool = False
+    rare: bool = False
+
+
+@dataclass(frozen=True)
+class Access:
+    """A thread's access of global memory, of so many bytes, through the parameter of a number; -1 where that is not to
+    be seen."""
+
+    param: int
+    nbytes: int
+    store: bool
 
 
 @dataclass(frozen=True)
@@ -60,11 +71,19 @@ class Assembled:
     shared: int
     code: tuple[Instruction, ...]
     loops: tuple[Loop, ...]
+    accesses: tuple[Access, ...]
 
-    @property
-    def barriers(self) -> int:
-        """Barriers in the text."""
-        return sum(i.barrier for i in self.code)
+    def wide(self, store: bool, asked: Mapping[int, float]) -> float | None:
+        """The share of loads or stores that are of 128 bits or more, by the bytes that are asked for through each
+        parameter; None where there are none."""
+        shares: dict[int, list[int]] = {}
+        for access in self.accesses:
+            if access.store == store:
+                shares.setdefault(access.param, []).append(access.nbytes)
+        weights = {param: asked.get(param, 0.0) if len(shares) > 1 else 1.0 for param in shares}
+        every = sum(weights.values())
+        wide = sum(weights[param] * sum(n for n in found if n >= 16) / sum(found) for param, found in shares.items())
+        return wide / every if every else None
 
     @property
     def in_flight(self) -> int:
@@ -82,41 +101,64 @@ class Assembled:
             found[loop.first : loop.last] = [k] * (loop.last - loop.first)
         return found
 
-    def executions(self, lanes: Mapping[int, int], python: Sequence[range]) -> list[float]:
+    def of_source(self, python: Sequence[PythonLoop]) -> list[int]:
+        """For each loop the one of the source that it is; -1 where that is not to be seen. The innermost loops stand in
+        the same order in both, if none was unrolled; another is what holds the innermost ones that it holds."""
+        inner = [k for k, one in enumerate(self.loops) if not any(_within(other, one) for other in self.loops)]
+        inner.sort(key=lambda k: self.loops[k].first)
+        leaves = [k for k, one in enumerate(python) if not any(other.inside(one) for other in python)]
+        found = [-1] * len(self.loops)
+        if len(inner) == len(leaves):
+            for k, leaf in zip(inner, leaves, strict=True):
+                found[k] = leaf
+        for k in sorted(range(len(self.loops)), key=lambda k: self.loops[k].last - self.loops[k].first):
+            held = [found[j] for j in range(len(self.loops)) if _within(self.loops[j], self.loops[k])]
+            if found[k] < 0 and held and held[-1] >= 0:
+                around = [j for j, one in enumerate(python) if python[held[-1]].inside(one)]
+                found[k] = max(around, key=lambda j: python[j].lines.start, default=-1)
+        return found
+
+    def executions(self, lanes: Mapping[int, float], python: Sequence[PythonLoop]) -> list[float]:
         """How often each instruction runs in a program.
 
-        `lanes` are the bytes that each line asks for in one program, masked ones included; `python` the lines of each
-        loop of the source, outer ones first. What a loop asks for over what one pass of its text asks for is how often
-        it runs; one that asks for nothing counts once, as often as what it stands in.
+        `lanes` are the bytes that each line asks for in one program, masked ones included; `python` the loops of the
+        source, outer ones first. What a loop asks for over what one pass of its text asks for is how often it runs; of
+        one that asks for nothing the source says it, where its bounds are numbers.
         """
-        place = self.innermost()
-        of_source = {k: _source_loop(self.code[loop.first : loop.last], python) for k, loop in enumerate(self.loops)}
+        place, of_source = self.innermost(), self.of_source(python)
         asked: dict[int, float] = {}
         for line, nbytes in lanes.items():
-            at = _innermost(line, python)
+            inside = [k for k, one in enumerate(python) if line in one.lines]
+            at = max(inside, key=lambda k: python[k].lines.start, default=-1)
             asked[at] = asked.get(at, 0.0) + nbytes
         once: dict[int, float] = {}
         for i, k in zip(self.code, place, strict=True):
-            at = of_source.get(k, -1)
+            at = of_source[k] if k >= 0 else -1
             once[at] = once.get(at, 0.0) + (i.load + i.store) * self.threads
         found = []
-        for k in place:
-            at = of_source.get(k, -1)
-            found.append(max(asked.get(at, 0.0) / once[at], 1.0) if k >= 0 and once.get(at) else 1.0)
+        for i, k in zip(self.code, place, strict=True):
+            at = of_source[k] if k >= 0 else -1
+            often = 1.0 if at < 0 else asked.get(at, 0.0) / once[at] if once.get(at) else python[at].trips
+            found.append(0.0 if i.rare else max(often, 1.0))
         return found
 
 
-def _innermost(line: int, python: Sequence[range]) -> int:
-    return max((k for k, lines in enumerate(python) if line in lines), key=lambda k: python[k].start, default=-1)
+@dataclass(frozen=True)
+class PythonLoop:
+    """A loop of a kernel's source: its lines, and how often it runs in all, 1 where its bounds are no numbers."""
+
+    lines: range
+    trips: float
+
+    def inside(self, other: PythonLoop) -> bool:
+        """Whether this loop stands in another. A loop is not in itself."""
+        return (
+            self.lines != other.lines and self.lines.start >= other.lines.start and self.lines.stop <= other.lines.stop
+        )
 
 
-def _source_loop(code: Sequence[Instruction], python: Sequence[range]) -> int:
-    """The loop of the source that most of a loop's instructions are of; -1 where they are of none."""
-    votes: dict[int, int] = {}
-    for i in code:
-        if i.line and (at := _innermost(i.line, python)) >= 0:
-            votes[at] = votes.get(at, 0) + 1
-    return max(votes, key=lambda at: votes[at], default=-1)
+def _within(one: Loop, other: Loop) -> bool:
+    return one != other and one.first >= other.first and one.last <= other.last
 
 
 def assembled(made: Any, source: str) -> Assembled:
@@ -130,7 +172,7 @@ def assembled(made: Any, source: str) -> Assembled:
 # -- NVIDIA -----------------------------------------------------------------------------------------
 def tool(name: str) -> Path:
     """A program of CUDA that Triton's wheel holds."""
-    return Path(importlib.import_module("triton.backends.nvidia").__file__).parent / "bin" / name
+    return Path(str(importlib.import_module("triton.backends.nvidia").__file__)).parent / "bin" / name
 
 
 def kernel_resources(made: Any) -> dict[str, int]:
@@ -164,7 +206,28 @@ def _nvidia(made: Any, source: str, threads: int) -> Assembled:
         command = [str(tool("nvdisasm")), "-g", "-c", str(cubin)]
         text = subprocess.run(command, capture_output=True, text=True, check=True).stdout
     code, loops = _read(_sass(text, source))
-    return Assembled(threads, *kernel_resources(made).values(), code, loops)
+    found = kernel_resources(made)
+    return Assembled(threads, found["registers"], found["spilled"], found["shared"], code, loops,
+                     tuple(_ptx(made.asm["ptx"])))  # fmt: skip
+
+
+_PTX_ACCESS = re.compile(r"\b(ld|st)\.global\S*?(?:\.v(\d))?\.[a-z](\d+)\s.*?\[\s*(%rd\d+)")
+_PTX_PARAM = re.compile(r"\sld\.param\.[a-z]64\s+(%rd\d+), \[\w+_param_(\d+)\]")
+_PTX_MOVE = re.compile(r"\s(?:add|mad|mov|cvta\S*|selp)\.\S+\s+(%rd\d+), (.*);")
+
+
+def _ptx(text: str) -> Iterator[Access]:
+    """Accesses and whose they are: the assembler keeps their widths, and neither keeps their lines."""
+    whose: dict[str, int] = {}
+    for row in text.splitlines():
+        if found := _PTX_PARAM.search(row):
+            whose[found[1]] = int(found[2])
+        elif found := _PTX_MOVE.search(row):
+            known = [whose[r] for r in re.findall(r"%rd\d+", found[2]) if r in whose]
+            if known:
+                whose[found[1]] = known[0]
+        elif found := _PTX_ACCESS.search(row):
+            yield Access(whose.get(found[4], -1), int(found[2] or 1) * int(found[3]) // 8, found[1] == "st")
 
 
 Parsed = tuple[str, Instruction | None, str]
@@ -212,7 +275,8 @@ def _amd(text: str, threads: int, shared: int) -> Assembled:
         return int(re.search(rf"\.{key}:\s+(\d+)", text)[1])  # type: ignore[index]
 
     code, loops = _read(_gcn(text))
-    return Assembled(threads, number("vgpr_count"), 4 * number("vgpr_spill_count"), shared, code, loops)
+    accesses = tuple(Access(-1, i.load + i.store, i.store > 0) for i in code if i.load + i.store)
+    return Assembled(threads, number("vgpr_count"), 4 * number("vgpr_spill_count"), shared, code, loops, accesses)
 
 
 def _gcn(text: str) -> Iterator[Parsed]:
@@ -232,18 +296,35 @@ def _gcn(text: str) -> Iterator[Parsed]:
             target = re.search(r"(\.LBB\w+)", rest) if "branch" in name else None
             after = name == "s_waitcnt" and "vmcnt" in rest
             load = nbytes if access and access[1] == "load" else 0
-            yield "", Instruction(name, line, load, nbytes - load, name == "s_barrier", after), target[1] if target else ""
+            yield (
+                "",
+                Instruction(name, line, load, nbytes - load, name == "s_barrier", after),
+                target[1] if target else "",
+            )
+
+
+ROUTINE = 16
+"""Instructions that set up a call of a routine for odd arguments, at most."""
 
 
 def _read(parsed: Iterator[Parsed]) -> tuple[tuple[Instruction, ...], tuple[Loop, ...]]:
+    """The instructions and the loops of a text. What a branch leaps over and calls a routine is for odd arguments, such
+    as a quotient that is no normal number: `rare`."""
     code: list[Instruction] = []
     labels: dict[str, int] = {}
-    loops: list[Loop] = []
+    branches: list[tuple[int, str]] = []
     for label, instruction, target in parsed:
         if instruction is None:
             labels[label] = len(code)
             continue
         code.append(instruction)
-        if target in labels and len(code) - labels[target] > 1:  # the trap behind a program's end branches to itself
-            loops.append(Loop(labels[target], len(code)))
+        if target:
+            branches.append((len(code), target))
+    loops = []
+    for at, target in branches:
+        to = labels.get(target, at)
+        if to < at - 1:  # the trap behind a program's end branches to itself
+            loops.append(Loop(to, at))
+        elif to - at <= ROUTINE and any(i.name.startswith("CALL") for i in code[at:to]):
+            code[at:to] = [replace(i, rare=True) for i in code[at:to]]
     return tuple(code), tuple(loops)

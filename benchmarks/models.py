@@ -219,6 +219,17 @@ def loss_of(output: Any) -> Tensor:
     return tensor if tensor.ndim == 0 else tensor.float().square().mean()
 
 
+class Loss(nn.Module):
+    """A model and its loss as one, so that what is compiled is all of a step."""
+
+    def __init__(self, model: nn.Module) -> None:
+        super().__init__()
+        self.model = model
+
+    def forward(self, *args: Any, **kwargs: Any) -> Tensor:
+        return loss_of(self.model(*args, **kwargs))
+
+
 def resolve(backend: str) -> str | Callable[..., Any]:
     """What `torch.compile` takes for a backend's name; minifuse's function where the package is not installed."""
     if backend == "minifuse" and backend not in torch._dynamo.list_backends():

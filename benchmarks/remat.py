@@ -135,17 +135,6 @@ class Captured(Graph):
         return call
 
 
-class Loss(torch.nn.Module):
-    """A model and its loss as one, so that what is compiled is all of a step."""
-
-    def __init__(self, model: torch.nn.Module) -> None:
-        super().__init__()
-        self.model = model
-
-    def forward(self, *args: Any, **kwargs: Any) -> Tensor:
-        return models.loss_of(self.model(*args, **kwargs))
-
-
 class Bench:
     """A model's training graph, captured by one step, to be compiled under any plan."""
 
@@ -164,7 +153,7 @@ class Bench:
             graphs.append(Captured("bench", options, eager_strides(gm)))
             return run_aot(graphs[-1], gm, inputs)
 
-        torch.compile(Loss(model.train()), backend=backend)(*args, **kwargs).backward()
+        torch.compile(models.Loss(model.train()), backend=backend)(*args, **kwargs).backward()
         if len(problems) != 1 or len(graphs) != 1:
             raise ValueError(f"{path}: expected one graph with a backward, found {len(problems)} of {len(graphs)}")
         (self.graph,), (self.problem,) = graphs, problems
@@ -287,7 +276,7 @@ def probe_peaks(path: str, plans: Sequence[tuple[str, bool]]) -> list[int]:
     for plan, budgeted in plans:
         budget = {"memory_budget": 0.0, "on_budget": "best"} if budgeted else {}
         options = {"remat": plan, "plan_cache": False, **budget}
-        run = torch.compile(Loss(model.train()), backend=functools.partial(minifuse_backend, options=options))
+        run = torch.compile(models.Loss(model.train()), backend=functools.partial(minifuse_backend, options=options))
         step = stepper(model, run, args, kwargs)
         found.append(harness.held(step))
         step.clear()  # gradients may lie in memory of the pool, which gives back what is free
@@ -318,7 +307,7 @@ def probe_torch(path: str, budget: float) -> dict[str, float]:
     def compiled(budget: float) -> models.Step:
         torch._dynamo.reset()
         torch._functorch.config.activation_memory_budget = budget
-        run = torch.compile(Loss(model), backend="aot_eager_decomp_partition")
+        run = torch.compile(models.Loss(model), backend="aot_eager_decomp_partition")
         return stepper(model, run, args, kwargs)
 
     nbytes = harness.held(compiled(budget))

@@ -6,8 +6,8 @@ Programs of a grid differ in where a block is cut off: along each axis all are a
 run on memory that nobody has written, and every access is noted with its addresses. Bytes are those of 32-byte sectors:
 an access that is misaligned or scattered asks for more of them than it has elements.
 
-* What a program asks for again it finds in the first-level cache, where all that it asks for fits (`NEAR`).
-* What all programs ask for, such as a norm's weights, they find in the second level where it fits (`SHARED`), and
+* What a program asks for again it finds in the first-level cache, where all that it asks for fits (`FIRST_LEVEL`).
+* What all programs ask for, such as a norm's weights, they find in the second level where it fits (`SECOND_LEVEL`), and
   counts once.
 
 Private names of triton's interpreter (3.6-3.9) are in `Watch`.
@@ -22,38 +22,43 @@ import sys
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from math import prod
+from types import ModuleType
 from typing import Any
 
 import numpy as np
 import torch
 
 from minifuse.codegen.triton import TritonKernel
+from minifuse.codegen.triton_rows import NEAR
 from minifuse.ir.plan import Launch, Plan, launch_traffic
 from minifuse.passes.context import CompileContext
 from minifuse.runtime import triton_interpret, triton_launch
 from minifuse.runtime.triton_launch import Interpreted
 
+from .assembled import PythonLoop
+
 INTERPRETED = {"TRITON_INTERPRET": "1"}
 SECTOR = 32
-NEAR = 64 << 10
-SHARED = 6 << 20
+FIRST_LEVEL, SECOND_LEVEL = 64 << 10, 6 << 20
+REDUCTIONS = {f"mf_{name}" for name in "sum sums prod max min any all rowargmax rowargmin scan".split()}
 SAMPLED = 8
 """Programs of a batch that are run: they look up which tensor they are of."""
 
 
 @dataclass
 class Asked:
-    """What one program asks of memory: sectors by buffer's number and kind of access, and bytes a line of the source,
-    masked ones included."""
+    """What one program asks of memory: sectors by buffer's number and kind of access; for a line of the source the
+    bytes of all its lanes, masked ones too; how often a row is reduced across threads."""
 
     sectors: dict[tuple[int, str], list[np.ndarray]] = field(default_factory=dict)
     lanes: dict[int, int] = field(default_factory=dict)
+    reductions: int = 0
 
     def nbytes(self) -> dict[tuple[int, str], int]:
         """Bytes by buffer and kind; what is asked for again is near where all of it is."""
         every = {key: sum(map(len, found)) for key, found in self.sectors.items()}
         once = {key: len(np.unique(np.concatenate(found))) for key, found in self.sectors.items()}
-        return {key: SECTOR * n for key, n in (once if SECTOR * sum(once.values()) <= NEAR else every).items()}
+        return {key: SECTOR * n for key, n in (once if SECTOR * sum(once.values()) <= FIRST_LEVEL else every).items()}
 
 
 class Watch:
@@ -66,6 +71,7 @@ class Watch:
         self.ranges = np.zeros((0, 2), np.int64)
         self.file = ""
         self.program = 0
+        self.prepared: list[ModuleType] = []
         builder = type(interpreter.interpreter_builder)
         load, store = builder.create_masked_load, builder.create_masked_store
 
@@ -96,6 +102,24 @@ class Watch:
             within = (self.ranges[:, 0] <= taken[0]) & (taken[0] < self.ranges[:, 1])
             buffer = int(within.argmax()) if within.any() else -1
             self.asked.sectors.setdefault((buffer, kind), []).append(np.unique(taken // SECTOR))
+
+    def prepare(self, module: ModuleType) -> None:
+        """Let a module of kernels run in the interpreter, and note what is reduced."""
+        triton_interpret.install(module)
+        if module in self.prepared:
+            return
+        self.prepared.append(module)
+
+        def noted(function: Callable[..., Any], many: int) -> Callable[..., Any]:
+            def call(*args: Any) -> Any:
+                if length(args) > NEAR:  # a thread joins its few neighbours by itself
+                    self.asked.reductions += many
+                return function(*args)
+
+            return call
+
+        for name in REDUCTIONS & {*vars(module)}:
+            setattr(module, name, noted(getattr(module, name), 2 if name == "mf_sums" else 1))
 
     def run(self, one: Interpreted, program: int, memory: Sequence[torch.Tensor], hint: Hint) -> Asked:
         """What one program of a launch asks for. `memory` are its buffers, those of each tensor of a batch in turn;
@@ -142,10 +166,21 @@ def kinds(one: Interpreted, hint: Hint) -> list[tuple[int, float]]:
     return found
 
 
-def loops_of(source: str) -> list[range]:
-    """The lines of each loop of a module, outer ones first."""
-    loops = [n for n in ast.walk(ast.parse(source)) if isinstance(n, ast.For)]
-    return sorted((range(n.lineno, (n.end_lineno or n.lineno) + 1) for n in loops), key=lambda r: (r.start, -r.stop))
+def length(args: Sequence[Any]) -> int:
+    """Of a helper's arguments the length of a row: the middle one of the last three numbers."""
+    return [x for x in args if isinstance(x, int)][-2]
+
+
+def loops_of(source: str, kernel: str) -> list[PythonLoop]:
+    """The loops of a module's kernel, outer ones first."""
+    (function,) = (n for n in ast.parse(source).body if isinstance(n, ast.FunctionDef) and n.name == kernel)
+    found = []
+    for n in ast.walk(function):
+        if isinstance(n, ast.For) and isinstance(n.iter, ast.Call):
+            bounds = [a.value for a in n.iter.args if isinstance(a, ast.Constant) and isinstance(a.value, int)]
+            trips = len(range(*bounds)) if len(bounds) == len(n.iter.args) else 1
+            found.append(PythonLoop(range(n.lineno, (n.end_lineno or n.lineno) + 1), trips))
+    return sorted(found, key=lambda loop: (loop.lines.start, -loop.lines.stop))
 
 
 def zeros(nbytes: int, dtype: torch.dtype) -> torch.Tensor:
@@ -156,8 +191,9 @@ def zeros(nbytes: int, dtype: torch.dtype) -> torch.Tensor:
 
 
 def count(watch: Watch, plan: Plan, one: Interpreted) -> dict[str, Any]:
-    """What a launch asks for: `requested` bytes, the `least` that it can move, its `programs`, and as `lanes` the bytes
-    that each line of its source asks for in one of them on average."""
+    """What a launch asks for: `requested` bytes, the `least` that it can move, its `programs`, the bytes that
+    these ask for of each buffer as `read` and `written`; and of one program on average `lanes` and `reductions`, as
+    `Asked` has them."""
 
     def hint(name: str) -> int:
         return plan.symbols[name].hint
@@ -165,24 +201,26 @@ def count(watch: Watch, plan: Plan, one: Interpreted) -> dict[str, Any]:
     params = one.step.kernel.params
     memory = [zeros(plan.hint(plan.buffers[b].nbytes), params[k % len(params)].dtype)
               for k, b in enumerate(one.step.binding)]  # fmt: skip
-    total: dict[tuple[int, str], float] = {}
-    lanes: dict[int, float] = {}
-    programs = 0.0
+    total: dict[Any, float] = {}
+    lanes: dict[Any, float] = {}
+    programs = reductions = 0.0
     for program, many in kinds(one, hint):
         asked = watch.run(one, program, memory, hint)
         programs += many
-        for key, nbytes in asked.nbytes().items():
-            total[key] = total.get(key, 0.0) + many * nbytes
-        for line, lane_bytes in asked.lanes.items():
-            lanes[line] = lanes.get(line, 0.0) + many * lane_bytes
-    requested = 0.0
-    for (buffer, _), asked_bytes in total.items():
+        reductions += many * asked.reductions
+        for found, counted in ((total, asked.nbytes()), (lanes, asked.lanes)):
+            for key, nbytes in dict[Any, float](counted).items():
+                found[key] = found.get(key, 0.0) + many * nbytes
+    for (buffer, kind), nbytes in total.items():
         whole = memory[buffer].nbytes if buffer >= 0 else 0
-        requested += min(asked_bytes, max(whole, SECTOR)) if whole <= SHARED else asked_bytes
+        total[buffer, kind] = min(nbytes, max(whole, SECTOR)) if whole <= SECOND_LEVEL else nbytes
     return {
-        "requested": requested,
+        "requested": sum(total.values()),
         "least": launch_traffic(plan, one.step).total,
         "programs": programs,
+        "reductions": reductions / programs,
+        "read": {buffer: nbytes for (buffer, kind), nbytes in total.items() if kind == "read"},
+        "written": {buffer: nbytes for (buffer, kind), nbytes in total.items() if kind == "written"},
         "lanes": {line: nbytes / programs for line, nbytes in lanes.items()},
     }
 

@@ -8,11 +8,11 @@ compiled for a target: cuda:80, cuda:90, cuda:100 or hip:gfx942. A row is a kern
 
 * `bytes`: asked for, in 32-byte sectors, over the least (each input once, each output once): see
   `benchmarks.requested`.
-* `wide loads`, `wide stores`: the share of a thread's global accesses, by bytes, that are of 128 bits or more. Not held
+* `wide loads`, `wide stores`: the share of global accesses, by bytes asked for, that are of 128 bits or more. Not held
   where they are under a fiftieth of the kernel's bytes.
 * `spilled`, `registers` (a thread), `shared`; `blocks`: how many fit a multiprocessor; `in flight`: bytes of loads that
   these have asked for before they wait for the first.
-* `barriers`: in the text, a reduction.
+* `barriers`: that a program waits at, a reduction of a row across its threads.
 * `issue`: instructions over what the processor issues while the least bytes move at the device's bandwidth: an H100
   stays bound by memory up to 49 instructions an element of float32 that is read and written (6.1 a byte), and other
   targets in proportion to their units, clock and bandwidth. `instructions` are those an element of the largest buffer.
@@ -25,24 +25,23 @@ barriers alone (`bound`: launch).
 from __future__ import annotations
 
 import argparse
-import importlib
+import os
 import sys
+import tempfile
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
 
 import minifuse
 from minifuse.capturing import Capture
 from minifuse.ir.plan import Plan
 from minifuse.options import Options
 from minifuse.passes.context import CompileContext
-from minifuse.runtime import triton_interpret
 from minifuse.runtime.triton_launch import Interpreted, Launched
 
 from . import gpu, harness, models, requested
@@ -106,13 +105,19 @@ def cases(options: argparse.Namespace) -> list[Case]:
     rows = [r.name for r in gpu.ROWS if any(w in r.name for w in wanted) or not (wanted or options.models)]
     found = [("row", name) for name in rows]
     if options.models or not (options.quick or wanted):
-        found += [("model", entry.name) for entry in models.select(options.quick, names=options.models)]
+        paths = [name for name in options.models.split(",") if ":" in name]
+        found += [("model", path) for path in paths]
+        if not paths:
+            found += [("model", entry.name) for entry in models.select(options.quick, names=options.models)]
     return found
 
 
 def captured(case: Case) -> list[Capture]:
     """The graphs of a case, planned; nothing of them runs but the operators of a model, by ATen."""
     kind, name = case
+    if ":" in name:
+        model, args, kwargs = models.load(name)
+        return [minifuse.capture(model, *args, compile_options=OPTIONS, **kwargs)]
     if kind == "model":
         entry = models.MODELS[name]
         model, args, kwargs = models.load(entry.path)
@@ -139,12 +144,13 @@ def probe_requested(which: list[Case]) -> dict[str, Any]:
     for case in which:
         for _, plan, ctx in planned((case[0], case[1])):
             for name, one, _ in requested.launches(plan, ctx, Interpreted):
-                triton_interpret.install(sys.modules[one.function.fn.__module__])
-                try:
-                    key = f"{case[1]} {name}"
-                    found[key] = found.get(key) or requested.count(watch, plan, one)
-                except Exception as why:
-                    found[f"{case[1]} {name}"] = {"error": f"{type(why).__name__}: {why}"}
+                key = f"{case[1]} {name}"
+                if key not in found:
+                    watch.prepare(sys.modules[one.function.fn.__module__])
+                    try:
+                        found[key] = requested.count(watch, plan, one)
+                    except Exception as why:  # the row is short, and says why
+                        found[key] = {"error": f"{type(why).__name__}: {why}"}
     return found
 
 
@@ -181,21 +187,20 @@ def last_wave(programs: float, units: int, resident: int) -> float:
     return rounds / -(-programs // at_once) if rounds else 0.0
 
 
-def figures(one: Launched, plan: Plan, a: Assembled, asked: dict[str, Any], p: Processor, source: str) -> dict[str, Any]:
+def figures(
+    one: Launched, plan: Plan, a: Assembled, asked: dict[str, Any], p: Processor, source: str
+) -> dict[str, Any]:
     """The row of a kernel."""
-    python = requested.loops_of(Path(source).read_text())
-    often = a.executions({int(k): v for k, v in asked["lanes"].items()}, python)
-    loads, stores = ([(n * getattr(i, way), getattr(i, way)) for n, i in zip(often, a.code, strict=True)]
-                     for way in ("load", "store"))  # fmt: skip
+    read, written, lanes = ({int(k): v for k, v in asked[key].items()} for key in ("read", "written", "lanes"))
+    often = a.executions(lanes, requested.loops_of(Path(source).read_text(), one.kernel.name))
     issued = sum(often) * a.threads * asked["programs"]
     resident = p.resident(a)
-    kernel = one.step.kernel
-    # a mean and the squares about it are two
-    reductions = sum(2 if r.kind == "welford" else 1 for r in kernel.reductions)
     largest = max(plan.hint(plan.buffers[b].nbytes) // plan.buffers[b].dtype.itemsize for b in one.step.binding)
     row: dict[str, Any] = {
         "least": asked["least"],
         "bytes": asked["requested"] / asked["least"],
+        "wide_loads": a.wide(False, read),
+        "wide_stores": a.wide(True, written),
         "spilled": a.spilled,
         "registers": a.registers,
         "shared": a.shared,
@@ -207,13 +212,12 @@ def figures(one: Launched, plan: Plan, a: Assembled, asked: dict[str, Any], p: P
         "bound": "launch" if asked["least"] / p.bandwidth < 3e-6 else "memory",
         "schedule": f"{one.step.schedule}; {one.kernel.warps} warps",
     }
-    for name, accesses in (("wide_loads", loads), ("wide_stores", stores)):
-        every = sum(nbytes for nbytes, _ in accesses)
-        if every * a.threads * asked["programs"] > MATTERS * asked["least"]:
-            row[name] = sum(nbytes for nbytes, width in accesses if width >= 16) / every
-    if reductions:
-        row["barriers"] = a.barriers / reductions
-    return row
+    for name, nbytes in (("wide_loads", read), ("wide_stores", written)):
+        if sum(nbytes.values()) < MATTERS * asked["requested"]:
+            row[name] = None
+    if asked["reductions"]:
+        row["barriers"] = sum(n for n, i in zip(often, a.code, strict=True) if i.barrier) / asked["reductions"]
+    return {name: figure for name, figure in row.items() if figure is not None}
 
 
 def hold(table: Board, name: str) -> None:
@@ -255,8 +259,10 @@ def main() -> int:
     parser = harness.arguments(__doc__)
     parser.add_argument("--target", default="cuda:90", choices=TARGETS)
     parser.add_argument("--rows", default="", help="comma-separated parts of the names of rows of benchmarks.gpu")
-    parser.add_argument("--models", default="", help="comma-separated names")
+    parser.add_argument("--models", default="", help="comma-separated names, or MODULE:CALLABLE")
     options = parser.parse_args()
+    folder = tempfile.TemporaryDirectory()
+    os.environ["TRITON_CACHE_DIR"] = folder.name  # what is compiled is timed
     table = board(options.target)
     every = cases(options)
     parts = [[c for c in every if c[0] == "row"], *([c] for c in every if c[0] == "model")]
@@ -269,8 +275,7 @@ def main() -> int:
             continue
         for case in part:
             measure(table, case, asked, options.target)
-    status = harness.finish(table, options)
-    return status
+    return harness.finish(table, options)
 
 
 if __name__ == "__main__":

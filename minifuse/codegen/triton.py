@@ -8,35 +8,33 @@ printer walks has the schedule's other loops alone. Text calls helpers of `trito
 
 from __future__ import annotations
 
-import math
 import re
-from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 import torch
 
 from minifuse.ir import dtypes, ops
-from minifuse.ir.index import ONE, ZERO, Axis, Expr
+from minifuse.ir.index import ONE, Axis, Expr
 from minifuse.ir.kernel import Check, Param, Store
 from minifuse.ir.plan import Launch
 from minifuse.ir.shape import cdiv
 from minifuse.ir.text import kernel_hash
 from minifuse.ir.value import Cast, Load, Op, Random, Reduce, Scan, Value
 from minifuse.passes.pressure import live_words
-from minifuse.passes.schedule_triton import blocks, elements, grid_size, power_of_2, problem
+from minifuse.passes.schedule_triton import elements, grid_size, problem, vector
 
-from .looptree import Fold, build
+from .looptree import build
 from .printer import CodegenError, Printer, Scope, floors
+from .triton_rows import BlockRows
 from .triton_text import LIMIT, combine, extents_of, fixed, inline, literal, register, typed, warps
 
 UNROLL = 8
 # what stands in a loop that is not unrolled: loops, stores, and what is done across threads
 _HEAVY = re.compile(
-    r"^\s*(?:for |tl\.store)|\bmf_(?:scan|sum|prod|max|min|any|all|row(?:argmax|argmin|softmax|welford|elements))\("
+    r"^\s*(?:for |tl\.store)|\bmf_(?:scan|sums?|prod|max|min|any|all|row(?:argmax|argmin|softmax|welford|elements))\("
 )
 # tl.div_rn and tl.sqrt_rn are float32's; on float64 the plain operations round correctly
 F64 = {"div": "({0} / {1})", "sqrt": "tl.sqrt({0})"}
-LAST_INDEX = (1 << 63) - 1
 
 
 @dataclass(frozen=True)
@@ -59,7 +57,7 @@ class TritonKernel:
     own: tuple[str, ...] = ()
 
 
-class TritonDialect:
+class TritonDialect(BlockRows):
     """Text of one kernel in Triton."""
 
     def __init__(self, launch: Launch) -> None:
@@ -67,11 +65,7 @@ class TritonDialect:
         assert schedule is not None
         self.batched = launch.batched
         self.own = sorted(s.name for s in launch.own)
-        self.blocks = blocks(schedule)
-        self.dims = list(self.blocks)
-        self.accumulators: dict[Fold, tuple[str, ...]] = {}
-        self.parts: dict[Fold, int] = {}
-        self.placed: set[Fold] = set()
+        super().__init__(schedule)
         self.extents = extents_of(kernel)
         symbols = sorted(s.name for s in kernel.symbols())
         wide = any(e.is_const and e.value >= LIMIT for e in self.extents)
@@ -84,19 +78,6 @@ class TritonDialect:
     def expr(self, e: Expr) -> str:
         # Triton's own division and remainder round towards zero
         return e.render(lambda a: a.name, *(("mf_floor(", "mf_wrap(") if floors(e) else ("//", "%")))
-
-    def lane_axes(self, axes: frozenset[Axis] | set[Axis]) -> list[Axis]:
-        return [a for a in self.dims if a in axes]
-
-    def shape(self, axes: frozenset[Axis] | set[Axis]) -> str:
-        """The block that a value over these axes is: 1 along the dimensions that it does not vary over."""
-        if not any(a in axes for a in self.dims):
-            return "[]"
-        return "[" + ", ".join(str(self.blocks[a]) if a in axes else "1" for a in self.dims) + "]"
-
-    def ragged(self, axis: Axis) -> bool:
-        """Whether a block may reach past the end of an axis; one without elements has a block of one."""
-        return (axis.size % self.blocks[axis]) is not ZERO or axis.size is ZERO
 
     def mask(self, axes: frozenset[Axis] | set[Axis]) -> str:
         """Which lanes over these axes exist; empty where all do."""
@@ -237,7 +218,9 @@ class TritonDialect:
             scope.lines.append(f"{before} = {combine(v, (before,), (text,))}")
             return before
         block, last = p.fresh(), p.fresh()
-        found = f"mf_scan({self.spread(v, v.arg, text)}, {self.sides(v)}, mf_{ops.REDUCTIONS[v.kind].combine})"
+        before_, n, after = self.sides(v)
+        join = f"mf_{ops.REDUCTIONS[v.kind].combine}"
+        found = f"mf_scan({self.spread(v, v.arg, text)}, {before_}, {n}, {after}, {join})"
         scope.lines += [f"{block}_, {last}_ = {found}", f"{block} = tl.reshape({block}_, {self.shape(v.axes)})"]
         if whole:
             return block
@@ -319,123 +302,7 @@ class TritonDialect:
         at = "err" if shape == "[]" else f"err + tl.zeros({shape}, tl.int32)"
         p.line(f"tl.store({at}, {code}, mask={bad})")
 
-    # -- reductions ------------------------------------------------------------------------------
-    def fold_read(self, p: Printer, r: Reduce) -> tuple[str, ...] | None:
-        """A reduction over a lane alone is an expression."""
-        if p.tree.folds[r]:
-            return None
-        scope = p.scope_of(p.tree.loops_of(r.axes))
-        names = tuple(p.fresh() for _ in r.parts)
-        scope.lines += self.across(p, r, names)
-        return names
-
-    def masked(self, p: Printer, r: Reduce) -> list[str]:
-        """The arguments over every lane, with the identity where there is no element."""
-        mask = f"m_{r.over.name}" if self.ragged(r.over) else ""
-        args = []
-        for a, identity in zip(r.parts, self.identities(r), strict=True):
-            x = p.name(a)
-            args.append(self.spread(r, a, f"tl.where({mask}, {x}, {identity})" if mask else x))
-        return args
-
-    def across(self, p: Printer, r: Reduce, names: tuple[str, ...]) -> list[str]:
-        """The lines that reduce the arguments over their lane."""
-        size = r.over.size
-        counted = r.kind == "welford" and fixed(r.parts[0]) == 1.0 and size.is_const
-        whole = counted and 0 < size.value <= self.blocks[r.over]
-        return self.reduced(r, self.masked(p, r), names, size.value if whole else 0)
-
-    def reduced(self, r: Reduce, args: Sequence[str], names: tuple[str, ...], count: int = 0) -> list[str]:
-        """The lines that reduce what is there over a lane: so many elements, where that is said."""
-        helper = f"mf_rowelements({', '.join(args)}, {count}" if count else f"{row_helper(r)}({', '.join(args)}"
-        found = f"{helper}, {self.sides(r)})"
-        if not self.lane_axes(r.axes):
-            return [f"{', '.join(names)} = {found}"]
-        if len(names) == 1:
-            return [f"{names[0]} = tl.reshape({found}, {self.shape(r.axes)})"]
-        flat = [f"{n}_" for n in names]
-        shaped = (f"{n} = tl.reshape({n}_, {self.shape(r.axes)})" for n in names)
-        return [f"{', '.join(flat)} = {found}", *shaped]
-
-    def spread(self, r: Reduce | Scan, arg: Value, text: str) -> str:
-        """An argument over every lane of what is reduced or scanned."""
-        whole = r.axes | {r.over}
-        return text if set(self.lane_axes(whole)) <= set(arg.axes) else f"tl.broadcast_to({text}, {self.shape(whole)})"
-
-    def sides(self, r: Reduce | Scan) -> str:
-        """The elements of the block in front of the reduced or scanned axis, along it, and behind it."""
-        at, whole = self.dims.index(r.over), r.axes | {r.over}
-        before = math.prod(self.blocks[a] for a in self.dims[:at] if a in whole)
-        after = math.prod(self.blocks[a] for a in self.dims[at + 1 :] if a in whole)
-        return f"{before}, {self.blocks[r.over]}, {after}"
-
-    def identities(self, r: Reduce | Scan) -> tuple[str, ...]:
-        """What an empty reduction holds, and for an argument reduction an index that never wins."""
-        identity = ops.REDUCTIONS[r.kind].identity(r.dtype)
-        first = literal(float(identity), r.dtype) if r.dtype is torch.float32 else typed(identity, r.dtype)
-        parts = r.parts[1:] if isinstance(r, Reduce) else ()
-        return (first, *(typed(LAST_INDEX if a.dtype is torch.int64 else 0.0, a.dtype) for a in parts))
-
-    def fold_begin(self, p: Printer, fold: Fold) -> None:
-        r, loop = fold.value, p.loops[fold.loop]
-        name = p.fresh("a")
-        names = tuple(f"{name}_{k}" for k in range(r.results)) if r.results > 1 else (name,)
-        shape = self.shape(r.axes)
-        ordered = r.kind in ("sum", "prod") or ops.REDUCTIONS[r.kind].element
-        row = r.over in self.blocks and r.over.size.is_const
-        if row and fold.level == 0 and r.kind != "welford":
-            # equal places of the blocks are folded, and what is there at the end is reduced
-            self.placed.add(fold)
-            shape = self.shape(r.axes | {r.over})
-        elif row and ordered:
-            # the results of the blocks are a row in turn: each has its place in a block of its own
-            around = [
-                p.loops[k].step
-                for k in p.tree.loops_of(r.axes | {r.over})
-                if k < fold.loop and p.loops[k].axis is r.over
-            ]
-            whole = around[-1] if around else r.over.size.value
-            self.parts[fold] = power_of_2(-(-whole // loop.step))
-            if shape != "[]" or self.parts[fold] > LIMIT // 65_536:
-                raise CodegenError(f"a row of {r.over.size} elements beside other lanes")
-            shape = f"[{self.parts[fold]}]"
-        for n, a, identity in zip(names, r.parts, self.identities(r), strict=True):
-            p.line(f"{n} = tl.full({shape}, {identity}, {dtypes.row(register(a.dtype)).triton})")
-        self.accumulators[fold] = names
-
-    def fold_step(self, p: Printer, fold: Fold) -> None:
-        r, into = fold.value, self.accumulators[fold]
-        if fold.level > 0:
-            args = self.accumulators[p.tree.folds[r][fold.level - 1]]
-        elif fold in self.placed:
-            args = tuple(self.masked(p, r))
-        elif r.over in self.blocks:
-            for a in r.parts:
-                p.name(a)
-            args = tuple(p.fresh() for _ in r.parts)
-            p.here.lines += self.across(p, r, args)
-        else:
-            args = tuple(p.name(a) for a in r.parts)
-        if fold in self.parts:
-            step, count = p.loops[fold.loop].step, self.parts[fold]
-            here = f"tl.arange(0, {count}) == {r.over.name}_{fold.loop} // {step} % {count}"
-            for n, found in zip(into, args, strict=True):
-                p.line(f"{n} = tl.where({here}, {found}, {n})")
-            return
-        p.line(f"{', '.join(into)} = {combine(r, into, args)}")
-
-    def fold_end(self, p: Printer, fold: Fold) -> tuple[str, ...]:
-        if fold in self.placed:
-            found = tuple(p.fresh() for _ in fold.value.parts)
-            p.here.lines += self.reduced(fold.value, self.accumulators[fold], found)
-            self.accumulators[fold] = found
-        if fold in self.parts:
-            r, blocks = fold.value, ", ".join(self.accumulators[fold])
-            self.accumulators[fold] = tuple(p.fresh() for _ in r.parts)
-            names = ", ".join(self.accumulators[fold])
-            p.line(f"{names} = {row_helper(r)}({blocks}, 1, {self.parts[fold]}, 1)")
-        return self.accumulators[fold]
-
+    # -- what is kept ----------------------------------------------------------------------------
     def hold_begin(self, p: Printer, v: Value) -> None:
         """Blocks stay in registers: nothing is kept in a row buffer."""
 
@@ -458,11 +325,6 @@ class TritonDialect:
         )
 
 
-def row_helper(r: Reduce) -> str:
-    """What reduces a row of a block."""
-    return f"mf_row{r.kind}" if r.results > 1 else f"mf_{r.kind}"
-
-
 def write_kernel(launch: Launch) -> TritonKernel:
     """The Triton of one launch's kernel. Raises CodegenError where Triton cannot express it."""
     kernel, schedule = launch.kernel, launch.schedule
@@ -481,6 +343,7 @@ def write_kernel(launch: Launch) -> TritonKernel:
     symbols = tuple(sorted(s.name for s in kernel.symbols() - launch.own))
     along: list[Reduce | Scan] = [*kernel.reductions, *kernel.scans]
     rows = any(r.lanes > 1 for r in along)
-    count = warps(elements(kernel, dialect.blocks), live_words(kernel.body, dialect.blocks), rows)
+    words = live_words(kernel.body, dialect.blocks)
+    count = warps(elements(kernel, dialect.blocks), words, rows, vector(kernel))
     return TritonKernel(name, text, symbols, grid_size(schedule), count, dialect.extents,
                         tuple(printer.messages.values()), launch.batched, tuple(dialect.own))  # fmt: skip

@@ -205,6 +205,26 @@ def mf_{name}(x, A: tl.constexpr, N: tl.constexpr, C: tl.constexpr):
     return mf_last(x, A, C)
 """
 
+_SUMS = '''
+@triton.jit
+def mf_addboth(x, y, v, w):
+    return x + v, y + w
+
+@triton.jit
+def mf_sums(x, y, A: tl.constexpr, N: tl.constexpr, C: tl.constexpr):
+    """mf_sum of two at once: threads wait for each other once."""
+    x = tl.reshape(x, [A, N, C])
+    y = tl.reshape(y, [A, N, C])
+    for _ in tl.static_range(N.bit_length() - 1):
+        if x.shape[1] > 2048 and x.shape[1] * 4 > N:
+            both = tl.reshape(x, [A, 2, x.shape[1] // 2, C]), tl.reshape(y, [A, 2, x.shape[1] // 2, C])
+            x, y = tl.reduce(both, 1, mf_addboth)
+        else:
+            both = tl.reshape(x, [A, x.shape[1] // 2, 2, C]), tl.reshape(y, [A, x.shape[1] // 2, 2, C])
+            x, y = tl.reduce(both, 2, mf_addboth)
+    return mf_last(x, A, C), mf_last(y, A, C)
+'''
+
 # An argument reduction, and a reduction whose order is all the same.
 _PAIR = """
 @triton.jit
@@ -283,8 +303,9 @@ def mf_moments(n, m, q, total, A: tl.constexpr, N: tl.constexpr, C: tl.constexpr
     n = tl.reshape(n, [A, N, C])
     first = mf_divide(mf_sum(n * tl.reshape(m, [A, N, C]), A, N, C), many)
     away = tl.reshape(m, [A, N, C]) - mf_beside(first, A, C)
-    off = mf_divide(mf_sum(n * away, A, N, C), many)
-    left = mf_sum(tl.reshape(q, [A, N, C]) + n * (away * away), A, N, C) - off * off * total
+    sum, squares = mf_sums(n * away, tl.reshape(q, [A, N, C]) + n * (away * away), A, N, C)
+    off = mf_divide(sum, many)
+    left = squares - off * off * total
     return total, first + off, tl.where(left < 0.0, 0.0, left)
 '''
 _ROW = """
@@ -349,6 +370,7 @@ _SOURCES = "".join(
      *(_JOIN.format(name=name, sign=sign) for name, sign in (("add", "+"), ("mul", "*"), ("or", "|"), ("and", "&"))),
      _ROWS,
      _TREE.format(name="sum", what=_SUM, reduce="tl.sum", join=""),
+     _SUMS,
      _TREE.format(name="prod", what="Product over the middle of [A, N, C], in the order of mf_sum.", reduce="tl.reduce",
                   join=", mf_mul"),
      _PAIR.format(name="argmax", better="greater", best="greatest", sign=">"),

@@ -113,11 +113,11 @@ def _unwrap(found: re.Match[str]) -> str:
     return f"= {found[1]}"
 
 
-def warps(elements: int, words: int, rows: bool) -> int:
-    """Warps of a program: four float32 a thread, 16 bytes, up to 32 of them, so that a row fits registers; where a row
-    is reduced 32 at once, for the fewer warps, the less they wait for each other. More where so many words that are
-    alive at once would not fit."""
-    few = min(max(elements // (1024 if rows else 128), 1), 4)
+def warps(elements: int, words: int, rows: bool, vector: int) -> int:
+    """Warps of a program: so that a thread has what it asks for at once, up to 32 elements, so that a row fits
+    registers; where a row is reduced 32 at once, for the fewer warps, the less they wait for each other. More where so
+    many words that are alive at once would not fit."""
+    few = min(max(elements // (32 * (32 if rows else vector)), 1), 4)
     count = few if elements <= 4096 else 8 if elements <= 8192 else 16
     while count < MOST_WARPS and words > count * 32 * THREAD_WORDS:
         count *= 2

@@ -16,6 +16,7 @@ from .context import CompileContext, without_collection
 from .join import fuse_joined
 from .lower import lower
 from .memory import place
+from .onehot import pick_one_hot
 from .schedule import schedule
 from .schedule_triton import schedule as schedule_triton
 from .schedule_triton import target
@@ -45,6 +46,7 @@ def place_and_stream(plan: Plan, ctx: CompileContext) -> Plan:
 PASSES = (
     Pass("fuse", fuse_joined),
     Pass("widen", widen),
+    Pass("one-hot", pick_one_hot),
     Pass("schedule", schedule_for_target),
     Pass("batch", batch),
     Pass("tiles", tile),

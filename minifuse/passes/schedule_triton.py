@@ -9,9 +9,9 @@ The tree of a reduction on this target, a function of its kind, its extent and i
 * A row (`Reduce.lanes` > 1) of at most `ROW_BLOCK` elements is one block: partial results join by
   halves, then by neighbours, in the order that `triton_prelude.mf_sum` writes down.
 * A longer row is cut into pieces of `PIECE`, whose results are a row in turn. A piece is taken `LONG_BLOCK` elements at
-  a time: equal places of its blocks are folded in order, and what is there at the end is a row of one block. So threads
-  wait for each other once a piece. A row whose length is not known until the call is cut into blocks of a size taken
-  from its hint; their results are a column.
+  a time: four neighbours are joined as a row is, results at equal places of the blocks are folded in order, and what is
+  there at the end is a row of one block. So threads wait for each other once a piece. A row whose length is not known
+  until the call is cut into blocks of a size taken from its hint; their results are a column.
 * What joins several values passes twice over a row of one block. Means and squares about them (`welford`) would divide
   at every element, so the results of a piece's blocks are a row of partial results, as the pieces' are.
 * A column folds its elements in order, `COLUMN_BLOCK` at a time; the results are a column in turn.
@@ -33,7 +33,7 @@ from minifuse.ir.index import Axis, Expr
 from minifuse.ir.kernel import Kernel, Loop, Root, Schedule, Store, rewrite
 from minifuse.ir.plan import Buffer, Plan
 from minifuse.ir.shape import cdiv, product
-from minifuse.ir.value import LANES, Load, Pick, Reduce, Scan, Value, topological
+from minifuse.ir.value import LANES, Load, Op, Pick, Reduce, Scan, Value, topological
 from minifuse.options import Options
 from minifuse.passes.context import CompileContext
 from minifuse.passes.schedule import (
@@ -53,8 +53,13 @@ ROW_BLOCK = 16_384
 LONG_BLOCK, PIECE = 4096, 32_768
 COLUMN_BLOCK = 32
 SHORTEST_DYNAMIC, LONGEST_DYNAMIC = 256, 4096
-POINTS = 1024
-"""Elements that a program has at hand where it can choose: eight a thread of four warps."""
+POINTS, MORE_POINTS = 1024, 4096
+"""Elements that a program has at hand where it can choose: eight a thread of four warps, or more where much is the same
+for all of them."""
+SAME = 8
+"""So much are operators that are done once a program and not once an element."""
+WARP, VECTOR_BYTES = 32, 16
+"""Threads of a warp, and the bytes that one of them asks for at once."""
 COLUMNS = 256
 TRANSPOSE = 64
 NESTED = 4096
@@ -304,7 +309,9 @@ def choose(kernel: Kernel, hint: Hint) -> Schedule:
         blocks[a] = block
         held *= 1 if a in rows else block
     across = None if kernel.ordered else transposed_axis(grid, fast, weight)
-    tiles = _tiles(grid, fast, held, bool(columns) or bool(running), hint, across)
+    points = MORE_POINTS if fast is not None and fast in grid and _same(kernel, fast) >= SAME else POINTS
+    walks, least = bool(columns) or bool(running), WARP * vector(kernel)
+    tiles = _tiles(grid, fast, points // held, 3 if held == 1 else 1, least, walks, hint, across)
     blocks.update(tiles)
     lanes = sorted(blocks, key=lambda a: (a is fast, -stride.get(a, 0), a.name))
     return Schedule((
@@ -321,12 +328,25 @@ def _walk(axis: Axis, room: int) -> list[int]:
     return [] if whole else [block]
 
 
+def vector(kernel: Kernel) -> int:
+    """Elements that a thread asks for at once, of the narrowest tensor that it reads or writes."""
+    return VECTOR_BYTES // min((min(p.dtype.itemsize, VECTOR_BYTES) for p in kernel.params if p.shape), default=4)
+
+
+def _same(kernel: Kernel, fast: Axis) -> int:
+    """Operators and loads whose results vary over the grid, but not along its fastest axis."""
+    return sum(isinstance(v, (Op, Load)) and bool(v.axes) and fast not in v.axes for v in kernel.values())
+
+
 def _tiles(
-    grid: Sequence[Axis], fast: Axis | None, held: int, columns: bool, hint: Hint, across: Axis | None
-) -> dict[Axis, int]:
-    """How many points of each grid axis a program takes, where that is more than one."""
+    grid: Sequence[Axis], fast: Axis | None, room: int, most: int, fewest: int, columns: bool, hint: Hint,
+    across: Axis | None,
+) -> dict[Axis, int]:  # fmt: skip
+    """How many points of each grid axis a program takes, where that is more than one: `room` of them in all, along
+    `most` axes; at least the `fewest` that a warp asks for at once, where they lie side by side; of columns as many as
+    it has threads, since each is walked."""
     tiles: dict[Axis, int] = {}
-    room = max(POINTS // held, 1)
+    room = max(room, 1)
     if across is not None and fast is not None and fast in grid:
         wide = {a: min(TRANSPOSE, power_of_2(hint(a.size))) for a in (fast, across)}
         return {a: n for a, n in wide.items() if n > 1}
@@ -334,12 +354,12 @@ def _tiles(
         room = min(room, COLUMNS)
     order = [a for a in grid if a is fast] + [a for a in grid[::-1] if a is not fast]
     programs = hint(product(a.size for a in grid))
-    least = LANES if columns or fast in grid else 1
+    least = WARP if columns else fewest if fast in grid else 1
     while room > least and programs // room < PROGRAMS:
         room //= 2
     for a in order:
         n = min(room, power_of_2(hint(a.size)))
-        if n > 1 and len(tiles) < (3 if held == 1 else 1):
+        if n > 1 and len(tiles) < most:
             tiles[a] = n
             room //= n
     return tiles

@@ -136,7 +136,7 @@ def test_a_step_holds_what_its_plan_needs(policy: str, budgeted: bool) -> None:
     path = "benchmarks.models:bert"
     model, args, kwargs = models.load(path)
     torch._dynamo.reset()
-    run = torch.compile(remat.Loss(model.train()), backend="minifuse", options={"remat": policy})
+    run = torch.compile(models.Loss(model.train()), backend="minifuse", options={"remat": policy})
     run(*args, **kwargs).backward()
     planned = max(peak(r.stages["memory"])[0] for r in [*RECORDS][-2:])
     (measured,) = harness.fresh(remat.probe_peaks, path, [(policy, budgeted)], env=harness.COUNTED)

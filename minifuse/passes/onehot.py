@@ -1,0 +1,105 @@
+"""Sums of one element: what is zero everywhere but at one place needs no sum.
+
+The gradient of a cross entropy is zero but at each row's label, and its softmax' backward sums it along the row: as
+many comparisons as the row has classes, for a value that is known. `sum over i of where(i == k & c, v, 0)`, where
+nothing but `i` varies along the row, is `v + 0` where `c` holds and `k` is in the row, else 0: those are the bits of
+the sum too, since adding zeros changes none but the sign of -0.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import replace
+
+import torch
+
+from minifuse.ir.index import Axis
+from minifuse.ir.kernel import Kernel, rewrite
+from minifuse.ir.plan import Launch, Plan, Step
+from minifuse.ir.value import Const, IndexOf, Op, Reduce, Value
+from minifuse.passes.context import CompileContext
+
+_REASON = "{sums} sums of what is zero but at one place of {over} are that one's value"
+
+
+def pick_one_hot(plan: Plan, ctx: CompileContext) -> Plan:
+    """Replace each sum of one element by it; decisions say how many."""
+    steps: list[Step] = []
+    for step in plan.steps:
+        if isinstance(step, Launch):
+            kernel, found = without_one_hot_sums(step.kernel)
+            if found:
+                over = ", ".join(sorted({str(r.over) for r in found}))
+                ctx.record("one-hot", step.name, taken=True, reason=_REASON, sums=len(found), over=over,
+                           where=plan.origins.get(step.name, ""))  # fmt: skip
+                step = replace(step, kernel=kernel)
+        steps.append(step)
+    return replace(plan, steps=tuple(steps))
+
+
+def without_one_hot_sums(kernel: Kernel) -> tuple[Kernel, set[Reduce]]:
+    """The kernel without such sums, and which those were."""
+    found: set[Reduce] = set()
+
+    def pick(v: Value) -> Value | None:
+        if not isinstance(v, Reduce) or v.kind != "sum":
+            return None
+        if (one := element(v)) is not None:
+            found.add(v)
+        return one
+
+    body = rewrite(kernel.body, replace_value=pick)
+    if not found:
+        return kernel, found
+    used = {a for r in body for a in r.space}.union(*(v.axes for r in body for v in r.values))
+    smaller = replace(kernel, body=body)
+    used |= {r.over for r in smaller.reductions} | {s.over for s in smaller.scans}
+    used |= {a for v in smaller.values() for a in v.axes}
+    return replace(smaller, axes=tuple(a for a in kernel.axes if a in used)), found
+
+
+def element(r: Reduce) -> Value | None:
+    """The value of a sum of one element, or None where it is another sum."""
+    arg = r.args[0]
+    if not (isinstance(arg, Op) and arg.name == "where"):
+        return None
+    condition, value, other = arg.args
+    if not (isinstance(other, Const) and other.value == 0) or r.over in value.axes:
+        return None
+    place: Value | None = None
+    rest: list[Value] = []
+    for part in conjuncts(condition):
+        k = equal_to(part, r.over)
+        if k is not None and place is None:
+            place = k
+        elif r.over in part.axes:
+            return None
+        else:
+            rest.append(part)
+    if place is None:
+        return None
+    first, size = Const.of(0, place.dtype), IndexOf.of(r.over.size, place.dtype)
+    holds = Op.of("and", Op.of("ge", place, first), Op.of("lt", place, size))
+    for part in rest:
+        holds = Op.of("and", holds, part)
+    zero = Const.of(0.0 if r.dtype.is_floating_point else 0, r.dtype)
+    return Op.of("where", holds, Op.of("add", value, zero), zero)
+
+
+def conjuncts(v: Value) -> Iterator[Value]:
+    """The conditions that one holds as, each by itself."""
+    if isinstance(v, Op) and v.name == "and" and v.dtype is torch.bool:
+        for a in v.args:
+            yield from conjuncts(a)
+    else:
+        yield v
+
+
+def equal_to(v: Value, axis: Axis) -> Value | None:
+    """What a condition says an axis' index is equal to, where that does not vary along it."""
+    if not (isinstance(v, Op) and v.name == "eq"):
+        return None
+    for index, other in (v.args, v.args[::-1]):
+        if isinstance(index, IndexOf) and index.expr == axis.expr and axis not in other.axes:
+            return other
+    return None
