@@ -155,6 +155,12 @@ def test_the_page_of_rematerialisation_is_made_from_the_stored_results() -> None
     assert page == maker("make_remat").page(), "run python docs/make_remat.py"
 
 
+def test_the_kernels_in_the_docs_are_those_that_are_emitted() -> None:
+    page = (ROOT / "docs" / "kernels.md").read_text()
+    assert page.count("@triton.jit") == 5  # three functions, one of them in two launches, and a helper
+    assert page == maker("make_kernels").page(), "run python docs/make_kernels.py"
+
+
 def test_the_page_of_fusion_lists_the_rules_that_there_are() -> None:
     assert (ROOT / "docs" / "fusion.md").read_text() == maker("make_fusion").page(), "run python docs/make_fusion.py"
 

@@ -72,14 +72,21 @@ def combine(r: Reduce | Scan, into: tuple[str, ...], args: tuple[str, ...]) -> s
 
 
 _ASSIGN = re.compile(r"(\s*)(v\d+) = (.*)")
+_AGAIN = re.compile(r"\s*(v\d+) = (v\d+)")
 
 
 def inline(lines: list[str]) -> list[str]:
-    """Put a value that is used once, soon and in the same block where it is used: fewer names to follow.
+    """Put a value that is used once, soon and in the same block where it is used: fewer names to follow; and give what
+    is another value again its name.
 
     Loads keep their place and their name.
     """
-    lines = list(lines)
+    again: dict[str, str] = {}
+    for line in lines:
+        if found := _AGAIN.fullmatch(line):
+            again[found[1]] = again.get(found[2], found[2])
+    named = re.compile(r"\bv\d+\b")
+    lines = [named.sub(lambda m: again.get(m[0], m[0]), x) for x in lines if not _AGAIN.fullmatch(x)]
     uses: dict[str, int] = {}
     for line in lines:
         for name in re.findall(r"\bv\d+\b", line):

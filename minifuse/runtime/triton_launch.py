@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import ctypes
 import importlib.util
+import re
 import sys
 import textwrap
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -138,7 +139,7 @@ def module_text(plan: Plan, kernels: dict[int, TritonKernel]) -> str:
     for i, kernel in kernels.items():
         step = plan.steps[i]
         if kernel.name not in bodies and isinstance(step, Launch):
-            bodies[kernel.name] = f"{_comment(plan, step, kernel)}\n{kernel.text}"
+            bodies[kernel.name] = f"{_comment(plan, step, kernel)}\n{_annotated(plan, step, kernel.text)}"
     text = "\n\n\n".join(bodies.values())
     return "\n\n".join([f"{HEAD}", *("\n" + h for h in helpers(text)), f"\n{text}\n"])
 
@@ -149,6 +150,27 @@ def _comment(plan: Plan, step: Launch, kernel: TritonKernel) -> str:
     lines += textwrap.wrap("from " + ", ".join(step.kernel.origins), 110) if step.kernel.origins else []
     lines += list(dict.fromkeys(plan.origins[o] for o in step.kernel.origins if plan.origins.get(o)))[:8]
     return "\n".join(f"# {line}" for line in lines)
+
+
+_ACCESS = re.compile(r"^( *(?:\w+ = |)tl\.(load|store)\((p\d+)\b.*)$", re.MULTILINE)
+
+
+def _annotated(plan: Plan, step: Launch, text: str) -> str:
+    """A kernel's text that says of each parameter which tensor it is, where it is first read and where it is written,
+    and of a result the line that asked for it."""
+    names = dict(zip((p.name for p in step.kernel.params), step.binding, strict=False))
+    seen: set[str] = set()
+
+    def comment(found: re.Match[str]) -> str:
+        line, way, param = found.groups()
+        if way == "load" and param in seen:
+            return line
+        seen.add(param)
+        name = names[param]
+        where = plan.origins.get(name, "") if way == "store" else ""
+        return f"{line}  # {name}{': ' + where if where else ''}"
+
+    return text if step.batched else _ACCESS.sub(comment, text)
 
 
 def load_module(text: str, cache_dir: str | None) -> ModuleType:
