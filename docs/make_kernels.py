@@ -60,9 +60,9 @@ def page() -> str:
 
     def fresh(found: re.Match[str]) -> str:
         text = SOURCES[found[1]] if found[1].startswith("mf_") else emitted(found[1])
-        return f"<!-- {found[1]} -->\n```python\n{text}\n```"
+        return f"<!-- {found[1]} -->\n```text\n{text}\n```"
 
-    return re.sub(r"<!-- (\w+) -->\n```python\n.*?\n```", fresh, PAGE.read_text(), flags=re.DOTALL)
+    return re.sub(r"<!-- (\w+) -->\n```text\n.*?\n```", fresh, PAGE.read_text(), flags=re.DOTALL)
 
 
 if __name__ == "__main__":
