@@ -20,14 +20,14 @@ from typing import Any
 import torch
 from torch import fx
 
-from . import compat, dump, warm
+from . import compat, compat_graphs, dump, warm
 from .errors import FallbackError
 from .forks import renewed
 from .ir import device as devices
 from .ir import prims  # noqa: F401 - registers the random operators before anything is captured
 from .ir.device import DeviceModel
 from .ir.plan import Plan
-from .options import Options
+from .options import RECORDED_MODES, Options
 from .passes.context import CompileContext, without_collection
 from .passes.cse import merge_equal
 from .passes.decompose import RESIZING, Decompositions
@@ -44,8 +44,8 @@ from .passes.remat.build import nbytes_of
 from .records import RECORDS, Record
 from .runtime import toolchain
 from .runtime.build import begin
+from .runtime.cuda_graphs import recorded
 from .runtime.measure import cpu_model
-from .runtime.program import Program
 
 Boxed = Callable[[list[Any]], Any]
 _numbers = itertools.count()
@@ -65,6 +65,9 @@ def minifuse_backend(
     """
     chosen = Options.parse(options, mode)
     return compile_captured(gm, example_inputs, chosen)
+
+
+minifuse_backend.reset = compat_graphs.forget_cuda_graphs  # type: ignore[attr-defined] # torch.compiler.reset calls it
 
 
 def compile_captured(gm: fx.GraphModule, example_inputs: Sequence[Any], options: Options) -> Callable[..., Any]:
@@ -112,6 +115,7 @@ class Graph:
         self.remat: CompileContext | None = None
         self.kept = False
         self.unfinished: list[Callable[[], None]] = []
+        self.recorded = True
 
     def session(self, gm: fx.GraphModule) -> AbstractContextManager[bool]:
         """Where AOT autograd takes its results from, and keeps them; gives whether it does."""
@@ -218,13 +222,17 @@ class Graph:
             )
             record.source.update(self.captured)
 
-            def build() -> Program:
+            def build() -> Any:
                 (program,) = finish()
                 report_interpreted(ctx)
+                called: Boxed = program
+                if self.options.mode in RECORDED_MODES:
+                    called = recorded(program, gm, ctx, self.recorded)
+                    self.recorded = called is not program
                 RECORDS.append(record)
                 if self.options.debug_dir is not None:
                     dump.write(record, self.options.debug_dir, self.options)
-                return program
+                return called
 
             if not self.kept:
                 return build()

@@ -1,4 +1,5 @@
-"""Private names of torch, each with the versions it was seen in; triton's are in `compat_triton`, and nowhere else.
+"""Private names of torch, each with the versions it was seen in; those of its CUDA graphs are in
+`compat_graphs`, triton's in `compat_triton`, and nowhere else.
 
 torch 2.11 to 2.13 is supported.
 """

@@ -20,6 +20,13 @@ def triton_interprets() -> bool:
     return bool(triton.knobs.runtime.interpret)
 
 
+def triton_version() -> str:
+    """The version of triton."""
+    import triton
+
+    return triton.__version__
+
+
 def triton_compile(
     function: Any, signature: Mapping[str, str], divisible: Sequence[int], warps: int, target: Any = None,
     constants: Mapping[str, int] | None = None,

@@ -19,10 +19,12 @@ POLICIES = "minifuse.remat"
 """The group of entry points under which packages offer rematerialisation policies by name."""
 MODES: Mapping[str, str] = {
     "default": "what the options say",
-    "reduce-overhead": "as default: a program is one call into C between two externs already; no CUDA graphs yet",
-    "max-autotune": "as default: schedules are chosen by rules; no search by timing yet",
-    "max-autotune-no-cudagraphs": "as max-autotune",
+    "reduce-overhead": "on a GPU programs are recorded as CUDA graphs; on a CPU as default: calls are in C already",
+    "max-autotune": "on a GPU schedules around the rules' are timed, what was found is kept on disk; CUDA graphs",
+    "max-autotune-no-cudagraphs": "as max-autotune, without CUDA graphs",
 }
+RECORDED_MODES = ("reduce-overhead", "max-autotune")
+TUNED_MODES = ("max-autotune", "max-autotune-no-cudagraphs")
 
 
 @dataclass(frozen=True)

@@ -16,18 +16,18 @@ ROOT = Path(__file__).resolve().parent.parent
 PACKAGE = ROOT / "minifuse"
 FILES = sorted(PACKAGE.rglob("*.py"))
 LONGEST_FILE = 500
-WHOLE = 20_760
+WHOLE = 21_080
 # The design aims at 9,000 for the core; the two targets, the capture surface, an allocator and vector maths of our own,
 # scans, scatters, joins, batches and the lowering of all of core ATen take it past that.
-CORE = 17_930
+CORE = 18_260
 # Lines of code a folder may have; the policies of rematerialisation, `explain` and the command line are no core.
-BUDGETS = {"ir": 2_850, "passes": 9_970, "codegen": 3_530, "runtime": 1_780, "explain": 1_100}
+BUDGETS = {"ir": 2_850, "passes": 9_970, "codegen": 3_530, "runtime": 2_020, "explain": 1_100}
 POLICIES = set(
     """baselines policies blocks search mincut priced chen korthikanti knapsack default budget rotor
     checkmate stages milp""".split()
 )
 # What each layer may import, itself aside. Leaves are data that every layer reads.
-LEAVES = {"compat", "compat_triton", "errors", "forks", "options", "records"}
+LEAVES = {"compat", "compat_graphs", "compat_triton", "errors", "forks", "options", "records"}
 LAYERS = ("ir", "passes", "codegen", "runtime", "explain", "dump", "warm", "backend", "capturing", "remat", "cli", "")
 OPTIONAL = {"transformers", "triton", "numpy", "matplotlib"}
 

@@ -344,6 +344,6 @@ def write_kernel(launch: Launch) -> TritonKernel:
     along: list[Reduce | Scan] = [*kernel.reductions, *kernel.scans]
     rows = any(r.lanes > 1 for r in along)
     words = live_words(kernel.body, dialect.blocks)
-    count = warps(elements(kernel, dialect.blocks), words, rows, vector(kernel))
+    count = schedule.warps or warps(elements(kernel, dialect.blocks), words, rows, vector(kernel))
     return TritonKernel(name, text, symbols, grid_size(schedule), count, dialect.extents,
                         tuple(printer.messages.values()), launch.batched, tuple(dialect.own))  # fmt: skip

@@ -256,12 +256,14 @@ class Loop:
 
 @dataclass(frozen=True)
 class Schedule:
-    """How a kernel runs: loops from the outermost in, the values kept in a row buffer, and the parameters that are
-    written past the caches, since nobody reads them while they would still be there."""
+    """How a kernel runs: loops from the outermost in, the values kept in a row buffer, the parameters that are
+    written past the caches, since nobody reads them while they would still be there, and the warps of a program on a
+    GPU (0: as many as the target's rule says)."""
 
     loops: tuple[Loop, ...]
     held: tuple[Value, ...] = ()
     past: tuple[str, ...] = ()
+    warps: int = 0
 
     @property
     def grid(self) -> tuple[Loop, ...]:

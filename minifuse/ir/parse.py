@@ -233,13 +233,16 @@ class _Parser:
         loops = [] if r.accept("scalar") else r.some(lambda: self.loop(r))
         held: list[Value] = []
         past: list[str] = []
+        warps = 0
         while r.accept(";"):
             if r.accept("held"):
                 held = r.some(lambda: self.value(r, None))
+            elif r.accept("warps"):
+                warps = r.integer()
             else:
                 r.expect("past")
                 past = r.some(lambda: r.word("a parameter"))
-        self.schedule = Schedule(tuple(loops), tuple(held), tuple(past))
+        self.schedule = Schedule(tuple(loops), tuple(held), tuple(past), warps)
 
     def loop(self, r: _Reader) -> Loop:
         axis = self.axis(r)

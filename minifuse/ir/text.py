@@ -207,7 +207,8 @@ def print_kernel(
     if schedule is not None:
         held = f"; held {_list(printer.text[v] for v in schedule.held)}" if schedule.held else ""
         past = f"; past {_list(schedule.past)}" if schedule.past else ""
-        lines.append(f"schedule {schedule}{held}{past}")
+        warps = f"; warps {schedule.warps}" if schedule.warps else ""
+        lines.append(f"schedule {schedule}{held}{past}{warps}")
     if batch is not None:
         lines += [f"over {_run(m)}" for m in batch.members]
     header = f"kernel {name}" + (f"  {_list(map(_axis, kernel.axes))}" if kernel.axes else "")

@@ -21,6 +21,7 @@ from minifuse.records import Record
 from . import toolchain, triton_launch
 from .loading import Loading
 from .program import Program
+from .triton_tune import tuned
 
 Run = list[tuple[int, Launch, KernelText]]
 Jobs = Sequence[tuple[Plan, CompileContext]]
@@ -44,8 +45,8 @@ def begin(jobs: Jobs) -> Callable[[], list[Program]]:
     targets = [target(plan, ctx.options) for plan, ctx in jobs]
     if "triton" in targets:  # a graph's forward may be on one device and its backward on another
         made = [
-            triton_launch.build(*job) if kind == "triton" else build(*job)
-            for job, kind in zip(jobs, targets, strict=True)
+            triton_launch.build(tuned(plan, ctx), ctx) if kind == "triton" else build(plan, ctx)
+            for (plan, ctx), kind in zip(jobs, targets, strict=True)
         ]
         return lambda: made
     tools = None if first.options.target == "interpret" else toolchain.find(first.options.precise)

@@ -140,7 +140,12 @@ def module_text(plan: Plan, kernels: dict[int, TritonKernel]) -> str:
         step = plan.steps[i]
         if kernel.name not in bodies and isinstance(step, Launch):
             bodies[kernel.name] = f"{_comment(plan, step, kernel)}\n{_annotated(plan, step, kernel.text)}"
-    text = "\n\n\n".join(bodies.values())
+    return source_of(bodies.values())
+
+
+def source_of(bodies: Iterable[str]) -> str:
+    """A module of kernels, below the helpers that they call."""
+    text = "\n\n\n".join(bodies)
     return "\n\n".join([f"{HEAD}", *("\n" + h for h in helpers(text)), f"\n{text}\n"])
 
 

@@ -378,3 +378,67 @@ def test_a_training_step_is_as_exact_as_eager(family: str) -> None:
     exact = pytest.importorskip("tests.kernels.run").exact
     torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = False
     assert exact(family, "cuda", draws=2) == []
+
+
+class _Block(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.norm, self.up, self.down = nn.LayerNorm(256), nn.Linear(256, 512), nn.Linear(512, 256)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x + self.down(F.gelu(self.up(self.norm(x))))
+
+
+def _trained(mode: str, sizes: tuple[int, ...]) -> list[Tensor]:
+    torch._dynamo.reset()
+    torch.manual_seed(0)
+    model = _Block().cuda()
+    optimiser = torch.optim.SGD(model.parameters(), 0.01)
+    run = torch.compile(model, backend="minifuse", mode=mode, dynamic=False)
+    found = []
+    for n in sizes:
+        torch.compiler.cudagraph_mark_step_begin()
+        optimiser.zero_grad()
+        loss = run(torch.ones(n, 256, device="cuda")).square().mean()
+        loss.backward()
+        optimiser.step()
+        found.append(loss.detach().clone())
+    return [*found, *(p.detach().clone() for p in model.parameters())]
+
+
+@pytest.mark.parametrize("mode", ["reduce-overhead", "max-autotune", "max-autotune-no-cudagraphs"])
+def test_every_mode_trains_to_the_same_bits(mode: str) -> None:
+    sizes = (64, 64, 64, 64, 32, 32, 32, 64)
+    for found, want in zip(_trained(mode, sizes), _trained("default", sizes), strict=True):
+        assert torch.equal(found, want)
+
+
+def test_a_recording_draws_anew_at_each_replay_and_writes_to_its_inputs() -> None:
+    counter = torch.zeros(1024, device="cuda")
+
+    def drop(x: Tensor) -> Tensor:
+        counter.add_(1)
+        return F.dropout(x, 0.5)
+
+    run = torch.compile(drop, backend="minifuse", mode="reduce-overhead")
+    x = torch.ones(1024, device="cuda")
+    masks = []
+    for _ in range(6):
+        torch.compiler.cudagraph_mark_step_begin()
+        masks.append(run(x).clone())
+    assert all(not torch.equal(a, b) for k, a in enumerate(masks) for b in masks[:k])
+    assert torch.equal(counter, torch.full_like(counter, 6))
+
+
+def test_timed_schedules_are_kept() -> None:
+    def function(x: Tensor, y: Tensor) -> Tensor:
+        return F.silu(x) * y
+
+    x, y = randn(4096, 4096), randn(4096, 4096)
+    found = []
+    for _ in range(2):
+        torch._dynamo.reset()
+        RECORDS.clear()
+        close(torch.compile(function, backend="minifuse", mode="max-autotune-no-cudagraphs")(x, y), function(x, y))
+        found.append([d.words for r in RECORDS for d in r.decisions if d.rule == "autotune"])
+    assert found[0] == found[1] != []  # the second compile took what the first had timed

@@ -24,6 +24,7 @@ from minifuse.ir.ops import DtypeError
 from minifuse.ir.plan import Again, Buffer, Extern, Launch, Opaque, Output, Plan, Step, Symbol, TensorRef
 from minifuse.ir.shape import contiguous_strides, is_injective
 from minifuse.ir.value import Cast, Const, IndexOf, Load, Value, topological
+from minifuse.options import RECORDED_MODES
 from minifuse.passes.context import CompileContext
 
 from .externs import expected, fallback
@@ -370,7 +371,9 @@ class Lowering:
             else:
                 self.env[node] = self.call(node)
         self.sources()
-        given = self.graph.find_nodes(op="placeholder") if self.ctx.stage == "backward" else []
+        # what is recorded reads its inputs where they are at every replay, so it writes over none of them
+        own = self.ctx.stage == "backward" and self.ctx.options.mode not in RECORDED_MODES
+        given = self.graph.find_nodes(op="placeholder") if own else []
         donated = frozenset(n.name for n in given if not compat.is_primal(n))
         targets = {n.name: str(n.target) for n in self.graph.nodes if n.name in self.origin}
         return Plan(

@@ -1,0 +1,81 @@
+"""`mode="reduce-overhead"`: what a program does on a GPU, recorded once and started as a whole.
+
+The recordings are PyTorch's trees of CUDA graphs, which also own their memory: a program runs twice as it is, then is
+recorded, then replayed; one recording for each value of its sizes. Parameters and what a forward saved stay where they
+are, other inputs are copied to where the recording reads them. What cannot be recorded runs as it is, and a decision
+says why.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import fx
+
+from minifuse import compat_graphs
+from minifuse.ir.plan import Extern, Launch, Plan
+from minifuse.passes.context import CompileContext
+
+from .program import Program
+from .triton_launch import TritonProgram
+
+_TRANSFERS = ("minifuse.offload", "minifuse.reload")
+
+
+def why_not(plan: Plan, program: Program, gm: fx.GraphModule, ctx: CompileContext) -> str:
+    """Why a program is not recorded; empty where it is."""
+    if not isinstance(program, TritonProgram) or not program.on_gpu:
+        return "it runs on the CPU"
+    for b in plan.buffers.values():
+        if b.device.type == "cpu":
+            return f"{b.name} is on the CPU"
+        if b.device.index is not None and b.device.index != program.device.index:
+            return f"{b.name} is on another device"
+    for step in plan.steps:
+        if isinstance(step, Launch) and step.batched:
+            return f"{step.name} runs over many tensors, whose addresses are looked up"
+        if isinstance(step, Extern) and str(step.target).startswith(_TRANSFERS):
+            return f"{step.target} copies between the host and the device beside the program"
+    if interpreted := next((d for d in ctx.decisions if d.rule == "interpreted"), None):
+        return f"{interpreted.subject[0]} is interpreted"
+    if unsafe := compat_graphs.unrecordable(gm):
+        return f"{unsafe} cannot be recorded"
+    return ""
+
+
+class Recorded:
+    """A program that is replayed: called like it, it first raises what a check of an earlier call has found."""
+
+    def __init__(self, program: TritonProgram, replay: Callable[[list[Any]], Any]) -> None:
+        self._boxed_call = True
+        self.program = program
+        self.replay = replay
+
+    def __call__(self, args: list[Any]) -> Any:
+        if self.program.flags is not None:
+            self.program.raise_late()
+        return self.replay(args)
+
+
+def recorded(program: Program, gm: fx.GraphModule, ctx: CompileContext, forward: bool = True) -> Callable[..., Any]:
+    """The program behind recordings of it, or as it is; the decision `cuda-graph` says which. A backward whose
+    `forward` is not recorded is not either."""
+    plan = program.plan
+    why = why_not(plan, program, gm, ctx) if forward else "its forward is not recorded"
+    ctx.record("cuda-graph", ctx.name, taken=not why, reason="recorded, one graph for each value of its sizes"
+               if not why else "run as it is: {why}", why=why)  # fmt: skip
+    if why or not isinstance(program, TritonProgram):
+        backward = forward and ctx.stage == "backward" and torch.cuda.is_available()
+        return compat_graphs.beside_cuda_graphs(program, program_device(program)) if backward else program
+    mutated = tuple(k for k, name in enumerate(plan.inputs) if name in plan.mutated)
+    fixed = compat_graphs.static_inputs(gm, ctx.stage)
+    replay = compat_graphs.cuda_graphs(program, gm, ctx.stage, program.device.index or 0, fixed, mutated)
+    return Recorded(program, replay)
+
+
+def program_device(program: Program) -> int:
+    """The index of the GPU that a program runs on; the current one for a program of the CPU."""
+    device = getattr(program, "device", None)
+    return device.index if device is not None and device.index is not None else torch.cuda.current_device()
