@@ -73,17 +73,18 @@ class Assembled:
     loops: tuple[Loop, ...]
     accesses: tuple[Access, ...]
 
-    def wide(self, store: bool, asked: Mapping[int, float]) -> float | None:
+    def wide(self, store: bool, asked: Mapping[int, float], unmasked: Mapping[int, float]) -> float | None:
         """The share of loads or stores that are of 128 bits or more, by the bytes that are asked for through each
-        parameter; None where there are none."""
+        parameter; None where there are none. A parameter that has an access with a mask beside an equal one without
+        has them in turn: `unmasked` says which share of its bytes goes by the one without."""
         shares: dict[int, list[int]] = {}
         for access in self.accesses:
             if access.store == store:
                 shares.setdefault(access.param, []).append(access.nbytes)
         weights = {param: asked.get(param, 0.0) if len(shares) > 1 else 1.0 for param in shares}
         every = sum(weights.values())
-        wide = sum(weights[param] * sum(n for n in found if n >= 16) / sum(found) for param, found in shares.items())
-        return wide / every if every else None
+        found = sum(weights[param] * _wide(widths, unmasked.get(param, 0.0)) for param, widths in shares.items())
+        return found / every if every else None
 
     @property
     def in_flight(self) -> int:
@@ -141,6 +142,12 @@ class Assembled:
             often = 1.0 if at < 0 else asked.get(at, 0.0) / once[at] if once.get(at) else python[at].trips
             found.append(0.0 if i.rare else max(often, 1.0))
         return found
+
+
+def _wide(widths: Sequence[int], unmasked: float) -> float:
+    """The share of accesses that are wide."""
+    wide = sum(n for n in widths if n >= 16)
+    return unmasked if unmasked and sum(widths) <= 2 * wide < 2 * sum(widths) else wide / sum(widths)
 
 
 @dataclass(frozen=True)

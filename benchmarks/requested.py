@@ -41,16 +41,19 @@ INTERPRETED = {"TRITON_INTERPRET": "1"}
 SECTOR = 32
 FIRST_LEVEL, SECOND_LEVEL = 64 << 10, 6 << 20
 REDUCTIONS = {f"mf_{name}" for name in "sum sums prod max min any all rowargmax rowargmin scan".split()}
+KINDS = ("read", "written")
 SAMPLED = 8
 """Programs of a batch that are run: they look up which tensor they are of."""
 
 
 @dataclass
 class Asked:
-    """What one program asks of memory: sectors by buffer's number and kind of access; for a line of the source the
-    bytes of all its lanes, masked ones too; how often a row is reduced across threads."""
+    """What one program asks of memory: sectors by buffer's number and kind of access, and of these the bytes that are
+    asked for without a mask; for a line of the source the bytes of all its lanes, masked ones too; how often a row is
+    reduced across threads."""
 
     sectors: dict[tuple[int, str], list[np.ndarray]] = field(default_factory=dict)
+    whole: dict[tuple[int, str], int] = field(default_factory=dict)
     lanes: dict[int, int] = field(default_factory=dict)
     reductions: int = 0
 
@@ -71,9 +74,22 @@ class Watch:
         self.ranges = np.zeros((0, 2), np.int64)
         self.file = ""
         self.program = 0
+        self.batched = False
         self.prepared: list[ModuleType] = []
         builder = type(interpreter.interpreter_builder)
         load, store = builder.create_masked_load, builder.create_masked_store
+        plain_load, plain_store = builder.create_load, builder.create_store
+        self.masked = True
+
+        def unmasked(function: Callable[..., Any]) -> Callable[..., Any]:
+            def call(*args: Any) -> Any:
+                self.masked = False
+                try:
+                    return function(*args)
+                finally:
+                    self.masked = True
+
+            return call
 
         def watched_load(self_: Any, ptrs: Any, mask: Any, *rest: Any) -> Any:
             self.note("read", ptrs, mask)
@@ -84,6 +100,7 @@ class Watch:
             return store(self_, ptrs, value, mask, *rest)
 
         builder.create_masked_load, builder.create_masked_store = watched_load, watched_store
+        builder.create_load, builder.create_store = unmasked(plain_load), unmasked(plain_store)
         builder.set_grid_idx = lambda self_, x, y, z: setattr(self_, "grid_idx", (self.program, y, z))
         # memory is the CPU's already: a copy of it onto itself would write all of it
         executor = interpreter.GridExecutor
@@ -100,8 +117,11 @@ class Watch:
         taken = ptrs.data[np.broadcast_to(mask.data, ptrs.data.shape)].astype(np.int64)
         if taken.size:
             within = (self.ranges[:, 0] <= taken[0]) & (taken[0] < self.ranges[:, 1])
-            buffer = int(within.argmax()) if within.any() else -1
-            self.asked.sectors.setdefault((buffer, kind), []).append(np.unique(taken // SECTOR))
+            buffer = int(within.argmax()) if within.any() and not self.batched else -1
+            sectors = np.unique(taken // SECTOR)
+            self.asked.sectors.setdefault((buffer, kind), []).append(sectors)
+            if not self.masked:
+                self.asked.whole[buffer, kind] = self.asked.whole.get((buffer, kind), 0) + SECTOR * len(sectors)
 
     def prepare(self, module: ModuleType) -> None:
         """Let a module of kernels run in the interpreter, and note what is reduced."""
@@ -123,10 +143,10 @@ class Watch:
 
     def run(self, one: Interpreted, program: int, memory: Sequence[torch.Tensor], hint: Hint) -> Asked:
         """What one program of a launch asks for. `memory` are its buffers, those of each tensor of a batch in turn;
-        -1 stands for what is none of them."""
+        -1 stands for what is none of them, and for all of a batch."""
         self.ranges = np.array([[t.data_ptr(), t.data_ptr() + t.nbytes] for t in memory], np.int64)
         self.file = sys.modules[one.function.fn.__module__].__file__ or ""
-        self.asked, self.program = Asked(), program
+        self.asked, self.program, self.batched = Asked(), program, one.tables is not None
         values = tuple(hint(name) for name in one.sizes)
         args: list[Any] = list(memory)
         if one.tables is not None:
@@ -202,25 +222,29 @@ def count(watch: Watch, plan: Plan, one: Interpreted) -> dict[str, Any]:
     memory = [zeros(plan.hint(plan.buffers[b].nbytes), params[k % len(params)].dtype)
               for k, b in enumerate(one.step.binding)]  # fmt: skip
     total: dict[Any, float] = {}
+    every: dict[Any, float] = {}
+    whole: dict[Any, float] = {}
     lanes: dict[Any, float] = {}
     programs = reductions = 0.0
     for program, many in kinds(one, hint):
         asked = watch.run(one, program, memory, hint)
         programs += many
         reductions += many * asked.reductions
-        for found, counted in ((total, asked.nbytes()), (lanes, asked.lanes)):
+        sectors = {key: SECTOR * sum(map(len, found)) for key, found in asked.sectors.items()}
+        counts = ((total, asked.nbytes()), (every, sectors), (whole, asked.whole), (lanes, asked.lanes))
+        for found, counted in counts:
             for key, nbytes in dict[Any, float](counted).items():
                 found[key] = found.get(key, 0.0) + many * nbytes
     for (buffer, kind), nbytes in total.items():
-        whole = memory[buffer].nbytes if buffer >= 0 else 0
-        total[buffer, kind] = min(nbytes, max(whole, SECTOR)) if whole <= SECOND_LEVEL else nbytes
+        size = memory[buffer].nbytes if buffer >= 0 else SECOND_LEVEL + 1
+        total[buffer, kind] = min(nbytes, max(size, SECTOR)) if size <= SECOND_LEVEL else nbytes
     return {
         "requested": sum(total.values()),
         "least": launch_traffic(plan, one.step).total,
         "programs": programs,
         "reductions": reductions / programs,
-        "read": {buffer: nbytes for (buffer, kind), nbytes in total.items() if kind == "read"},
-        "written": {buffer: nbytes for (buffer, kind), nbytes in total.items() if kind == "written"},
+        **{kind: {b: n for (b, k), n in total.items() if k == kind} for kind in KINDS},
+        **{f"unmasked {kind}": {b: n / every[b, k] for (b, k), n in whole.items() if k == kind} for kind in KINDS},
         "lanes": {line: nbytes / programs for line, nbytes in lanes.items()},
     }
 

@@ -191,7 +191,8 @@ def figures(
     one: Launched, plan: Plan, a: Assembled, asked: dict[str, Any], p: Processor, source: str
 ) -> dict[str, Any]:
     """The row of a kernel."""
-    read, written, lanes = ({int(k): v for k, v in asked[key].items()} for key in ("read", "written", "lanes"))
+    keys = ("read", "written", "unmasked read", "unmasked written", "lanes")
+    read, written, read_whole, written_whole, lanes = ({int(k): v for k, v in asked[key].items()} for key in keys)
     often = a.executions(lanes, requested.loops_of(Path(source).read_text(), one.kernel.name))
     issued = sum(often) * a.threads * asked["programs"]
     resident = p.resident(a)
@@ -199,8 +200,8 @@ def figures(
     row: dict[str, Any] = {
         "least": asked["least"],
         "bytes": asked["requested"] / asked["least"],
-        "wide_loads": a.wide(False, read),
-        "wide_stores": a.wide(True, written),
+        "wide_loads": a.wide(False, read, read_whole),
+        "wide_stores": a.wide(True, written, written_whole),
         "spilled": a.spilled,
         "registers": a.registers,
         "shared": a.shared,

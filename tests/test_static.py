@@ -53,7 +53,7 @@ def test_an_element_for_an_element(asked: dict[str, Any]) -> None:
     assert (a.threads, a.spilled, a.shared, a.loops) == (32, 0, 0, ())
     # four floats a thread in one access: 4000 bytes are a multiple of 16
     assert a.accesses == (Access(0, 16, False), Access(1, 16, True))
-    assert a.wide(False, {0: 4000.0}) == 1.0
+    assert a.wide(False, {0: 4000.0}, {}) == 1.0
     assert a.in_flight == 16
     assert not any(i.barrier for i in a.code)
 
@@ -65,7 +65,7 @@ def test_an_element_of_each_row(asked: dict[str, Any]) -> None:
         found["requested"] == 256 * 32 + 256 * 4
     )  # each element is in a sector of its own, as a result eight share one
     a, *_ = compiled("column")
-    assert a.wide(False, {0: 1.0}) == 0.0
+    assert a.wide(False, {0: 1.0}, {}) == 0.0
 
 
 def test_rows_in_loops(asked: dict[str, Any]) -> None:
@@ -91,6 +91,14 @@ def test_loops_and_routines_are_told_by_their_branches() -> None:
 
 def replace_rare(i: Instruction) -> Instruction:
     return Instruction(i.name, i.line, rare=True)
+
+
+def test_accesses_with_and_without_a_mask_stand_for_each_other() -> None:
+    accesses = (Access(0, 16, False), *[Access(0, 2, False)] * 8, Access(1, 2, True))
+    a = Assembled(32, 16, 0, 0, (), (), accesses)
+    assert a.wide(False, {0: 1000.0}, {0: 0.96}) == pytest.approx(0.96)
+    assert a.wide(False, {0: 1000.0}, {}) == 0.5
+    assert a.wide(True, {1: 10.0}, {}) == 0.0
 
 
 def test_what_fits_a_multiprocessor() -> None:

@@ -14,14 +14,14 @@ from dataclasses import dataclass, replace
 import torch
 
 from minifuse.ir import dtypes, ops
-from minifuse.ir.index import ONE, Axis, Expr
+from minifuse.ir.index import ONE, ZERO, Axis, Expr
 from minifuse.ir.kernel import Check, Param, Store
 from minifuse.ir.plan import Launch
 from minifuse.ir.shape import cdiv
 from minifuse.ir.text import kernel_hash
 from minifuse.ir.value import Cast, Load, Op, Random, Reduce, Scan, Value
 from minifuse.passes.pressure import live_words
-from minifuse.passes.schedule_triton import elements, grid_size, problem, vector
+from minifuse.passes.schedule_triton import VECTOR_BYTES, elements, grid_size, problem, vector
 
 from .looptree import build
 from .printer import CodegenError, Printer, Scope, floors
@@ -67,6 +67,7 @@ class TritonDialect(BlockRows):
         self.own = sorted(s.name for s in launch.own)
         super().__init__(schedule)
         self.extents = extents_of(kernel)
+        self.started: set[Axis] = set()
         symbols = sorted(s.name for s in kernel.symbols())
         wide = any(e.is_const and e.value >= LIMIT for e in self.extents)
         # sizes are passed in the width that their offsets need, so they say what the rest is computed in
@@ -87,10 +88,35 @@ class TritonDialect(BlockRows):
         scope.lines.append(f"{name} = {text}")
 
     def lane(self, axis: Axis, start: str = "") -> list[str]:
-        """The lines that define a lane axis, from where its block begins."""
-        if self.ragged(axis):
-            return [self.arange(axis, start), f"m_{axis.name} = {axis.name} < {self.expr(axis.size)}"]
-        return [self.arange(axis, start)]
+        """The lines that define a lane axis, from where its block begins; where blocks may reach past its end, also
+        which lanes exist, and whether all of a block's do."""
+        if not self.ragged(axis):
+            return [self.arange(axis, start)]
+        name, size = axis.name, self.expr(axis.size)
+        lines = [self.arange(axis, start), f"m_{name} = {name} < {size}"]
+        if start:
+            lines.append(f"f_{name} = {start} + {self.blocks[axis]} <= {size}")
+        return lines
+
+    def pays(self, p: Printer) -> bool:
+        """Whether one of the largest accesses is wide where it has no mask."""
+        spaces = [(a, a.axes if isinstance(a, Load) else a.space) for a in p.kernel.accesses]
+        most = max((len(axes) for _, axes in spaces), default=0)
+        params = [(p.param(a.param), a.index, axes) for a, axes in spaces if len(axes) == most]
+        return any(self.whole(param, param.offset(index), axes) for param, index, axes in params)
+
+    def whole(self, param: Param, offset: Expr, axes: frozenset[Axis] | set[Axis]) -> str:
+        """The condition under which an access needs no mask, where it pays to ask: a mask that ends within what a
+        thread asks for at once lets it ask for single elements alone. Empty where it does not."""
+        ragged = [a for a in self.lane_axes(axes) if self.ragged(a)]
+        wide = max(VECTOR_BYTES // param.dtype.itemsize, 1)
+        last = self.dims[-1] if self.dims else None
+        if last not in ragged or not self.started.issuperset(ragged) or (last.size % wide) is ZERO:
+            return ""
+        rest = offset - last.expr
+        if last in rest.axes() or any(coef % wide for _, coef in rest.terms):
+            return ""
+        return " & ".join(f"f_{a.name}" for a in ragged)
 
     def arange(self, axis: Axis, start: str) -> str:
         at = "" if len(self.dims) == 1 else "[" + ", ".join(":" if a is axis else "None" for a in self.dims) + "]"
@@ -106,6 +132,10 @@ class TritonDialect(BlockRows):
             at = "tl.load(blocks + 2 * tl.program_id(0) + 1)" if self.batched else "tl.program_id(0)"
             p.line(f"pid = {at}{self.width}")
         tiled = {loop.axis for loop in p.loops}
+        self.started = {loop.axis for loop in p.loops if loop.axis in self.blocks and loop.step > 1
+                        and (loop.kind == "loop" or cdiv(loop.axis.size, loop.step) is not ONE)}  # fmt: skip
+        if not self.pays(p):
+            self.started = set()
         for axis in self.dims:
             if axis not in tiled:
                 p.scopes[0].lines += self.lane(axis)
@@ -268,6 +298,9 @@ class TritonDialect(BlockRows):
             else:
                 text += "".join(f" + 0 * {a.name}" for a in beyond)
         found = f"tl.load({text}, mask={' & '.join(masks)})" if masks else f"tl.load({text})"
+        indirect = any(isinstance(i, Value) for i in v.index)
+        if v.mask is None and not indirect and (full := self.whole(param, affine, over)):
+            found = f"(tl.load({text}) if {full} else {found})"
         if dtypes.name(v.dtype) in dtypes.BYTE_FLOATS:
             found = f"mf_widen_{dtypes.name(v.dtype)}({found})"
         elif dtypes.is_half(v.dtype):
@@ -291,7 +324,12 @@ class TritonDialect(BlockRows):
             value = f"mf_narrow_{dtypes.name(param.dtype)}({value})"
         elif dtypes.is_half(param.dtype):
             value += f".to({dtypes.row(param.dtype).triton})"
-        p.line(f"tl.store({at}, {value}, mask={mask})" if mask else f"tl.store({at}, {value})")
+        masked = f"tl.store({at}, {value}, mask={mask})" if mask else f"tl.store({at}, {value})"
+        indirect = any(isinstance(i, Value) for i in root.index)
+        if root.mask is None and not indirect and not missing and (full := self.whole(param, offset, root.space)):
+            p.here.lines += [f"if {full}:", f"    tl.store({at}, {value})", "else:", f"    {masked}"]
+        else:
+            p.line(masked)
 
     def check(self, p: Printer, root: Check) -> None:
         code = p.error_code(root)

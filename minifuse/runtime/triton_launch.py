@@ -157,7 +157,7 @@ def _comment(plan: Plan, step: Launch, kernel: TritonKernel) -> str:
     return "\n".join(f"# {line}" for line in lines)
 
 
-_ACCESS = re.compile(r"^( *(?:\w+ = |)tl\.(load|store)\((p\d+)\b.*)$", re.MULTILINE)
+_ACCESS = re.compile(r"^( *(?:\w+ = |)\(?tl\.(load|store)\((p\d+)\b.*)$", re.MULTILINE)
 
 
 def _annotated(plan: Plan, step: Launch, text: str) -> str:

@@ -161,6 +161,22 @@ def test_what_few_channels_statistics_are_applied_to_has_a_grid_of_its_own() -> 
     verify_plan(plan)
 
 
+@pytest.mark.parametrize(
+    ("function", "x", "wide"),
+    [(lambda x: x * 2, torch.empty(40_003), True),
+     (lambda x: x.softmax(-1), torch.empty(600, 20_008)[:, :20_003], True),
+     (lambda x: x.softmax(-1), torch.empty(600, 20_003), False)],
+    ids=["flat", "padded rows", "rows at any address"],
+)  # fmt: skip
+def test_only_the_last_block_has_a_mask_where_that_lets_a_thread_ask_for_more(
+    function: Callable[..., Any], x: Tensor, wide: bool
+) -> None:
+    for plan, ctx in plans(function, x):
+        for one, kernel in compile_for(plan, ctx, gpu_target(*H100)):
+            assert (" if f_" in one.kernel.text) == wide
+            assert ("ld.global.v4" in kernel.asm["ptx"]) == wide
+
+
 def test_kernels_compile_for_an_amd_gpu() -> None:
     function, shapes = FUNCTIONS["layer norm"]
     for plan, ctx in plans(function, *(torch.randn(shape, requires_grad=True) for shape in shapes)):

@@ -158,6 +158,21 @@ def rows_of_many_lengths() -> str:
 
 
 @case
+def blocks_that_end_within_what_a_thread_asks_for() -> str:
+    """Sizes that no vector divides: full blocks have no mask, the last one has."""
+    problems = []
+    for dtype in (torch.float32, torch.bfloat16):
+        flat = torch.randn(40_003).to(dtype)
+        problems.append(against_eager(lambda x: (x * 2 + 1).relu(), flat, ulps=2))
+        rows = torch.randn(6, 20_008).to(dtype)[:, :20_003]  # each begins on 16 bytes
+        problems.append(against_eager(lambda x: (x.softmax(1), x * 3), rows, ulps=16))
+        problems.append(against_eager(lambda x: x.sum(1), rows.float(), ulps=16))
+    misaligned = torch.randn(40_004)[1:]
+    problems.append(against_eager(lambda x: x.exp() - x, misaligned, ulps=4))
+    return "; ".join(p for p in problems if p)
+
+
+@case
 def a_row_longer_than_a_block() -> str:
     x = torch.randn(600, 40_000)
     return against_eager(lambda x: (x[:2].sum(1), x[:2].log_softmax(1), x[:2].argmin(1)), x, ulps=16)
