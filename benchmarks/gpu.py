@@ -43,7 +43,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.utils import _pytree as pytree
 
-from . import gpu_models, harness, models
+from . import gpu_models, harness, launches, models
 from .harness import Board, Column, Sample, Target
 
 HALF = torch.bfloat16
@@ -473,6 +473,19 @@ def once(name: str) -> None:
     torch.cuda.synchronize()
 
 
+def launching() -> dict[str, float] | str:
+    """Microseconds of the host a kernel, by launcher, from a process of its own; or what went wrong."""
+    try:
+        return {name: 1e6 * s for name, s in harness.fresh(probe_launches).items()}
+    except harness.ProbeError as error:
+        return str(error)
+
+
+def probe_launches() -> dict[str, float]:
+    """`launches.measure` on the current GPU. Run it through `fresh`."""
+    return launches.measure(torch.device("cuda", torch.cuda.current_device()))
+
+
 def tested(seconds: float) -> dict[str, Any]:
     """The GPU's tests in a process of their own: exit status, what failed, and the last line."""
     command = [sys.executable, "-m", "pytest", "tests/gpu", "-m", "gpu", "-rfE", "--durations=5", "--show-capture=no"]
@@ -544,9 +557,10 @@ def main() -> int:
     status = harness.finish(table, options)
     path = Path(options.json)
     gpu = {"driver": driver(), "cuda": torch.version.cuda, "hip": torch.version.hip}
-    more = {"gpu": gpu, "tests": tests, "compiled_ahead_seconds": ahead, "kernels": kernels}
+    more = {"gpu": gpu, "tests": tests, "compiled_ahead_seconds": ahead, "kernels": kernels, "launch_us": launching()}
     path.write_text(json.dumps({**json.loads(path.read_text()), **more}, indent=1) + "\n")
     print(f"written: {path}")
+    print(f"microseconds a launch: {more['launch_us']}")
     if options.profile:
         nsight(table, options.profile, path.with_suffix(".ncu.txt"), time.time() + PROFILE_SECONDS * options.profile)
     if tests is not None:

@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 import torch
 
-from benchmarks import gpu
+from benchmarks import gpu, harness, launches
 from benchmarks.harness import Sample
 
 BACKENDS = ["eager", "inductor", "minifuse"]
@@ -74,6 +74,7 @@ def test_tests_that_fail_keep_nothing_from_being_measured(
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(gpu, "tested", lambda seconds: {"exit": code, "failed": ["FAILED x"] * code, "last": "done"})
     monkeypatch.setattr(gpu, "driver", lambda: "550.1")
+    monkeypatch.setattr(gpu, "launching", lambda: {"triton": 20.0, "minifuse": 2.0})
     monkeypatch.setattr(sys, "argv", ["gpu", "--tests"])
     monkeypatch.setenv("OUT", str(tmp_path))
     assert gpu.main() == expected
@@ -81,9 +82,24 @@ def test_tests_that_fail_keep_nothing_from_being_measured(
     found = json.loads(path.read_text())
     assert found["tests"]["exit"] == code
     assert found["gpu"]["driver"] == "550.1"
+    assert found["launch_us"] == {"triton": 20.0, "minifuse": 2.0}
     assert found["versions"]["torch"]
     assert set(found["rows"]) == set(JOBS)
     assert f"tests: exit {code}; benchmark: exit 0" in capsys.readouterr().out
+
+
+def test_the_cost_of_a_launch_is_what_more_kernels_add(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(launches, "seconds_of_calls", lambda runs, device: {
+        name: 1e-5 + 2e-6 * int(name.split()[1]) for name in runs})  # fmt: skip
+    assert launches.measure(torch.device("cpu"), ("minifuse",))["minifuse"] == pytest.approx(2e-6)
+
+
+def test_what_no_launch_could_be_measured_of_says_why(monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(*args: Any) -> Any:
+        raise harness.ProbeError("no device")
+
+    monkeypatch.setattr(harness, "fresh", refuse)
+    assert gpu.launching() == "no device"
 
 
 def test_a_failing_suite_is_reported_by_name(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
