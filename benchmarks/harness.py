@@ -309,6 +309,7 @@ class Board:
             "targets": {c.name: str(c.target) for c in self.columns if c.target},
             "rows": {name: {k: _plain(v) for k, v in row.items()} for name, row in self.rows.items()},
             "errors": self.errors,
+            "short": self.short(),
             "verdict": self.verdict(),
             "versions": versions(),
             "machine": machine(),

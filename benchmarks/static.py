@@ -175,6 +175,7 @@ def board(target: str) -> Board:
             Column("compile", harness.seconds),
             Column("bound"),
             Column("schedule", shown=False),
+            Column("held", shown=False),
         ],
     )
 
@@ -230,6 +231,7 @@ def hold(table: Board, name: str) -> None:
     if row["bound"] == "launch":
         targets = {k: t for k, t in targets.items() if k in ("bytes", "spilled", "barriers")}
     table.hold(name, targets)
+    row["held"] = list(targets)
 
 
 def measure(table: Board, case: Case, asked: dict[str, Any], target: str) -> None:

@@ -16,6 +16,7 @@ import tempfile
 import time
 import traceback
 from collections.abc import Callable
+from math import prod
 from typing import Any
 
 import torch
@@ -23,6 +24,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 import minifuse  # noqa: F401 - the backend
+from benchmarks import gpu
 from minifuse.ir import prims
 from minifuse.passes import schedule_triton
 from minifuse.records import RECORDS
@@ -595,6 +597,60 @@ def equal_reductions_are_one_launch() -> str:
     found = compiled(lambda xs: [x.sum(0) for x in xs])(xs)
     launches = RECORDS[-1].stages["memory"].launches
     return same(found, [x.sum(0) for x in xs], ulps=16) if len(launches) == 1 else f"{len(launches)} launches"
+
+
+# Each extent of the GPU benchmark's rows as a small one that no vector and no block divides (what halves a row or has
+# groups needs an even one, or some of each), and as one.
+ODD = {
+    16384: 37, 14336: 29, 32768: 13, 1024: 35, 4096: 131, 8192: 7, 131_072: 17_003, 128_256: 16_391, 8: 2, 32: 3,
+    128: 10, 124_000_000: 1003, 64: 3, 256: 64, 56: 5, 1152: 33, 1 << 28: 40_001,
+}  # fmt: skip
+ONE = {n: {128: 2, 256: 32, 64: 2}.get(n, 1) for n in ODD}
+
+
+def _at_any_address(shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
+    return torch.randn(prod(shape) + 1).to(dtype)[1:].view(shape)
+
+
+def _every_other(shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
+    return torch.randn(*shape[:-1], 2 * shape[-1]).to(dtype)[..., ::2]
+
+
+def _plain(shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
+    return torch.randn(shape).to(dtype)
+
+
+MADE: dict[str, tuple[dict[int, int], Callable[[tuple[int, ...], torch.dtype], Tensor]]] = {
+    "odd": (ODD, _plain), "misaligned": (ODD, _at_any_address), "strided": (ODD, _every_other), "one": (ONE, _plain),
+    "none": ({**ODD, 32768: 0, 8192: 0, 16384: 0, 64: 0, 8: 0}, _plain),
+}  # fmt: skip
+
+
+def _row(row: gpu.Row, kind: str, target: str) -> list[Tensor]:
+    """What a row gives and leaves in its inputs, or its gradients."""
+    extents, make = MADE[kind]
+    torch.manual_seed(0)
+    given = [make(tuple(extents[n] for n in shape), row.dtype).requires_grad_(row.train) for shape in row.shapes]
+    torch.manual_seed(1)
+    found = row.run(*given) if target == "eager" else compiled(row.run, target)(*given)
+    if row.train:
+        torch.manual_seed(2)
+        return [found.detach(), *torch.autograd.grad(found, given, torch.randn_like(found))]
+    return [*([] if found is None else [found]), *given]
+
+
+@case
+def rows_of_the_gpu_benchmark_at_odd_shapes() -> str:
+    problems = []
+    for row in gpu.ROWS:
+        for kind in MADE:
+            try:
+                _row(row, kind, "eager")
+            except (RuntimeError, ValueError):
+                continue  # a batch norm of one value a channel
+            if why := same(_row(row, kind, "triton"), _row(row, kind, "interpret"), ulps=8):
+                problems.append(f"{row.name}, {kind}: {why}")
+    return "; ".join(problems)
 
 
 @case
