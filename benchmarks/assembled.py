@@ -147,7 +147,7 @@ class Assembled:
 def _wide(widths: Sequence[int], unmasked: float) -> float:
     """The share of accesses that are wide."""
     wide = sum(n for n in widths if n >= 16)
-    return unmasked if unmasked and sum(widths) <= 2 * wide < 2 * sum(widths) else wide / sum(widths)
+    return unmasked if unmasked > 0.5 and sum(widths) <= 2 * wide < 2 * sum(widths) else wide / sum(widths)
 
 
 @dataclass(frozen=True)

@@ -6,11 +6,17 @@ triton 3.6 to 3.9 is supported. It is imported where it is used: it is not there
 from __future__ import annotations
 
 import ctypes
+import functools
+import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
+
+from .forks import renewed
+
+_parsing = renewed(sys.modules[__name__], "_parsing")
 
 
 def triton_interprets() -> bool:
@@ -37,13 +43,30 @@ def triton_compile(
     `compiled[(x, y, z)]` is a function of all arguments and `stream=`.
     """
     import triton
-    from triton.compiler import ASTSource
 
     target = target or current_target()
     attributes = {(k,): [["tt.divisibility", 16]] for k in divisible}
-    source = ASTSource(function, dict(signature), dict(constants or {}), attributes)
+    source = _source()(function, dict(signature), dict(constants or {}), attributes)
     warps = max(warps * 32 // target.warp_size, 1)
     return triton.compile(source, target=target, options={"num_warps": warps, "enable_fp_fusion": False})
+
+
+@functools.cache
+def _source() -> Any:
+    """Triton's source of a kernel, whose text one thread at a time turns into IR: Python 3.11 counts the depth of the
+    trees that it parses for all threads together, and raises SystemError where two parse at once. 3.6-3.9."""
+    from triton.compiler import ASTSource
+
+    class OneAtATime(ASTSource):
+        def make_ir(self, *args: Any, **kwargs: Any) -> Any:
+            with _parsing:
+                return super().make_ir(*args, **kwargs)
+
+        def hash(self) -> str:
+            with _parsing:
+                return str(super().hash())
+
+    return OneAtATime
 
 
 def current_target() -> Any:

@@ -4,6 +4,9 @@ The gradient of a cross entropy is zero but at each row's label, and its softmax
 many comparisons as the row has classes, for a value that is known. `sum over i of where(i == k & c, v, 0)`, where
 nothing but `i` varies along the row, is `v + 0` where `c` holds and `k` is in the row, else 0: those are the bits of
 the sum too, since adding zeros changes none but the sign of -0.
+
+What is left compares the place with each index of the row. A place is an int64, as indices are for torch; where it is
+in the row an int32 holds it, and -1 stands for one that is not: half the width at each element.
 """
 
 from __future__ import annotations
@@ -16,9 +19,10 @@ import torch
 from minifuse.ir.index import Axis
 from minifuse.ir.kernel import Kernel, rewrite
 from minifuse.ir.plan import Launch, Plan, Step
-from minifuse.ir.value import Const, IndexOf, Op, Reduce, Value
+from minifuse.ir.value import Cast, Const, IndexOf, Op, Reduce, Value
 from minifuse.passes.context import CompileContext
 
+LARGEST = (1 << 31) - 1
 _REASON = "{sums} sums of what is zero but at one place of {over} are that one's value"
 
 
@@ -28,11 +32,11 @@ def pick_one_hot(plan: Plan, ctx: CompileContext) -> Plan:
     for step in plan.steps:
         if isinstance(step, Launch):
             kernel, found = without_one_hot_sums(step.kernel)
+            step = step if kernel is step.kernel else replace(step, kernel=kernel)
             if found:
                 over = ", ".join(sorted({str(r.over) for r in found}))
                 ctx.record("one-hot", step.name, taken=True, reason=_REASON, sums=len(found), over=over,
                            where=plan.origins.get(step.name, ""))  # fmt: skip
-                step = replace(step, kernel=kernel)
         steps.append(step)
     return replace(plan, steps=tuple(steps))
 
@@ -42,6 +46,8 @@ def without_one_hot_sums(kernel: Kernel) -> tuple[Kernel, set[Reduce]]:
     found: set[Reduce] = set()
 
     def pick(v: Value) -> Value | None:
+        if isinstance(v, Op) and v.name == "eq":
+            return narrowed(v)
         if not isinstance(v, Reduce) or v.kind != "sum":
             return None
         if (one := element(v)) is not None:
@@ -50,7 +56,7 @@ def without_one_hot_sums(kernel: Kernel) -> tuple[Kernel, set[Reduce]]:
 
     body = rewrite(kernel.body, replace_value=pick)
     if not found:
-        return kernel, found
+        return (kernel if body == kernel.body else replace(kernel, body=body)), found
     used = {a for r in body for a in r.space}.union(*(v.axes for r in body for v in r.values))
     smaller = replace(kernel, body=body)
     used |= {r.over for r in smaller.reductions} | {s.over for s in smaller.scans}
@@ -84,6 +90,21 @@ def element(r: Reduce) -> Value | None:
         holds = Op.of("and", holds, part)
     zero = Const.of(0.0 if r.dtype.is_floating_point else 0, r.dtype)
     return Op.of("where", holds, Op.of("add", value, zero), zero)
+
+
+def narrowed(v: Op) -> Value | None:
+    """A comparison of a row's index with a place, in int32 where the row's length fits one."""
+    for index, place in (v.args, v.args[::-1]):
+        if not isinstance(index, IndexOf) or index.dtype is not torch.int64 or isinstance(place, (Const, IndexOf)):
+            continue
+        axis = next((a for a in index.axes if index.expr == a.expr), None)
+        if axis is None or axis in place.axes or not axis.size.is_const or axis.size.value > LARGEST:
+            continue
+        inside = Op.of("and", Op.of("ge", place, Const.of(0, torch.int64)),
+                       Op.of("lt", place, IndexOf.of(axis.size, torch.int64)))  # fmt: skip
+        short = Cast.of(torch.int32, Op.of("where", inside, place, Const.of(-1, torch.int64)))
+        return Op.of("eq", IndexOf.of(axis.expr, torch.int32), short)
+    return None
 
 
 def conjuncts(v: Value) -> Iterator[Value]:

@@ -11,20 +11,14 @@ from typing import Any
 import torch
 
 from benchmarks import models
+from benchmarks.assembled import gpu_target, kernel_resources
 from minifuse.ir.plan import Launch, Plan
 from minifuse.passes.context import CompileContext
 from minifuse.records import RECORDS
 from minifuse.runtime import build, triton_launch
-from tests.kernels.gpu import gpu_target, kernel_resources
 from tests.models.check import check
 from tests.models.families import FAMILIES
 
-TARGETS: dict[str, tuple[str, Any, int]] = {
-    "cuda:80": ("cuda", 80, 32),
-    "cuda:90": ("cuda", 90, 32),
-    "cuda:100": ("cuda", 100, 32),
-    "gfx942": ("hip", "gfx942", 64),
-}
 SPILLS = "cuda:90"
 # The plans are those that a GPU gets.
 OPTIONS = {"target": "triton", "device_model": "H100"}
@@ -91,7 +85,7 @@ def compiled(name: str, targets: list[str], claims: Path | None = None) -> tuple
                 one = triton_launch.Launched(getattr(module, kernel), step, kernels[i], here)
                 what = f"{target} {plan.name} {step.name} {kernel}"
                 try:
-                    made = one.compile(one.usual(), gpu_target(*TARGETS[target]))
+                    made = one.compile(one.usual(), gpu_target(target))
                 except Exception as why:
                     problems.append(f"{what}: {type(why).__name__}: {str(why).strip()[-300:]}")
                     continue

@@ -11,6 +11,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 import minifuse
+from minifuse.ir.value import Op
 
 
 def plan_of(function: Callable[..., Any], *args: Tensor) -> Any:
@@ -61,6 +62,20 @@ def test_other_sums_stay(function: Callable[..., Any]) -> None:
     _, decisions = plan_of(function, x, k)
     assert not decisions
     torch.testing.assert_close(torch.compile(function, backend="minifuse")(x, k), function(x, k))
+
+
+def test_a_place_is_compared_in_half_the_width() -> None:
+    def function(x: Tensor, k: Tensor) -> Tensor:
+        return torch.where(torch.arange(33)[None] == k[:, None], x, 0.0) * 2
+
+    x, k = torch.randn(64, 33), torch.arange(64) - 9
+    k[0], k[1], k[2] = 1 << 32, (1 << 32) + 5, -(1 << 32) + 7  # whose low halves are places of the row
+    plan, _ = plan_of(function, x, k)
+    values = (v for s in plan.launches for v in s.kernel.values())
+    compared = [v.args[0].dtype for v in values if isinstance(v, Op) and v.name == "eq"]
+    assert compared == [torch.int32]
+    torch._dynamo.reset()
+    assert torch.equal(torch.compile(function, backend="minifuse")(x, k), function(x, k))
 
 
 def test_the_gradient_of_a_cross_entropy_needs_no_sum() -> None:
