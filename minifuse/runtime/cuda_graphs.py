@@ -64,11 +64,11 @@ def recorded(program: Program, gm: fx.GraphModule, ctx: CompileContext, forward:
     `forward` is not recorded is not either."""
     plan = program.plan
     why = why_not(plan, program, gm, ctx) if forward else "its forward is not recorded"
-    ctx.record("cuda-graph", ctx.name, taken=not why, reason="recorded, one graph for each value of its sizes"
-               if not why else "run as it is: {why}", why=why)  # fmt: skip
+    reason = "run as it is: {why}" if why else "recorded, one graph for each value of its sizes"
+    ctx.record("cuda-graph", ctx.name, taken=not why, reason=reason, why=why)
     if why or not isinstance(program, TritonProgram):
-        backward = forward and ctx.stage == "backward" and torch.cuda.is_available()
-        return compat_graphs.beside_cuda_graphs(program, program_device(program)) if backward else program
+        beside = forward and ctx.stage == "backward" and torch.cuda.is_available()
+        return compat_graphs.beside_cuda_graphs(program, program_device(program)) if beside else program
     mutated = tuple(k for k, name in enumerate(plan.inputs) if name in plan.mutated)
     fixed = compat_graphs.static_inputs(gm, ctx.stage)
     replay = compat_graphs.cuda_graphs(program, gm, ctx.stage, program.device.index or 0, fixed, mutated)

@@ -10,9 +10,9 @@ without timing anything.
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from statistics import median
 from typing import Any
@@ -172,6 +172,19 @@ def measured(
     return timed(runs, device)
 
 
+@dataclass(frozen=True)
+class Start:
+    """What starts a kernel once. It keeps the memory that its arguments point to."""
+
+    run: Callable[..., Any]
+    args: tuple[int, ...]
+    stream: int
+    memory: tuple[torch.Tensor, ...]
+
+    def __call__(self) -> Any:
+        return self.run(*self.args, stream=self.stream)
+
+
 def started(
     plan: Plan, step: Launch, made: Mapping[str, triton_launch.Launched], device: torch.device
 ) -> Iterator[tuple[str, Callable[[], Any]]]:
@@ -186,14 +199,7 @@ def started(
         run = one.runner(True, values)
         if run is not None:
             stream = torch.cuda.current_stream(device).cuda_stream
-            yield name, _call(run, [*(t.data_ptr() for t in memory), *given], stream, (memory, flag))
-
-
-def _call(run: Callable[..., Any], args: Sequence[int], stream: int, keep: Any) -> Callable[[], Any]:
-    def call(keep: Any = keep) -> Any:
-        return run(*args, stream=stream)
-
-    return call
+            yield name, Start(run, (*(t.data_ptr() for t in memory), *given), stream, (*memory, flag))
 
 
 def timed(runs: Mapping[str, Callable[[], Any]], device: torch.device) -> dict[str, float]:
