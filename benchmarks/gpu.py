@@ -43,6 +43,8 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.utils import _pytree as pytree
 
+from minifuse.runtime import triton_tune
+
 from . import gpu_models, harness, launches, models
 from .harness import Board, Column, Sample, Target
 
@@ -155,21 +157,7 @@ ROWS = (
 
 def timed(cases: Mapping[str, Callable[[], Any]], rounds: int, warmup: int = 3) -> dict[str, Sample]:
     """GPU seconds of each case, interleaved, the cache emptied before each call."""
-    flush = torch.empty(FLUSH_BYTES, dtype=torch.uint8, device="cuda")
-    for _ in range(warmup):
-        for run in cases.values():
-            run()
-    events: dict[str, list[tuple[torch.cuda.Event, torch.cuda.Event]]] = {name: [] for name in cases}
-    for _ in range(rounds):
-        for name, run in cases.items():
-            begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-            flush.zero_()
-            begin.record()
-            run()
-            end.record()
-            events[name].append((begin, end))
-    torch.cuda.synchronize()
-    return {name: Sample.of([a.elapsed_time(b) / 1e3 for a, b in pairs]) for name, pairs in events.items()}
+    return {name: Sample.of(found) for name, found in triton_tune.timed(cases, rounds, warmup, FLUSH_BYTES).items()}
 
 
 def compiled(function: Callable[..., Any], backend: str) -> Callable[..., Any]:

@@ -20,7 +20,7 @@ from typing import Any
 import torch
 from torch import fx
 
-from . import compat, compat_graphs, dump, warm
+from . import compat, dump, warm
 from .errors import FallbackError
 from .forks import renewed
 from .ir import device as devices
@@ -67,7 +67,7 @@ def minifuse_backend(
     return compile_captured(gm, example_inputs, chosen)
 
 
-minifuse_backend.reset = compat_graphs.forget_cuda_graphs  # type: ignore[attr-defined] # torch.compiler.reset calls it
+minifuse_backend.reset = compat.forget_cuda_graphs  # type: ignore[attr-defined] # torch.compiler.reset calls it
 
 
 def compile_captured(gm: fx.GraphModule, example_inputs: Sequence[Any], options: Options) -> Callable[..., Any]:

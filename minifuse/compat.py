@@ -1,5 +1,4 @@
-"""Private names of torch, each with the versions it was seen in; those of its CUDA graphs are in
-`compat_graphs`, triton's in `compat_triton`, and nowhere else.
+"""Private names of torch, each with the versions it was seen in; triton's are in `compat_triton`, and nowhere else.
 
 torch 2.11 to 2.13 is supported.
 """
@@ -7,9 +6,11 @@ torch 2.11 to 2.13 is supported.
 from __future__ import annotations
 
 import functools
+import importlib
 import inspect
 import pickle
 import re
+import sys
 import threading
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, MutableMapping, Sequence
@@ -214,26 +215,6 @@ def size_hint(s: Any) -> int:
 def is_subclass_like(t: torch.Tensor) -> bool:
     """Whether a traced tensor stands for something that is no plain strided tensor."""
     return t.layout is not torch.strided
-
-
-def result_type(args: Sequence[Any]) -> torch.dtype:
-    """The common dtype of arguments of a graph node, as eager's promotion has it."""
-    vals = [a.meta["val"] if isinstance(a, fx.Node) else a for a in args]
-    vals = [v for v in vals if isinstance(v, (torch.Tensor, bool, int, float, torch.SymInt, torch.SymFloat))]
-    plain = [
-        size_hint(v) if isinstance(v, torch.SymInt) else float(v) if isinstance(v, torch.SymFloat) else v for v in vals
-    ]
-    if len(plain) == 1:
-        only = plain[0]
-        return only.dtype if isinstance(only, torch.Tensor) else torch.tensor(only, device="cpu").dtype
-    found = torch.result_type(plain[0], plain[1])
-    for v in plain[2:]:
-        found = (
-            torch.result_type(torch.empty((), dtype=found, device="cpu"), v)
-            if not isinstance(v, torch.Tensor)
-            else (torch.promote_types(found, v.dtype))
-        )
-    return found
 
 
 # -- capture ----------------------------------------------------------------------------------------
@@ -465,6 +446,37 @@ def extract_forward_backward(
 def count_mutated_inputs(meta: Any) -> int:
     """How many outputs of a forward graph are new values of inputs, before the user's own outputs."""
     return int(meta.num_mutated_inp_runtime_indices)  # 2.11-2.13
+
+
+# -- CUDA graphs: all of Inductor comes with these names, so that they are imported when they are used. 2.11-2.13
+def unrecordable(gm: fx.GraphModule) -> str:
+    """The first operator of a graph that a CUDA graph may not hold, by its target; empty where none is."""
+    node = importlib.import_module("torch._inductor.utils").get_first_incompatible_cudagraph_node(gm)
+    return "" if node is None else str(node.target)
+
+
+def cuda_graphs(run: Callable[[list[Any]], Any], gm: fx.GraphModule, stage: str, **more: Any) -> Any:
+    """A boxed callable behind PyTorch's trees of CUDA graphs."""
+    described = importlib.import_module("torch._inductor.cudagraph_utils").get_placeholder_info(gm.graph)
+    traces = [getattr(n, "stack_trace", None) for n in gm.graph.output_node().args[0]]  # type: ignore[union-attr]
+    return importlib.import_module("torch._inductor.compile_fx").cudagraphify(
+        run, stack_traces=traces, is_backward=stage == "backward", is_inference=stage == "inference",
+        placeholders=described, **more,
+    )  # fmt: skip
+
+
+def say_backward_runs(device: int) -> None:
+    """Tell the trees of a device that a backward runs which is none of theirs."""
+    manager = importlib.import_module("torch._inductor.cudagraph_trees").get_manager(device, False)
+    if manager is not None:
+        manager.set_to_running_backward()
+
+
+def forget_cuda_graphs() -> None:
+    """Drop all recordings and their memory, if there are any."""
+    trees = sys.modules.get("torch._inductor.cudagraph_trees")
+    if trees is not None and torch.cuda.is_available():
+        trees.reset_cudagraph_trees()
 
 
 def current_raw_stream(device: int) -> int:

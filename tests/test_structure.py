@@ -21,13 +21,13 @@ WHOLE = 21_150
 # scans, scatters, joins, batches and the lowering of all of core ATen take it past that.
 CORE = 18_330
 # Lines of code a folder may have; the policies of rematerialisation, `explain` and the command line are no core.
-BUDGETS = {"ir": 2_850, "passes": 9_990, "codegen": 3_570, "runtime": 2_020, "explain": 1_100}
+BUDGETS = {"ir": 2_850, "passes": 9_995, "codegen": 3_570, "runtime": 2_020, "explain": 1_100}
 POLICIES = set(
     """baselines policies blocks search mincut priced chen korthikanti knapsack default budget rotor
     checkmate stages milp""".split()
 )
 # What each layer may import, itself aside. Leaves are data that every layer reads.
-LEAVES = {"compat", "compat_graphs", "compat_triton", "errors", "forks", "options", "records"}
+LEAVES = {"compat", "compat_triton", "errors", "forks", "options", "records"}
 LAYERS = ("ir", "passes", "codegen", "runtime", "explain", "dump", "warm", "backend", "capturing", "remat", "cli", "")
 OPTIONAL = {"transformers", "triton", "numpy", "matplotlib"}
 

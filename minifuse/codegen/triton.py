@@ -134,7 +134,7 @@ class TritonDialect(BlockRows):
         tiled = {loop.axis for loop in p.loops}
         self.started = {loop.axis for loop in p.loops if loop.axis in self.blocks and loop.step > 1
                         and (loop.kind == "loop" or cdiv(loop.axis.size, loop.step) is not ONE)}  # fmt: skip
-        if not self.pays(p):
+        if self.started and not self.pays(p):
             self.started = set()
         for axis in self.dims:
             if axis not in tiled:

@@ -21,6 +21,7 @@ from minifuse.ir.kernel import Kernel, rewrite
 from minifuse.ir.plan import Launch, Plan, Step
 from minifuse.ir.value import Cast, Const, IndexOf, Op, Reduce, Value
 from minifuse.passes.context import CompileContext
+from minifuse.passes.split import with_live_axes
 
 LARGEST = (1 << 31) - 1
 _REASON = "{sums} sums of what is zero but at one place of {over} are that one's value"
@@ -55,13 +56,7 @@ def without_one_hot_sums(kernel: Kernel) -> tuple[Kernel, set[Reduce]]:
         return one
 
     body = rewrite(kernel.body, replace_value=pick)
-    if not found:
-        return (kernel if body == kernel.body else replace(kernel, body=body)), found
-    used = {a for r in body for a in r.space}.union(*(v.axes for r in body for v in r.values))
-    smaller = replace(kernel, body=body)
-    used |= {r.over for r in smaller.reductions} | {s.over for s in smaller.scans}
-    used |= {a for v in smaller.values() for a in v.axes}
-    return replace(smaller, axes=tuple(a for a in kernel.axes if a in used)), found
+    return (kernel if body == kernel.body else with_live_axes(replace(kernel, body=body))), found
 
 
 def element(r: Reduce) -> Value | None:
@@ -75,9 +70,9 @@ def element(r: Reduce) -> Value | None:
     place: Value | None = None
     rest: list[Value] = []
     for part in conjuncts(condition):
-        k = equal_to(part, r.over)
-        if k is not None and place is None:
-            place = k
+        compared = place_of(part)
+        if compared is not None and compared[0] is r.over and place is None:
+            place = compared[1]
         elif r.over in part.axes:
             return None
         else:
@@ -94,17 +89,15 @@ def element(r: Reduce) -> Value | None:
 
 def narrowed(v: Op) -> Value | None:
     """A comparison of a row's index with a place, in int32 where the row's length fits one."""
-    for index, place in (v.args, v.args[::-1]):
-        if not isinstance(index, IndexOf) or index.dtype is not torch.int64 or isinstance(place, (Const, IndexOf)):
-            continue
-        axis = next((a for a in index.axes if index.expr == a.expr), None)
-        if axis is None or axis in place.axes or not axis.size.is_const or axis.size.value > LARGEST:
-            continue
-        inside = Op.of("and", Op.of("ge", place, Const.of(0, torch.int64)),
-                       Op.of("lt", place, IndexOf.of(axis.size, torch.int64)))  # fmt: skip
-        short = Cast.of(torch.int32, Op.of("where", inside, place, Const.of(-1, torch.int64)))
-        return Op.of("eq", IndexOf.of(axis.expr, torch.int32), short)
-    return None
+    axis, place = place_of(v) or (None, None)
+    if axis is None or place is None or place.dtype is not torch.int64 or isinstance(place, (Const, IndexOf)):
+        return None
+    if not axis.size.is_const or axis.size.value > LARGEST:
+        return None
+    inside = Op.of("and", Op.of("ge", place, Const.of(0, torch.int64)),
+                   Op.of("lt", place, IndexOf.of(axis.size, torch.int64)))  # fmt: skip
+    short = Cast.of(torch.int32, Op.of("where", inside, place, Const.of(-1, torch.int64)))
+    return Op.of("eq", IndexOf.of(axis.expr, torch.int32), short)
 
 
 def conjuncts(v: Value) -> Iterator[Value]:
@@ -116,11 +109,11 @@ def conjuncts(v: Value) -> Iterator[Value]:
         yield v
 
 
-def equal_to(v: Value, axis: Axis) -> Value | None:
-    """What a condition says an axis' index is equal to, where that does not vary along it."""
-    if not (isinstance(v, Op) and v.name == "eq"):
-        return None
-    for index, other in (v.args, v.args[::-1]):
-        if isinstance(index, IndexOf) and index.expr == axis.expr and axis not in other.axes:
-            return other
+def place_of(v: Value) -> tuple[Axis, Value] | None:
+    """The axis whose index a condition compares, and what that is to be, which does not vary along it."""
+    if isinstance(v, Op) and v.name == "eq":
+        for index, other in (v.args, v.args[::-1]):
+            axis = next((a for a in index.axes if isinstance(index, IndexOf) and index.expr == a.expr), None)
+            if axis is not None and axis not in other.axes:
+                return axis, other
     return None

@@ -158,10 +158,11 @@ def new_buffer(
 def closed(kernel: Kernel) -> Kernel:
     """Without the parameters and the axes that the body does not touch."""
     used = {*kernel.reads, *kernel.writes}
+    return replace(with_live_axes(kernel), params=tuple(p for p in kernel.params if p.name in used))
+
+
+def with_live_axes(kernel: Kernel) -> Kernel:
+    """Without the axes that the body does not touch."""
     axes = {a for r in kernel.body for a in r.space} | {r.over for r in kernel.reductions}
     axes |= {a for v in kernel.values() for a in v.axes}
-    return replace(
-        kernel,
-        axes=tuple(a for a in kernel.axes if a in axes),
-        params=tuple(p for p in kernel.params if p.name in used),
-    )
+    return replace(kernel, axes=tuple(a for a in kernel.axes if a in axes))

@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import fx
 
-from minifuse import compat_graphs
+from minifuse import compat
 from minifuse.ir.plan import Extern, Launch, Plan
 from minifuse.passes.context import CompileContext
 
@@ -40,7 +40,7 @@ def why_not(plan: Plan, program: Program, gm: fx.GraphModule, ctx: CompileContex
             return f"{step.target} copies between the host and the device beside the program"
     if interpreted := next((d for d in ctx.decisions if d.rule == "interpreted"), None):
         return f"{interpreted.subject[0]} is interpreted"
-    if unsafe := compat_graphs.unrecordable(gm):
+    if unsafe := compat.unrecordable(gm):
         return f"{unsafe} cannot be recorded"
     return ""
 
@@ -68,14 +68,27 @@ def recorded(program: Program, gm: fx.GraphModule, ctx: CompileContext, forward:
     ctx.record("cuda-graph", ctx.name, taken=not why, reason=reason, why=why)
     if why or not isinstance(program, TritonProgram):
         beside = forward and ctx.stage == "backward" and torch.cuda.is_available()
-        return compat_graphs.beside_cuda_graphs(program, program_device(program)) if beside else program
-    mutated = tuple(k for k, name in enumerate(plan.inputs) if name in plan.mutated)
-    fixed = compat_graphs.static_inputs(gm, ctx.stage)
-    replay = compat_graphs.cuda_graphs(program, gm, ctx.stage, program.device.index or 0, fixed, mutated)
-    return Recorded(program, replay)
+        return Beside(program) if beside else program
+    more = {"device_index": program.device.index or 0, "static_input_idxs": static_inputs(gm, ctx.stage),
+            "mutated_input_idxs": tuple(k for k, name in enumerate(plan.inputs) if name in plan.mutated)}  # fmt: skip
+    return Recorded(program, compat.cuda_graphs(program, gm, ctx.stage, **more))
 
 
-def program_device(program: Program) -> int:
-    """The index of the GPU that a program runs on; the current one for a program of the CPU."""
-    device = getattr(program, "device", None)
-    return device.index if device is not None and device.index is not None else torch.cuda.current_device()
+def static_inputs(gm: fx.GraphModule, stage: str) -> tuple[int, ...]:
+    """The inputs of a graph whose memory stays where it is: parameters and buffers, and what a forward has saved."""
+    if stage == "backward":
+        inputs = gm.graph.find_nodes(op="placeholder")
+        return tuple(k for k, n in enumerate(inputs) if not compat.is_tangent(n))
+    return tuple(getattr(compat.forward_metadata(), "static_input_indices", None) or ())
+
+
+class Beside:
+    """A backward that runs as it is behind a recorded forward: the trees are told that one runs."""
+
+    def __init__(self, program: Program) -> None:
+        self._boxed_call = True
+        self.program = program
+
+    def __call__(self, args: list[Any]) -> Any:
+        compat.say_backward_runs(torch.cuda.current_device())
+        return self.program(args)

@@ -169,7 +169,7 @@ def measured(
     with ThreadPoolExecutor(triton_launch.COMPILERS) as pool:
         fit = dict(zip(made, pool.map(compiles, made.values()), strict=True))
     runs = dict(started(plan, step, {name: one for name, one in made.items() if fit[name]}, device))
-    return timed(runs, device)
+    return {name: median(found) for name, found in timed(runs, ROUNDS).items()}
 
 
 @dataclass(frozen=True)
@@ -202,18 +202,23 @@ def started(
             yield name, Start(run, (*(t.data_ptr() for t in memory), *given), stream, (*memory, flag))
 
 
-def timed(runs: Mapping[str, Callable[[], Any]], device: torch.device) -> dict[str, float]:
-    """Median seconds of each, in turn, behind a write that empties the cache."""
-    flush = torch.empty(FLUSHED, dtype=torch.uint8, device=device)
+def timed(
+    runs: Mapping[str, Callable[[], Any]], rounds: int, warmup: int = 1, flushed: int = FLUSHED
+) -> dict[str, list[float]]:
+    """Seconds of the current GPU in each run of each, in turn, behind a write of so many bytes that empties the cache
+    and lets the host run ahead."""
+    flush = torch.empty(flushed, dtype=torch.uint8, device="cuda")
+    for _ in range(warmup):
+        for run in runs.values():
+            run()
     events: dict[str, list[tuple[torch.cuda.Event, torch.cuda.Event]]] = {name: [] for name in runs}
-    for round_ in range(ROUNDS + 1):
+    for _ in range(rounds):
         for name, run in runs.items():
             begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
             flush.zero_()
             begin.record()
             run()
             end.record()
-            if round_:  # the first one loads the kernel
-                events[name].append((begin, end))
-    torch.cuda.synchronize(device)
-    return {name: median(a.elapsed_time(b) / 1e3 for a, b in pairs) for name, pairs in events.items()}
+            events[name].append((begin, end))
+    torch.cuda.synchronize()
+    return {name: [a.elapsed_time(b) / 1e3 for a, b in pairs] for name, pairs in events.items()}

@@ -12,7 +12,7 @@ from torch import Tensor, fx
 from torch.nn import functional as F
 
 import minifuse
-from minifuse import compat_graphs
+from minifuse import compat
 from minifuse.capturing import Capture
 from minifuse.ir.plan import Plan
 from minifuse.options import Options
@@ -47,11 +47,12 @@ def trees(monkeypatch: pytest.MonkeyPatch) -> list[dict[str, Any]]:
     """What PyTorch's trees are asked to record."""
     asked: list[dict[str, Any]] = []
 
-    def cuda_graphs(run: Any, gm: fx.GraphModule, stage: str, device: int, fixed: Any, mutated: Any) -> Any:
-        asked.append({"stage": stage, "device": device, "fixed": tuple(fixed), "mutated": tuple(mutated)})
+    def cuda_graphs(run: Any, gm: fx.GraphModule, stage: str, **more: Any) -> Any:
+        keys = {"device_index": "device", "static_input_idxs": "fixed", "mutated_input_idxs": "mutated"}
+        asked.append({"stage": stage, **{keys[k]: v for k, v in more.items()}})
         return lambda args: ("replayed", args)
 
-    monkeypatch.setattr(compat_graphs, "cuda_graphs", cuda_graphs)
+    monkeypatch.setattr(compat, "cuda_graphs", cuda_graphs)
     return asked
 
 
@@ -131,11 +132,13 @@ def test_a_backward_goes_with_its_forward(trees: list[dict[str, Any]], monkeypat
     assert recorded(program, graphs.graphs["backward"], ctx, forward=False) is program
     assert "its forward is not recorded" in ctx.decisions[0].words
     # behind a recorded forward one that cannot be is run as it is, and the trees are told
-    beside: list[int] = []
+    beside: list[Any] = []
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
-    monkeypatch.setattr(compat_graphs, "beside_cuda_graphs", lambda run, device: beside.append(device) or run)
+    monkeypatch.setattr(torch.cuda, "current_device", lambda: 0)
+    monkeypatch.setattr(compat, "say_backward_runs", beside.append)
+    monkeypatch.setattr(TritonProgram, "__call__", lambda self, args: ("ran", args))
     monkeypatch.setattr(cuda_graphs, "why_not", lambda *args: "a test says so")
-    assert recorded(program, graphs.graphs["backward"], context("backward")) is program
+    assert recorded(program, graphs.graphs["backward"], context("backward"))([3]) == ("ran", [3])
     assert beside == [0]
 
 
@@ -165,6 +168,6 @@ def test_pytorchs_trees_take_what_they_are_given() -> None:
     """As far as that goes without a GPU: they record at the first call."""
     graphs = captured(lambda x: x * 2, torch.randn(8))
     gm = graphs.graphs["inference"]
-    assert callable(compat_graphs.cuda_graphs(lambda args: args, gm, "inference", 0, (0,), ()))
-    assert compat_graphs.unrecordable(gm) == ""
-    compat_graphs.forget_cuda_graphs()
+    assert callable(compat.cuda_graphs(lambda args: args, gm, "inference", device_index=0, static_input_idxs=(0,)))
+    assert compat.unrecordable(gm) == ""
+    compat.forget_cuda_graphs()

@@ -155,7 +155,7 @@ def test_each_candidate_is_compiled_and_those_that_the_compiler_refuses_are_not_
         return compile_one(self, variant, target)
 
     monkeypatch.setattr(triton_tune, "started", started)
-    monkeypatch.setattr(triton_tune, "timed", lambda runs, device: dict.fromkeys(runs, 1.0))
+    monkeypatch.setattr(triton_tune, "timed", lambda runs, rounds: {name: [1.0] for name in runs})
     monkeypatch.setattr(triton_tune.triton_launch.Launched, "compile", compiled)
     monkeypatch.setattr(triton_tune.compat_triton, "current_target", lambda: gpu_target("cuda:90"))
     found = triton_tune.measured(plan, step, every, GPU, context(tmp_path))

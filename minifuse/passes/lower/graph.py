@@ -27,6 +27,7 @@ from minifuse.ir.value import Cast, Const, IndexOf, Load, Value, topological
 from minifuse.options import RECORDED_MODES
 from minifuse.passes.context import CompileContext
 
+from . import nodes
 from .externs import expected, fallback
 from .hosted import by_value
 from .layout import padded_rows
@@ -230,7 +231,7 @@ class Lowering:
         for number in (*(a for p, a in enumerate(node.args) if p in row.scalars), *kwargs.values()):
             check_fits(number, val.dtype)
         result = val.dtype
-        common = compat.result_type(node.args) if row.promote in ("common", "where") else result
+        common = nodes.result_type(node.args) if row.promote in ("common", "where") else result
         check_dtype(common)
 
         def value(where: tuple[Expr, ...]) -> Value:

@@ -95,3 +95,24 @@ def source_line(node: fx.Node, code: bool = True) -> str:
         return ""
     file, line, text = frames[-1]
     return f"{file.rsplit('/', 1)[-1]}:{line} {text.strip() if code else ''}".rstrip()
+
+
+def result_type(args: Sequence[Any]) -> torch.dtype:
+    """The common dtype of arguments of a graph node, as eager's promotion has it."""
+    vals = [a.meta["val"] if isinstance(a, fx.Node) else a for a in args]
+    vals = [v for v in vals if isinstance(v, (torch.Tensor, bool, int, float, torch.SymInt, torch.SymFloat))]
+    plain = [
+        compat.size_hint(v) if isinstance(v, torch.SymInt) else float(v) if isinstance(v, torch.SymFloat) else v
+        for v in vals
+    ]
+    if len(plain) == 1:
+        only = plain[0]
+        return only.dtype if isinstance(only, torch.Tensor) else torch.tensor(only, device="cpu").dtype
+    found = torch.result_type(plain[0], plain[1])
+    for v in plain[2:]:
+        found = (
+            torch.result_type(torch.empty((), dtype=found, device="cpu"), v)
+            if not isinstance(v, torch.Tensor)
+            else (torch.promote_types(found, v.dtype))
+        )
+    return found
