@@ -16,12 +16,12 @@ ROOT = Path(__file__).resolve().parent.parent
 PACKAGE = ROOT / "minifuse"
 FILES = sorted(PACKAGE.rglob("*.py"))
 LONGEST_FILE = 500
-WHOLE = 21_150
+WHOLE = 20_940
 # The design aims at 9,000 for the core; the two targets, the capture surface, an allocator and vector maths of our own,
 # scans, scatters, joins, batches and the lowering of all of core ATen take it past that.
-CORE = 18_330
+CORE = 18_280
 # Lines of code a folder may have; the policies of rematerialisation, `explain` and the command line are no core.
-BUDGETS = {"ir": 2_850, "passes": 9_995, "codegen": 3_570, "runtime": 2_020, "explain": 1_100}
+BUDGETS = {"ir": 2_850, "passes": 9_991, "codegen": 3_560, "runtime": 2_020, "explain": 1_100}
 POLICIES = set(
     """baselines policies blocks search mincut priced chen korthikanti knapsack default budget rotor
     checkmate stages milp""".split()
